@@ -1,0 +1,19 @@
+"""MRPC paraphrases, a pair task, with MiniLM-L6.
+
+    python -m train --config configs/mrpc_minilm.py --workdir runs/mrpc data.path=FOLDER
+
+FOLDER holds train, dev and test files with two text columns.
+
+Not yet run to the end.
+"""
+
+from ejax.config import DataConfig, TrainConfig
+
+config = TrainConfig(
+    model="all-MiniLM-L6-v2",
+    data=DataConfig(path="mrpc", max_length=128),
+    layers=(1, 2, 4, 6),
+    epochs=2,
+    batch_size=32,
+    learning_rate=1e-4,
+)

@@ -1,0 +1,22 @@
+"""SST-2 with MiniLM-L6 and an exit after every layer.
+
+    python -m train --config configs/sst2_minilm.py --workdir runs/sst2_minilm
+    python -m train --config configs/sst2_minilm.py --workdir runs/sst2_minilm data.path=FOLDER
+
+The second form reads FOLDER/{train,dev,test}.tsv.gz instead of the TFDS set.
+
+2 cores of an AMD EPYC, 2026-11-22: 22 minutes; full depth 0.8899 on dev, 0.8929 on test;
+the default threshold 0.82 gives 0.8841 on test at a mean depth of 2.45 layers.
+"""
+
+from ejax.config import DataConfig, TrainConfig
+
+config = TrainConfig(
+    model="all-MiniLM-L6-v2",
+    data=DataConfig(name="glue/sst2", max_length=128),
+    layers=(1, 2, 3, 4, 5, 6),
+    pooling="mean",
+    epochs=2,
+    batch_size=64,
+    learning_rate=1e-4,
+)

@@ -1,0 +1,20 @@
+"""TREC question types, 6 classes, with MiniLM-L6.
+
+    python -m train --config configs/trec6_minilm.py --workdir runs/trec6 data.path=FOLDER
+
+FOLDER holds train, dev and test files.
+
+2 cores of an AMD EPYC, 2026-11-22: under 6 minutes, beside other work; full depth 0.922 on
+test, the default threshold 0.84 gives 0.920 at a mean depth of 2.71 layers.
+"""
+
+from ejax.config import DataConfig, TrainConfig
+
+config = TrainConfig(
+    model="all-MiniLM-L6-v2",
+    data=DataConfig(path="trec6", max_length=64),
+    layers=(1, 2, 4, 6),
+    epochs=2,
+    batch_size=32,
+    learning_rate=1e-4,
+)

@@ -1,0 +1,77 @@
+"""BERT classifiers that stop at the first layer that is sure, in JAX."""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ejax.bundle import Bundle, load_bundle, save_bundle
+    from ejax.calibration.temperature import fit_temperatures
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig
+    from ejax.inference.engine import early_exit, full_depth
+    from ejax.inference.policy import select_exit
+    from ejax.models.bert import Batch, BertModel, EncoderLayer
+    from ejax.models.early_exit import EarlyExitBert
+    from ejax.models.heads import ExitHeads
+    from ejax.models.weights import load_bert, with_pretrained
+    from ejax.training.finetune import finetune
+
+# Where each public name lives; a module is imported when its name is first used.
+_HOME = {
+    "Batch": "models.bert",
+    "BertConfig": "config",
+    "BertModel": "models.bert",
+    "Bundle": "bundle",
+    "DataConfig": "config",
+    "EarlyExitBert": "models.early_exit",
+    "EarlyExitClassifier": "classifier",
+    "EncoderLayer": "models.bert",
+    "ExitConfig": "config",
+    "ExitHeads": "models.heads",
+    "TrainConfig": "config",
+    "early_exit": "inference.engine",
+    "finetune": "training.finetune",
+    "fit_temperatures": "calibration.temperature",
+    "full_depth": "inference.engine",
+    "load_bert": "models.weights",
+    "load_bundle": "bundle",
+    "save_bundle": "bundle",
+    "select_exit": "inference.policy",
+    "with_pretrained": "models.weights",
+}
+__all__ = [
+    "Batch",
+    "BertConfig",
+    "BertModel",
+    "Bundle",
+    "DataConfig",
+    "EarlyExitBert",
+    "EarlyExitClassifier",
+    "EncoderLayer",
+    "ExitConfig",
+    "ExitHeads",
+    "TrainConfig",
+    "early_exit",
+    "finetune",
+    "fit_temperatures",
+    "full_depth",
+    "load_bert",
+    "load_bundle",
+    "save_bundle",
+    "select_exit",
+    "with_pretrained",
+]
+__version__ = _version("ejax")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ejax' has no attribute {name!r}")
+    value = getattr(import_module(f"ejax.{_HOME[name]}"), name)
+    globals()[name] = value  # a submodule of the same name must not stand in its place
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

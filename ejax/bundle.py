@@ -1,0 +1,308 @@
+"""The folder that is saved, loaded and shipped.
+
+model.safetensors   the encoder under Hugging Face names, the heads under `heads.`
+config.json         Hugging Face's, with id2label and the layers kept
+tokenizer.json      Hugging Face's
+exits.json          exits, temperatures, threshold, and how they were chosen
+README.md           the model card
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ejax.config import BertConfig, ExitConfig, from_json, to_json
+from ejax.data.tokenizer import Tokenizer, load_tokenizer
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.weights import from_hf, read_config, to_hf
+
+FORMAT_VERSION = 1
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A trained, calibrated classifier and all that is needed to run it."""
+
+    cfg: BertConfig  # of the layers kept
+    exits: ExitConfig
+    variables: Any  # {"params": {"bert": …, "heads": …}}, float32
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    temperatures: tuple[float, ...]  # one per exit
+    threshold: float  # above 1: full depth
+    max_length: int = 128
+    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> EarlyExitBert:
+        return EarlyExitBert(self.cfg, self.exits)
+
+
+def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
+    """Writes the folder under a temporary name and renames it: all of it or nothing.
+
+    Raises:
+      ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
+    """
+    with replacing(folder) as fresh:
+        save_file(_tensors(bundle), fresh / "model.safetensors", metadata={"format": "pt"})
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
+        bundle.tokenizer.save(fresh)
+        _write(fresh / "config.json", _hf_config(bundle))
+        _write(fresh / "exits.json", _exits(bundle))
+        (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8")
+    return Path(folder)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder`, a bundle or nothing, at the end."""
+    folder = check_output(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}.") from error
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        if folder.exists():
+            _swap(folder, fresh)
+        else:
+            fresh.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be written: {error}. Nothing was changed.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(folder: Path, fresh: Path) -> None:
+    """`fresh` takes the place of the bundle, whose other files it keeps."""
+    for item in folder.iterdir():
+        if item.name not in (*FILES, "README.md"):
+            (shutil.copytree if item.is_dir() else shutil.copy2)(item, fresh / item.name)
+    old = fresh.with_name(fresh.name + "-old")
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(folder: str | Path) -> Path:
+    """Raises ValueError, before any work, where a bundle must not be written."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / "exits.json").exists() and any(_listing(folder)):
+        raise ValueError(f"{folder} exists and is not a bundle: choose another output folder.")
+    return folder
+
+
+def _listing(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else [folder.name]
+
+
+def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
+    """Reads what `save_bundle` wrote.
+
+    Args:
+      folder: a bundle.
+      **overrides: fields of `BertConfig`, such as dtype="float32".
+
+    Raises:
+      ValueError: when a file is missing or damaged, or the format is newer than this ejax.
+    """
+    folder = Path(folder)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a whole bundle: {', '.join(missing)} missing. "
+            f"A bundle is the folder that `ejax train --output` writes."
+        )
+    meta = _read(folder / "exits.json")
+    version = meta.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / 'exits.json'} must have a format_version of at most {FORMAT_VERSION}. "
+            f"Got {version!r}: update ejax to read this bundle."
+        )
+    try:
+        labels = _labels(_read(folder / "config.json"))
+        exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"])
+        numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
+        cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
+        bundle = Bundle(
+            cut(cfg, exits),
+            exits,
+            _variables(folder, cfg, exits),
+            load_tokenizer(folder),
+            labels,
+            tuple(float(t) for t in meta["temperatures"]),
+            float(meta["threshold"]),
+            int(meta["max_length"]),
+            tuple(meta["buckets"]),
+            meta["provenance"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
+    if len(bundle.temperatures) != len(exits.layers) or not all(
+        np.isfinite(t) and t > 0 for t in bundle.temperatures
+    ):
+        raise ValueError(
+            f"{folder / 'exits.json'} must hold {len(exits.layers)} positive temperatures, one "
+            f"per exit. Got {list(bundle.temperatures)}."
+        )
+    return bundle
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """In the order of their indices, whatever the order of the file."""
+    kind = config.get("problem_type") or "single_label_classification"
+    if kind != "single_label_classification":
+        raise ValueError(f'problem_type "{kind}" is not supported yet: only single labels are.')
+    names = config["id2label"]
+    return tuple(names[str(i)] for i in range(len(names)))
+
+
+def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
+    params = bundle.variables["params"]
+    heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
+    made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
+    return to_hf(params["bert"], bundle.cfg) | made
+
+
+def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
+    e, n, d, c = len(exits.layers), exits.num_layers, cfg.hidden_size, exits.num_labels
+    shapes = {
+        "heads.mix": (e, n),
+        "heads.exits.dense.kernel": (e, d, d),
+        "heads.exits.dense.bias": (e, d),
+        "heads.exits.classifier.kernel": (e, d, c),
+        "heads.exits.classifier.bias": (e, c),
+    }
+    wrong = [name for name in shapes if getattr(tensors.get(name), "shape", 0) != shapes[name]]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit exits.json: {', '.join(wrong)} missing or of another shape."
+        )
+    heads = traverse_util.unflatten_dict({name: tensors.pop(name) for name in shapes}, sep=".")
+    try:
+        bert = from_hf(tensors, cut(cfg, exits))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return {"params": {"bert": bert, **heads}}
+
+
+def _hf_config(bundle: Bundle) -> dict[str, Any]:
+    values = to_json(bundle.cfg)
+    for name in ("dtype", "residual_dtype"):
+        del values[name]
+    return values | {
+        "model_type": "bert",
+        "architectures": ["EarlyExitBert"],
+        "id2label": {str(i): label for i, label in enumerate(bundle.labels)},
+        "label2id": {label: i for i, label in enumerate(bundle.labels)},
+        "problem_type": "single_label_classification",
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+    }
+
+
+def _exits(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "layers": list(bundle.exits.layers),
+        "pooling": bundle.exits.pooling,
+        "mix": bundle.exits.mix,
+        "temperatures": list(bundle.temperatures),
+        "threshold": bundle.threshold,
+        "max_length": bundle.max_length,
+        "buckets": list(bundle.buckets),
+        "dtype": bundle.cfg.dtype,
+        "residual_dtype": bundle.cfg.residual_dtype,
+        "provenance": bundle.provenance,
+    }
+
+
+def _write(path: Path, values: Any) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object.")
+    return values
+
+
+def model_card(bundle: Bundle) -> str:
+    """What the bundle is, how its threshold came about, and how to run it."""
+    p = bundle.provenance
+    threshold = "full depth" if bundle.threshold > 1 else f"{bundle.threshold:g}"
+    lines = [
+        "---",
+        "library_name: ejax",
+        "pipeline_tag: text-classification",
+        "---",
+        "",
+        "# BERT with early exits",
+        "",
+        f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits after "
+        f"layers {', '.join(map(str, bundle.exits.layers))}; labels: {', '.join(bundle.labels)}.",
+        "",
+        f"- Started from: {p.get('model', 'not recorded')}",
+        f"- Trained on: {p.get('data', 'not recorded')}",
+        f"- Default threshold: {threshold}. {p.get('threshold_from', '')}".rstrip(),
+        f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
+        f"{bundle.max_length} tokens.",
+        "",
+    ]
+    for name in ("calibration", "dev_a", "dev_b", "test"):
+        rows = p.get("metrics", {}).get(name)
+        if rows:
+            lines += [f"## {name.replace('_', '-')}, per exit, after temperature", ""]
+            lines += ["| layer | accuracy | macro-F1 | NLL | Brier | ECE |", "|" + "---|" * 6]
+            for layer, row in zip(bundle.exits.layers, rows, strict=True):
+                columns = ("accuracy", "macro_f1", "nll", "brier", "ece_width")
+                cells = " | ".join(f"{row['after'][column]:.4f}" for column in columns)
+                lines.append(f"| {layer} | {cells} |")
+            lines.append("")
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import ejax",
+        "",
+        'clf = ejax.EarlyExitClassifier.from_pretrained("path/to/this/folder")',
+        'clf("a text")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

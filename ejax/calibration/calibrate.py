@@ -1,0 +1,59 @@
+"""Temperatures and the default threshold from one set of rows, a report on all of them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ejax.calibration.metrics import report
+from ejax.calibration.temperature import fit_temperatures
+from ejax.calibration.thresholds import default_threshold, operating_point
+
+
+class Answers(NamedTuple):
+    """Every exit's answers on one set of labelled rows."""
+
+    logits: np.ndarray  # float32 [E, N, C], before temperature
+    labels: np.ndarray  # int32 [N]
+    tokens: np.ndarray  # int64 [N]
+
+    def take(self, rows: np.ndarray) -> "Answers":
+        return Answers(self.logits[:, rows], self.labels[rows], self.tokens[rows])
+
+
+def calibrate(
+    parts: dict[str, Answers], fit: str, layers: tuple[int, ...], *, max_drop: float, where: str
+) -> dict[str, Any]:
+    """Fits on the rows named `fit`, and reports on every set.
+
+    Args:
+      parts: sets of rows by name, such as "dev_a", "dev_b" and "test".
+      fit: the one that temperatures and threshold are fitted on.
+      layers: the exits' layers, 1-based.
+      max_drop: points of accuracy on the fitting rows that the threshold may lose.
+      where: the fitting rows in words, for people.
+
+    Returns:
+      Ready for JSON: `temperatures` [E], `threshold`, `threshold_from` (a sentence),
+      and per set `operating_points` and `metrics` (a list per exit).
+    """
+    rows = parts[fit]
+    temperatures = fit_temperatures(rows.logits, rows.labels)
+    threshold = default_threshold(
+        rows.logits, rows.labels, temperatures, layers, rows.tokens, max_drop=max_drop
+    )["threshold"]
+    return {
+        "temperatures": [float(t) for t in temperatures],
+        "threshold": threshold,
+        "threshold_from": f"The fastest that loses at most {max_drop:g} points of full depth's "
+        f"accuracy on {where} ({len(rows.labels)} rows), by the labels and by calibrated "
+        f"probabilities.",
+        "operating_points": {
+            name: operating_point(
+                part.logits, part.labels, temperatures, layers, part.tokens, threshold
+            )
+            for name, part in parts.items()
+        },
+        "metrics": {
+            name: report(part.logits, part.labels, temperatures) for name, part in parts.items()
+        },
+    }

@@ -1,0 +1,371 @@
+"""How right and how honest an exit is: accuracy, macro F1, NLL, Brier, ECE, failure AUROC.
+
+Everything is computed in float64 with NumPy. Axes: E exits, N rows, C classes.
+"""
+
+import math
+import statistics
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ejax.inference.policy import check_temperatures
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+Binning = Literal["width", "mass"]
+
+# Softmax rows of float32 sum to 1 within 1e-5; logits passed by mistake are off by far more.
+SUM_TOLERANCE = 1e-3
+
+
+def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
+    """Logits as float64 [E, N, C] and labels as int64 [N].
+
+    Raises:
+      ValueError: no rows, a wrong shape, a logit that is not finite, or a label
+        that is no integer in 0..C-1.
+    """
+    values = np.asarray(logits, np.float64)
+    if values.ndim != 3 or values.shape[0] < 1 or values.shape[2] < 2:
+        raise ValueError(
+            "logits must have shape [exits, rows, classes] with at least two classes. "
+            f"Got {values.shape}."
+        )
+    exits, rows, classes = values.shape
+    checked = _check_labels(labels, rows, classes)
+    if not np.isfinite(values).all():
+        exit, row, _ = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(
+            f"logits must be finite. Got NaN or infinity at exit {exit} (of {exits}, counted "
+            f"from 0), row {row}: the run that made them diverged, or its weights are damaged."
+        )
+    return values, checked
+
+
+def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
+    values = np.asarray(labels)
+    if rows < 1:
+        raise ValueError("at least one labelled row is needed. Got 0 rows.")
+    if values.shape != (rows,):
+        raise ValueError(f"labels must have shape ({rows},), one per row. Got {values.shape}.")
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers. Got dtype {values.dtype}.")
+    wrong = np.flatnonzero((values < 0) | (values >= (math.inf if classes is None else classes)))
+    if wrong.size:
+        allowed = "0 or above" if classes is None else f"in 0..{classes - 1}"
+        raise ValueError(
+            f"labels must be {allowed}. Got {values[wrong[0]]} at row {wrong[0]}: leave out rows "
+            "without a label (such as GLUE test, where it is -1)."
+        )
+    return values.astype(np.int64)
+
+
+def _check_probs(probs: Any) -> Float:
+    values = np.asarray(probs, np.float64)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise ValueError(
+            f"probs must have shape [rows, classes] with at least two classes. Got {values.shape}."
+        )
+    if values.shape[0] < 1:
+        raise ValueError("at least one labelled row is needed. Got 0 rows.")
+    sums = np.abs(values.sum(axis=1) - 1) <= SUM_TOLERANCE
+    if not (sums.all() and (values >= 0).all()):
+        raise ValueError(
+            "probs must be probabilities that sum to 1 in each row. Got rows that sum to "
+            f"{values.sum(axis=1).min():g} to {values.sum(axis=1).max():g}, smallest entry "
+            f"{values.min():g}: apply softmax to logits first."
+        )
+    return values
+
+
+def softmax(logits: Any, *, temperature: float = 1.0) -> Float:
+    """Softmax of `logits / temperature` over the last axis, float64; never overflows."""
+    scaled = np.asarray(logits, np.float64) / _positive(temperature)
+    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def _positive(temperature: float) -> float:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a positive number. Got {temperature}.")
+    return float(temperature)
+
+
+def nll(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
+    """Mean negative log-likelihood of the labels, in nats, under `logits / temperature`.
+
+    It takes logits, since the logarithm of a probability rounded to 0 is infinite.
+
+    Args:
+      logits: <float>[N, C].
+      labels: <int>[N] in 0..C-1.
+      temperature: positive.
+    """
+    values, checked = check_rows(np.asarray(logits)[None], labels)
+    scaled = values[0] / _positive(temperature)
+    top = scaled.max(axis=1)
+    log_sum = np.log(np.exp(scaled - top[:, None]).sum(axis=1))
+    return float(np.mean(log_sum + (top - scaled[np.arange(checked.size), checked])))
+
+
+def brier(probs: Any, labels: Any) -> float:
+    """Mean over rows of the squared error summed over classes, in [0, 2].
+
+    Brier, "Verification of forecasts expressed in terms of probability" (1950). With two
+    classes it is twice the one-sided score (scikit-learn: `scale_by_half=False`).
+
+    Args:
+      probs: <float>[N, C].
+      labels: <int>[N] in 0..C-1.
+    """
+    values = _check_probs(probs)
+    checked = _check_labels(labels, *values.shape)
+    target = np.eye(values.shape[1])[checked]
+    return float(np.mean(((values - target) ** 2).sum(axis=1)))
+
+
+def accuracy(predictions: Any, labels: Any) -> float:
+    """The fraction of rows, in [0, 1], whose predicted class <int>[N] is the label <int>[N]."""
+    checked = _check_labels(labels, np.size(labels))
+    return float(np.mean(_check_predictions(predictions, checked.size) == checked))
+
+
+def macro_f1(predictions: Any, labels: Any) -> float:
+    """Mean F1 over the classes that occur in the labels or in the predictions, in [0, 1].
+
+    A class that occurs in neither is left out, as in scikit-learn's
+    `f1_score(average="macro")`; one that occurs on one side only counts as 0.
+
+    Args:
+      predictions: <int>[N].
+      labels: <int>[N].
+    """
+    checked = _check_labels(labels, np.size(labels))
+    predicted = _check_predictions(predictions, checked.size)
+    classes = int(max(checked.max(), predicted.max())) + 1
+    hits = np.bincount(checked[checked == predicted], minlength=classes)
+    # 2 TP + FP + FN: how often the class is a label plus how often it is predicted.
+    seen = np.bincount(checked, minlength=classes) + np.bincount(predicted, minlength=classes)
+    return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
+
+
+def _check_predictions(predictions: Any, rows: int) -> Int:
+    values = np.asarray(predictions)
+    if values.shape != (rows,) or values.dtype.kind not in "iu" or (values < 0).any():
+        raise ValueError(
+            f"predictions must be {rows} class indices, one per label: take the argmax of logits "
+            f"first. Got shape {values.shape}, dtype {values.dtype}."
+        )
+    return values.astype(np.int64)
+
+
+def ece(probs: Any, labels: Any, *, bins: int = 15, binning: Binning = "width") -> float:
+    """Expected calibration error of the largest probability, in [0, 1].
+
+    The mean over rows of |accuracy - confidence| of the row's bin (Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017, section 2). "width": bins ((i-1)/bins,
+    i/bins]. "mass": bins of about equally many rows (Nguyen and O'Connor, EMNLP 2015); rows
+    of equal confidence share a bin, so the order of the rows does not matter.
+
+    Few rows bias it upward: see `ece_floor`.
+
+    Args:
+      probs: <float>[N, C].
+      labels: <int>[N] in 0..C-1.
+    """
+    confidence, correct = _top(probs, labels)
+    bin_of = _bin(confidence, bins, binning)
+    return _gap(bin_of, correct - confidence, bins)
+
+
+def ece_floor(
+    probs: Any, *, bins: int = 15, binning: Binning = "width", samples: int = 100, seed: int = 0
+) -> float:
+    """The ECE that a perfectly calibrated classifier with these confidences shows on N rows.
+
+    The mean ECE over `samples` sets of labels drawn from the probabilities themselves. Only
+    whether the top class is right enters the ECE, so that alone is drawn.
+
+    Args:
+      probs: <float>[N, C].
+    """
+    confidence = _check_probs(probs).max(axis=1)
+    bin_of = _bin(confidence, bins, binning)
+    rng = np.random.default_rng(seed)
+    draws = [
+        _gap(bin_of, (rng.random(confidence.size) < confidence) - confidence, bins)
+        for _ in range(samples)
+    ]
+    return float(np.mean(draws))
+
+
+def reliability(
+    probs: Any, labels: Any, *, bins: int = 15, binning: Binning = "width"
+) -> list[dict[str, float]]:
+    """The points of a reliability diagram, one per bin that holds rows, least sure first.
+
+    Args:
+      probs: <float>[N, C].
+      labels: <int>[N] in 0..C-1.
+
+    Returns:
+      Per bin: `rows`, mean `confidence` and `accuracy`, both in [0, 1].
+    """
+    confidence, correct = _top(probs, labels)
+    bin_of = _bin(confidence, bins, binning)
+    return [
+        {
+            "rows": int((bin_of == b).sum()),
+            "confidence": float(confidence[bin_of == b].mean()),
+            "accuracy": float(correct[bin_of == b].mean()),
+        }
+        for b in np.unique(bin_of)
+    ]
+
+
+def _top(probs: Any, labels: Any) -> tuple[Float, Float]:
+    values = _check_probs(probs)
+    checked = _check_labels(labels, *values.shape)
+    return values.max(axis=1), (values.argmax(axis=1) == checked).astype(np.float64)
+
+
+def _bin(confidence: Float, bins: int, binning: Binning) -> Int:
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1. Got {bins}.")
+    if binning == "width":
+        edges = np.linspace(0, 1, bins + 1)[1:-1]
+    elif binning == "mass":
+        last = -(-confidence.size * np.arange(1, bins) // bins) - 1
+        edges = np.sort(confidence)[last]
+    else:
+        raise ValueError(f"binning must be 'width' or 'mass'. Got {binning!r}.")
+    return np.searchsorted(edges, confidence, side="left").astype(np.int64)
+
+
+def _gap(bin_of: Int, excess: Float, bins: int) -> float:
+    return float(np.abs(np.bincount(bin_of, excess, minlength=bins)).sum() / excess.size)
+
+
+def failure_auroc(probs: Any, labels: Any) -> float | None:
+    """How well the largest probability tells right rows from wrong ones, in [0, 1].
+
+    The probability that a right row is surer than a wrong one, ties counting half; 0.5 is
+    chance. None where no row is wrong, or none is right.
+
+    Args:
+      probs: <float>[N, C].
+      labels: <int>[N] in 0..C-1.
+    """
+    confidence, correct = _top(probs, labels)
+    right, wrong = confidence[correct == 1], np.sort(confidence[correct == 0])
+    if not (right.size and wrong.size):
+        return None
+    below = np.searchsorted(wrong, right, side="left")
+    below_or_equal = np.searchsorted(wrong, right, side="right")
+    return float((below + below_or_equal).mean() / 2 / wrong.size)
+
+
+def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
+    """Quality and calibration of every exit, before (T = 1) and after its temperature.
+
+    Args:
+      logits: <float>[E, N, C], before temperature.
+      labels: <int>[N] in 0..C-1.
+      temperatures: <float>[E], positive.
+
+    Returns:
+      Per exit, ready for JSON: `temperature`, `rows`, and under `before` and `after` each
+      `accuracy`, `macro_f1`, `nll`, `brier`, `failure_auroc` (null if no row is wrong), and
+      `ece_width`, `ece_mass` (15 bins), raw and `_minus_floor` (below 0: within the noise).
+    """
+    values, checked = check_rows(logits, labels)
+    per_exit = np.asarray(check_temperatures(temperatures, len(values)))
+    return [
+        {
+            "temperature": float(temperature),
+            "rows": checked.size,
+            "before": _quality(exit_logits, checked, 1.0),
+            "after": _quality(exit_logits, checked, float(temperature)),
+        }
+        for exit_logits, temperature in zip(values, per_exit, strict=True)
+    ]
+
+
+def _quality(logits: Float, labels: Int, temperature: float) -> dict[str, float | None]:
+    probs = softmax(logits, temperature=temperature)
+    predictions = logits.argmax(axis=1)
+    width, mass = (ece(probs, labels, binning=binning) for binning in ("width", "mass"))
+    return {
+        "accuracy": accuracy(predictions, labels),
+        "macro_f1": macro_f1(predictions, labels),
+        "nll": nll(logits, labels, temperature=temperature),
+        "brier": brier(probs, labels),
+        "failure_auroc": failure_auroc(probs, labels),
+        "ece_width": width,
+        "ece_width_minus_floor": width - ece_floor(probs, binning="width"),
+        "ece_mass": mass,
+        "ece_mass_minus_floor": mass - ece_floor(probs, binning="mass"),
+    }
+
+
+def paired_interval(
+    correct_a: Any, correct_b: Any, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Accuracy of a minus accuracy of b on the same rows, in points, with its interval.
+
+    An approximation from the two Wilson score intervals and the correlation of the pairs
+    (continuity corrected): method 10 of Newcombe, "Improved confidence intervals for the
+    difference between binomial proportions based on paired data", Statistics in Medicine
+    17 (1998). Unlike the Wald interval it stays in [-100, 100] and has a width above 0 even
+    when a and b are right on the very same rows.
+
+    Args:
+      correct_a: <bool>[N], whether a is right.
+      correct_b: <bool>[N], whether b is right, same rows in the same order.
+      level: confidence level in (0, 1).
+
+    Returns:
+      (difference, low, high) in percentage points; above 0, a is better.
+    """
+    a, b = np.asarray(correct_a), np.asarray(correct_b)
+    if a.ndim != 1 or a.shape != b.shape or a.size < 1 or not a.dtype == b.dtype == np.bool_:
+        raise ValueError(
+            "correct_a and correct_b must be boolean, of one length [rows], with at least one "
+            f"row. Got {a.dtype} {a.shape} and {b.dtype} {b.shape}."
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1. Got {level}.")
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    n = a.size
+    both, only_a, only_b = (int(x.sum()) for x in (a & b, a & ~b, ~a & b))
+    neither = n - both - only_a - only_b
+    down_a, up_a = _wilson_arms(both + only_a, n, z)
+    down_b, up_b = _wilson_arms(both + only_b, n, z)
+    phi = _corrected_phi(both, only_a, only_b, neither)
+    low_arm = math.sqrt(max(down_a**2 - 2 * phi * down_a * up_b + up_b**2, 0.0))
+    high_arm = math.sqrt(max(up_a**2 - 2 * phi * up_a * down_b + down_b**2, 0.0))
+    difference = (only_a - only_b) / n
+    # Rounding may carry a bound past the end of the scale by 1e-14.
+    low, high = max(difference - low_arm, -1.0), min(difference + high_arm, 1.0)
+    return 100 * difference, 100 * low, 100 * high
+
+
+def _wilson_arms(hits: int, n: int, z: float) -> tuple[float, float]:
+    """How far Wilson's score interval reaches below and above hits / n."""
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    return p - centre + half, centre + half - p
+
+
+def _corrected_phi(both: int, only_a: int, only_b: int, neither: int) -> float:
+    n = both + only_a + only_b + neither
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    if margins == 0:
+        return 0.0
+    product = float(both * neither - only_a * only_b)
+    if product > 0:
+        product = max(product - n / 2, 0.0)
+    return product / math.sqrt(margins)

@@ -1,0 +1,190 @@
+"""Texts in, labels out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ejax.bundle import Bundle, load_bundle, save_bundle
+from ejax.data.batches import bucket_of, pad
+from ejax.data.tokenizer import Encoded
+from ejax.inference.engine import early_exit, full_depth, prepare
+from ejax.inference.policy import Decision
+
+Text = str | tuple[str, str]
+
+
+class Shape(NamedTuple):
+    """One compiled program: N rows of T tokens in tiles of B rows."""
+
+    pool: int
+    length: int
+    tile: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The fixed, small set of program shapes: about constant tokens per tile and pool."""
+
+    tile_tokens: int = 1024
+    pool_tokens: int = 65536
+    min_tile: int = 8
+
+    def tile(self, length: int) -> int:
+        return max(self.min_tile, self.tile_tokens // length)
+
+    def pool(self, length: int) -> int:
+        return max(self.tile(length), self.pool_tokens // length)
+
+    def of(self, rows: int, length: int) -> Shape:
+        """The smallest shape that holds `rows`: one row, a small tile, 1 or 8 tiles, a pool."""
+        tile, pool = self.tile(length), self.pool(length)
+        sizes = (1, self.min_tile, tile, min(8 * tile, pool), pool)
+        size = next(n for n in sizes if n >= min(rows, pool))
+        return Shape(size, length, min(size, tile))
+
+
+class EarlyExitClassifier:
+    """A bundle, ready to classify.
+
+    >>> clf = EarlyExitClassifier.from_pretrained("bundle")  # doctest: +SKIP
+    >>> clf("a text")  # doctest: +SKIP
+    [{'label': 'positive', 'score': 0.98, 'exit_layer': 2}]
+    """
+
+    def __init__(self, bundle: Bundle, *, shapes: Shapes = Shapes()) -> None:
+        self.bundle = bundle
+        self.shapes = shapes
+        self.model = bundle.model
+        self._variables = prepare(self.model, bundle.variables)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "EarlyExitClassifier":
+        """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32"."""
+        return cls(load_bundle(folder, **overrides))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        return save_bundle(self.bundle, folder)
+
+    def __call__(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        threshold: Any = None,
+        top_k: int | None = 1,
+    ) -> list[Any]:
+        """Classifies one text or a list; a pair is a tuple (text, pair).
+
+        Args:
+          texts: a string, a pair, or a list of either.
+          threshold: a number, or one per exit [E] or per text and exit [N, E]; None
+            means the bundle's. Above 1: full depth.
+          top_k: 1 gives one dict per text; a larger number, or None for all labels,
+            a list of dicts per text, likeliest first.
+
+        Returns:
+          Per text {"label", "score", "exit_layer"}: the calibrated probability of the
+          label and the layer the text left after. A single text also gives a list of one.
+
+        Raises:
+          ValueError: on something that is not a text, or a wrong threshold or top_k.
+        """
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
+        decision = self.decide(as_list(texts), threshold=threshold)
+        layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
+        found = []
+        for probs, layer in zip(self.probabilities(decision), layers, strict=True):
+            order = np.argsort(-probs, kind="stable")[: top_k or len(probs)]
+            named = [
+                {
+                    "label": self.bundle.labels[i],
+                    "score": float(probs[i]),
+                    "exit_layer": layer,
+                }
+                for i in order
+            ]
+            found.append(named[0] if top_k == 1 else named)
+        return found
+
+    def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
+        """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`."""
+        return self.probabilities(self.decide(as_list(texts), threshold=threshold))
+
+    def probabilities(self, decision: Decision) -> np.ndarray:
+        """softmax(logits / temperature of the exit taken), float32 [N, C]."""
+        temperature = np.asarray(self.bundle.temperatures, np.float32)[decision.exit]
+        scaled = decision.logits / temperature[:, None]
+        odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def encode(self, texts: Sequence[Text]) -> Encoded:
+        return self.bundle.tokenizer.encode(texts, self.bundle.max_length)
+
+    def decide(self, texts: Sequence[Text], *, threshold: Any = None) -> Decision:
+        """Logits float32 [N, C], exit int32 [N] and score float32 [N], as numpy."""
+        return self.decide_encoded(self.encode(texts), threshold=threshold)
+
+    def decide_encoded(self, encoded: Encoded, *, threshold: Any = None) -> Decision:
+        """`decide` on texts that are tokenised already."""
+        total, exits = len(encoded), len(self.bundle.exits.layers)
+        thresholds = self.bundle.threshold if threshold is None else threshold
+        per_row = np.ndim(thresholds) == 2
+        if per_row and np.shape(thresholds) != (total, exits):
+            raise ValueError(
+                f"threshold must have shape ({total}, {exits}), texts by exits. "
+                f"Got {np.shape(thresholds)}."
+            )
+        out = Decision(
+            np.zeros((total, len(self.bundle.labels)), np.float32),
+            np.zeros(total, np.int32),
+            np.zeros(total, np.float32),
+        )
+        for rows, shape in self.pools(encoded.lengths):
+            part = thresholds
+            if per_row:
+                part = np.full((shape.pool, exits), 2.0, np.float32)
+                part[: len(rows)] = np.asarray(thresholds)[rows]
+            found = early_exit(
+                self.model,
+                self._variables,
+                pad(encoded, padded(rows, shape.pool), shape.length),
+                part,
+                temperatures=self.bundle.temperatures,
+                tile=shape.tile,
+                rows=len(rows),
+            )
+            for whole, piece in zip(out, found, strict=True):
+                whole[rows] = np.asarray(piece)[: len(rows)]
+        return out
+
+    def full_logits(self, encoded: Encoded) -> np.ndarray:
+        """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""
+        logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
+        for rows, shape in self.pools(encoded.lengths):
+            batch = pad(encoded, padded(rows, shape.pool), shape.length)
+            found = full_depth(self.model, self._variables, batch, tile=shape.tile, rows=len(rows))
+            logits[rows] = np.asarray(found)[: len(rows)]
+        return logits
+
+    def pools(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Shape]]:
+        """The rows of every pool and its shape; a row's length alone decides its T."""
+        bucket = bucket_of(lengths, self.bundle.buckets, self.bundle.max_length)
+        for length in np.unique(bucket):
+            rows = np.flatnonzero(bucket == length)
+            size = self.shapes.pool(int(length))
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                yield part, self.shapes.of(len(part), int(length))
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """Row numbers filled up with -1 to `size`."""
+    return np.concatenate([rows, np.full(size - len(rows), -1, rows.dtype)])
+
+
+def as_list(texts: Any) -> Sequence[Text]:
+    """A single text or pair as a list of one."""
+    return [texts] if isinstance(texts, str | tuple) else texts

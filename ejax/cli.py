@@ -1,0 +1,385 @@
+"""The `ejax` command: a short function per verb, and the one place where errors become words."""
+
+import dis
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="BERT classifiers that stop at the first layer that is sure.",
+)
+
+# Of click or of typer's own copy of it, by version; not public under its name in either.
+UsageError: Any = typer.BadParameter.__base__
+
+LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+FULL = 2.0  # above every score
+
+Bundle = Annotated[Path, typer.Argument(help="A folder that `ejax train` wrote.")]
+Data = Annotated[
+    str, typer.Option(help="A file, a folder with train, dev and test files, or a TFDS name.")
+]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", help="Column of the text; twice for pairs.", show_default=False),
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_default=False)]
+
+
+def main() -> None:
+    """The `ejax` command."""
+    sys.exit(run(app, "ejax", sys.argv[1:]))
+
+
+def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
+    """Runs a command line and returns its exit code.
+
+    0: done. 2: wrong usage, or what `explain` has words for, as one sentence on standard
+    error. 130: Ctrl-C. 141: nobody reads standard output any more. Every other exception
+    is a bug and passes through.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        try:
+            command = typer.main.get_command(app)
+            with command.make_context(name, list(argv) or ["--help"]) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+            return 0
+        except typer.Exit as done:
+            return done.exit_code
+        except UsageError as error:
+            asked = error.ctx.command_path if error.ctx else name
+            return _say(name, f"{error.format_message()} See `{asked} --help`.", 2)
+        except KeyboardInterrupt:
+            return _say(name, "interrupted.", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
+            sentence = explain(error)
+            if not sentence:
+                raise
+            return _say(name, sentence, 2)
+
+
+def explain(error: Exception) -> str:
+    """What the user can mend, as a sentence; "" for a bug."""
+    if isinstance(error, ValueError) and _is_ours(error):
+        return str(error)
+    if isinstance(error, OSError):
+        return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(code) in str(error):  # array_record and tensorstore say it in words only
+            return (
+                f"{os.strerror(code)} ({' '.join(str(error).split())[:300]}). Make room and "
+                f"repeat the command."
+            )
+    return ""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this package made it, rather than a call that went wrong."""
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if last is None:
+        return False
+    code, module = last.tb_frame.f_code, last.tb_frame.f_globals.get("__name__", "")
+    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and module.partition(".")[0] in ("ejax", "train", "__main__")
+
+
+def _say(name: str, sentence: str, code: int) -> int:
+    print(f"{name}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def note(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        print(f"ejax {metadata.version('ejax')}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Example: `ejax train --model all-MiniLM-L6-v2 --train train.tsv --dev dev.tsv "
+    "--output sentiment --layers 1,2,4,6 epochs=3`"
+)
+def train(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, hub id or known name.")],
+    output: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    train_file: Annotated[str, typer.Option("--train", help="tsv, csv or jsonl, or .gz.")] = "",
+    dev: Annotated[str, typer.Option(help="Where there is none, part of train.")] = "",
+    test: Annotated[str, typer.Option(help="Reported on, never fitted on.")] = "",
+    layers: Annotated[str, typer.Option(help="Exits, such as 1,2,4,6; else all.")] = "",
+    pooling: Annotated[str, typer.Option(help="mean or cls; else mean.")] = "",
+    epochs: Annotated[str, typer.Option(help="Passes over train; else 2.")] = "",
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "label",
+    workdir: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoints and logs; else OUTPUT.work.", show_default=False),
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="field=value …", help="Any field of ejax.TrainConfig."),
+    ] = None,
+) -> None:
+    """Fine-tune a BERT with exits, calibrate it, and save a bundle.
+
+    The same command again resumes where it was stopped.
+    """
+    from ejax.config import DataConfig, TrainConfig, override
+
+    columns = tuple(text_column or ())
+    data = DataConfig(
+        train=train_file, dev=dev, test=test, text_columns=columns, label_column=label_column
+    )
+    short = {"layers": layers, "pooling": pooling, "epochs": epochs}
+    given = [f"{name}={value}" for name, value in short.items() if value]
+    config = override(TrainConfig(model=model, data=data), [*given, *(fields or ())])
+    train_and_show(config, workdir or Path(f"{output}.work"), output)
+
+
+def train_and_show(config: Any, workdir: Path, output: Path | None = None) -> None:
+    """Fine-tunes, then prints the quality per exit."""
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.describe import exit_tables, show
+    from ejax.training.finetune import finetune
+
+    folder = finetune(config, workdir, output=output)
+    show(*exit_tables(load_bundle(folder)))
+    note(f"bundle: {folder}   logs and checkpoints: {workdir}")
+
+
+@app.command(
+    epilog="Example: `ejax predict sentiment --input reviews.tsv --output labelled.tsv "
+    "--threshold 0.9`   or   `zcat reviews.jsonl.gz | ejax predict sentiment | head`"
+)
+def predict(
+    bundle: Bundle,
+    input: Annotated[str, typer.Option(help="tsv, csv, jsonl, txt, or .gz; - is stdin.")] = "-",
+    output: Annotated[str, typer.Option(help="tsv, csv, jsonl, or .gz; - is stdout.")] = "-",
+    threshold: Annotated[
+        str, typer.Option(help="A number, or full; else the bundle's.", show_default=False)
+    ] = "",
+    top_k: Annotated[str, typer.Option(help="Likeliest labels: a number, or all.")] = "1",
+    text_column: TextColumns = None,
+    format: Annotated[
+        str, typer.Option(help="Of stdin, where it is not plain: tsv, csv, jsonl, txt.")
+    ] = "",
+    on_error: Annotated[str, typer.Option(help="At a row that cannot be read: stop, skip.")] = (
+        "stop"
+    ),
+) -> None:
+    """Label every row of a file: adds label, score and exit_layer, keeps the other columns.
+
+    A column that is there already keeps its values; the new one is then called
+    predicted_label, and so on. With --top-k a column top_k holds a JSON list of labels
+    and scores. Standard output has the format of the input, or jsonl.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.predict import predict_file
+
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"--on-error must be stop or skip. Got {on_error!r}.")
+    level, count = parse_threshold(threshold) if threshold else None, parse_top_k(top_k)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+        done = predict_file(
+            clf, input, output, threshold=level, top_k=count, text_columns=text_column or (),
+            format=format, skip_bad_rows=on_error == "skip",
+            progress=lambda rows: bar.update(task, completed=rows),
+        )  # fmt: skip
+    for sentence in done.named:
+        note(f"skipped: {sentence}")
+    shares = [f"{layer}: {100 * n / done.rows:.1f} %" for layer, n in sorted(done.exits.items())]
+    note(
+        f"{done.rows:,} rows labelled"
+        + (f", {done.skipped:,} skipped" if done.skipped else "")
+        + (f", left after layer {', '.join(shares)}" if shares else "")
+        + (f"; in {done.spaced:,} tabs or line breaks became spaces" if done.spaced else "")
+    )
+
+
+@app.command(
+    epilog="Example: `ejax evaluate sentiment --data test.tsv --thresholds 0.7,0.8,0.9,full`"
+)
+def evaluate(
+    bundle: Bundle,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    thresholds: Annotated[
+        str, typer.Option(help="Else the bundle's own and a ladder.", show_default=False)
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
+    output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path(
+        "evaluation.json"
+    ),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Measure accuracy and time per threshold on labelled rows, against full depth."""
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.evaluate import evaluate, save, table
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.training.finetune import encode
+
+    check_json(output)
+    levels = [parse_threshold(text) for text in thresholds.split(",")] if thresholds else []
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = labelled_rows(
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    with Console(stderr=True).status("tokenising") as status:
+        task = encode(rows, clf.bundle.tokenizer, clf.bundle.max_length)
+        levels = levels or [*LADDER, clf.bundle.threshold, FULL]
+        result = evaluate(
+            clf, task.encoded, task.labels, sorted(set(levels)), repeats=repeats,
+            progress=status.update,
+        )  # fmt: skip
+    recorded = clf.bundle.provenance.get("rows", {})
+    fitted = set(recorded.get("calibration") or recorded.get("dev_a", ()))
+    seen = sum(name in fitted for name in task.hashes)
+    result |= {"bundle": bundle.name, "data": rows.origin, "rows_fitted_on": seen}
+    save(result, output)
+    show(table(result))
+    if seen:
+        note(f"{seen} of these rows also chose this bundle's threshold: figures may flatter it.")
+    note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(
+    epilog="Example: `ejax calibrate sentiment --data new_domain.tsv --output sentiment-news`"
+)
+def calibrate(
+    bundle: Bundle,
+    data: Data,
+    split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    max_drop: Annotated[
+        float, typer.Option(help="Points of accuracy the threshold may lose.")
+    ] = 0.5,
+    output: Annotated[
+        Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
+    ] = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Fit temperatures and the default threshold again, on other labelled rows.
+
+    The weights stay. Rows of the bundle's dev-B, which is for reports, are left out.
+    """
+    from ejax.bundle import load_bundle, save_bundle
+    from ejax.evaluation.describe import exit_tables, facts, show
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.recalibrate import recalibrate
+
+    if split == "train":
+        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+    before = load_bundle(bundle)
+    rows = labelled_rows(
+        before, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    after = recalibrate(before, rows, max_drop=max_drop)
+    folder = save_bundle(after, output or bundle)
+    show(facts(after), *exit_tables(after))
+    left_out = after.provenance["calibrated"]["dev_b_rows_left_out"]
+    note(f"written: {folder}" + (f"; {left_out} rows of dev-B left out" if left_out else ""))
+
+
+@app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")
+def info(
+    name: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a model.")],
+) -> None:
+    """Show what a bundle, or a model to start from, is."""
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.describe import exit_tables, facts, model_facts, show
+    from ejax.models.weights import load_bert
+
+    if (Path(name) / "exits.json").exists():
+        bundle = load_bundle(name)
+        show(facts(bundle), *exit_tables(bundle))
+    else:
+        show(model_facts(*load_bert(name)))
+
+
+@app.command(epilog="Example: `ejax quickstart --workdir quickstart`")
+def quickstart(
+    workdir: Annotated[Path, typer.Option(help="Everything goes here.")],
+    model: Annotated[str, typer.Option(help="The encoder.")] = "all-MiniLM-L6-v2",
+    data: Annotated[str, typer.Option(help="A folder or a TFDS name; else a small set.")] = "",
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs.")] = False,
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="field=value …", help="Any field of ejax.TrainConfig."),
+    ] = None,
+) -> None:
+    """From nothing to a measured speed-up: fetch, train, calibrate, evaluate."""
+    from rich.console import Console
+
+    from ejax.evaluation.quickstart import quickstart
+
+    console = Console(stderr=True)
+    quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
+
+
+def parse_threshold(text: str) -> float:
+    """A number of at least 0, or "full"; above 1 is full depth."""
+    try:
+        value = FULL if text.strip() == "full" else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
+        )
+    return value
+
+
+def parse_top_k(text: str) -> int | None:
+    """A positive number, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--top-k must be a positive number or all. Got {text!r}.")
+    return int(text)
+
+
+def check_json(output: Path) -> None:
+    """Before the work: whether the result can be written."""
+    if output.suffix != ".json":
+        raise ValueError(f"--output must end in .json. Got {output}.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"--output must be a file in a folder that exists. Got {output}.")

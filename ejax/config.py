@@ -1,0 +1,329 @@
+"""Frozen, validated configurations, to and from JSON.
+
+Field names of `BertConfig` are those of a Hugging Face `config.json`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import itertools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+T = typing.TypeVar("T")
+Dtype = Literal["float32", "bfloat16"]
+Pooling = Literal["cls", "mean"]
+Mix = Literal["softmax", "last"]
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+
+
+def _check(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise ValueError(sentence)
+
+
+def _check_types(config: Any) -> None:
+    """Every field holds what its annotation says; a wrong one is named."""
+    for field, hint in field_types(type(config)).items():
+        value = getattr(config, field)
+        if not _fits(value, hint):
+            raise ValueError(
+                f"{type(config).__name__}.{field} must be {_describe(hint)}. Got {value!r}."
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is types.UnionType or origin is typing.Union:
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return f"a tuple of {_describe(args[0])}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved annotation of every field of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Shape and numerics of a BERT encoder.
+
+    `dtype` holds the operands of matrix products, `residual_dtype` the stream
+    between layers; products always accumulate in float32, and softmax and layer
+    norm are computed in float32. `dtype="float32"` is the exact path.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: Activation = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    dtype: Dtype = "bfloat16"
+    residual_dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "max_position_embeddings", "type_vocab_size",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _check(value >= 1, f"BertConfig.{name} must be at least 1. Got {value}.")
+        _check(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"BertConfig.hidden_size must be a multiple of num_attention_heads "
+            f"({self.num_attention_heads}). Got {self.hidden_size}.",
+        )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"BertConfig.{name} must be in [0, 1). Got {value}.")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitConfig:
+    """Where the classifier heads sit and what they read.
+
+    Args:
+      layers: 1-based, ascending; the last one is the number of layers kept.
+      num_labels: classes C, at least 2.
+      pooling: "cls" reads the first token (the paper), "mean" the mean of the
+        real tokens (trains faster in shallow exits of encoders whose [CLS] was
+        not pretrained).
+      mix: "softmax" reads a learned mix of all layers up to the exit (the
+        paper), "last" the exit's own layer alone.
+    """
+
+    layers: tuple[int, ...]
+    num_labels: int
+    pooling: Pooling = "mean"
+    mix: Mix = "softmax"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _check_types(self)
+        check_layers(self.layers)
+        _check(
+            self.num_labels >= 2,
+            f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
+            f"Got {self.num_labels}.",
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers kept, L."""
+        return self.layers[-1]
+
+
+def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) -> None:
+    """Raises ValueError unless exits are ascending layers of the encoder."""
+    ascending = all(a < b for a, b in itertools.pairwise(layers))
+    _check(
+        len(layers) > 0 and layers[0] >= 1 and ascending,
+        f"exit layers must be ascending and start at 1 or above, such as 1,2,4,6. Got {layers}.",
+    )
+    if num_hidden_layers is not None:
+        _check(
+            layers[-1] <= num_hidden_layers,
+            f"exit layers must be at most {num_hidden_layers}, the layers of this encoder. "
+            f"Got {layers}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Labelled text: a TFDS name, or local files, which win over the name.
+
+    Local files are tsv, csv or jsonl, each also .gz. `path` is a folder with
+    train.*, dev.* and test.*; `train`, `dev` and `test` name single files.
+    """
+
+    name: str = ""
+    path: str = ""
+    train: str = ""
+    dev: str = ""
+    test: str = ""
+    text_columns: tuple[str, ...] = ()  # () = recognised from the header
+    label_column: str = "label"
+    dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
+    limit: int = 0  # at most so many rows of each split; 0 = all
+    max_length: int = 128  # tokens; longer texts are truncated
+    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # padded lengths
+    cache_dir: str = ""  # "" = the user's cache folder
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(
+            self.max_length >= 4,
+            f"data.max_length must be at least 4 tokens. Got {self.max_length}.",
+        )
+        _check(
+            0 < self.dev_fraction < 1,
+            f"data.dev_fraction must be between 0 and 1. Got {self.dev_fraction}.",
+        )
+        _check(self.limit >= 0, f"data.limit must be 0 (all) or above. Got {self.limit}.")
+        _check(
+            len(self.buckets) > 0 and tuple(sorted(set(self.buckets))) == self.buckets,
+            f"data.buckets must be ascending lengths. Got {self.buckets}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning run; `finetune(config, workdir)` is a function of it alone."""
+
+    model: str = ""  # a Hugging Face folder, a hub id, or a name in `ejax.assets`
+    data: DataConfig = DataConfig()
+    layers: tuple[int, ...] = ()  # exits; () = after every layer
+    pooling: Pooling = "mean"
+    mix: Mix = "softmax"
+    exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
+    class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
+    epochs: int = 2
+    batch_size: int = 32  # rows over all devices
+    learning_rate: float = 5e-5
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    dropout: float = 0.1
+    dtype: Dtype = "bfloat16"
+    residual_dtype: Dtype = "float32"
+    seed: int = 0
+    evals_per_epoch: int = 2
+    checkpoint_steps: int = 500  # steps between saves for resuming
+    max_drop: float = 0.5  # points of dev-A accuracy the default threshold may lose
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.layers:
+            check_layers(self.layers)
+        for name in ("epochs", "batch_size", "evals_per_epoch", "checkpoint_steps"):
+            value = getattr(self, name)
+            _check(value >= 1, f"{name} must be at least 1. Got {value}.")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            _check(value > 0, f"{name} must be above 0. Got {value}.")
+        for name in ("warmup_fraction", "dropout"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name} must be in [0, 1). Got {value}.")
+        for name in ("weight_decay", "max_drop", "seed"):
+            value = getattr(self, name)
+            _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
+        for name in ("exit_weights", "class_weights"):
+            value = getattr(self, name)
+            _check(
+                not value or (min(value) >= 0 and sum(value) > 0),
+                f"{name} must be 0 or above and not all 0. Got {value}.",
+            )
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """The same run shrunk to about a minute: one short epoch on few, short rows."""
+    data = dataclasses.replace(
+        config.data,
+        limit=min(config.data.limit or 256, 256),
+        max_length=min(config.data.max_length, 64),
+    )
+    return dataclasses.replace(config, data=data, epochs=1, batch_size=16, evals_per_epoch=1)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types; tuples become lists."""
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The inverse of `to_json`; an unknown key is an error with the nearest name."""
+    fields = field_types(cls)
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        _check_known(name, fields, cls.__name__)
+        hint = fields[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_json(typing.cast(type, hint), value)
+        elif get_origin(hint) is tuple and isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
+def _check_known(name: str, fields: Mapping[str, Any], where: str) -> None:
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(fields)}."
+        raise ValueError(f"{where} has no field {name!r}.{hint}")
+
+
+def override(config: T, assignments: typing.Sequence[str]) -> T:
+    """Applies `field=value` strings, such as "data.path=my/folder" or "layers=1,2,4".
+
+    Raises ValueError for an unknown field (naming the nearest) or a value that
+    does not fit the field's type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        _check(bool(equals), f"an override must look like field=value. Got {assignment!r}.")
+        config = _set(config, path.split("."), text, path)
+    return config
+
+
+def _set(config: Any, path: list[str], text: str, full: str) -> Any:
+    fields = field_types(type(config))
+    _check_known(path[0], fields, type(config).__name__)
+    hint = fields[path[0]]
+    if dataclasses.is_dataclass(hint):
+        _check(
+            len(path) > 1,
+            f"{full} is a group of fields: set one of them, such as "
+            f"{full}.{dataclasses.fields(hint)[0].name}=value.",
+        )
+        value = _set(getattr(config, path[0]), path[1:], text, full)
+    else:
+        _check(len(path) == 1, f"{full}: {path[0]} is a value and has no field {path[-1]!r}.")
+        value = _parse(text, hint, full)
+    return dataclasses.replace(config, **{path[0]: value})
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    if get_origin(hint) is tuple:
+        items = [item for item in text.strip("()[]").split(",") if item.strip()]
+        return tuple(_parse(item.strip(), get_args(hint)[0], where) for item in items)
+    if hint is str or get_origin(hint) is Literal:
+        value: Any = text
+    else:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+    _check(_fits(value, hint), f"{where} must be {_describe(hint)}. Got {text!r}.")
+    return value

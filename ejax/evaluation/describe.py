@@ -1,0 +1,101 @@
+"""A bundle, or a model to start from, as tables that people read."""
+
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ejax.bundle import Bundle
+from ejax.config import BertConfig
+
+PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
+
+
+def show(*things: Any) -> None:
+    """Prints on standard output; tables keep their width where it is a file or a pipe."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    for thing in things:
+        console.print(thing, markup=False, highlight=False)
+
+
+def facts(bundle: Bundle) -> Table:
+    """What the bundle is and how its threshold came about."""
+    p = bundle.provenance
+    threshold = "full depth" if bundle.threshold > 1 else f"{bundle.threshold:g}"
+    versions = p.get("versions", {})
+    return grid(
+        {
+            "encoder": shape(bundle.cfg),
+            "parameters": f"{count(bundle.variables):,}",
+            "exits": "after layers " + ", ".join(map(str, bundle.exits.layers)),
+            "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
+            "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
+            "threshold": f"{threshold}. {p.get('threshold_from', '')}".strip(),
+            "tokens": f"at most {bundle.max_length}",
+            "pooling, mix": f"{bundle.exits.pooling}, {bundle.exits.mix}",
+            "numerics": f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}",
+            "started from": p.get("model", ""),
+            "trained on": p.get("data", ""),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        }
+    )
+
+
+def model_facts(cfg: BertConfig, params: Any) -> Table:
+    """What a pretrained encoder is."""
+    return grid(
+        {
+            "encoder": shape(cfg),
+            "heads": str(cfg.num_attention_heads),
+            "parameters": f"{count(params):,}",
+            "vocabulary": f"{cfg.vocab_size:,}",
+            "tokens": f"at most {cfg.max_position_embeddings}",
+            "exits": "none yet: `ejax train` adds them",
+        }
+    )
+
+
+def exit_tables(bundle: Bundle) -> list[Table]:
+    """Quality per exit, for every set of rows that the provenance reports on."""
+    metrics = bundle.provenance.get("metrics", {})
+    made = []
+    for name, title in PARTS.items():
+        if name not in metrics:
+            continue
+        point = bundle.provenance.get("operating_points", {}).get(name)
+        table = Table(title=f"{title}, {point['rows']} rows" if point else title)
+        for heading in ("layer", "accuracy", "macro-F1", "NLL", "Brier", "ECE", "leave here"):
+            table.add_column(heading, justify="right")
+        shares = point["exit_share"] if point else [float("nan")] * len(bundle.exits.layers)
+        for layer, row, share in zip(bundle.exits.layers, metrics[name], shares, strict=True):
+            values = (
+                row["after"][key] for key in ("accuracy", "macro_f1", "nll", "brier", "ece_width")
+            )
+            table.add_row(str(layer), *(f"{value:.4f}" for value in values), f"{100 * share:.1f} %")
+        if point:
+            table.caption = (
+                f"at the default threshold: accuracy {point['accuracy']:.4f}, full depth "
+                f"{point['full_accuracy']:.4f}, mean depth {point['mean_depth']:.2f} of "
+                f"{bundle.exits.num_layers} layers"
+            )
+        made.append(table)
+    return made
+
+
+def shape(cfg: BertConfig) -> str:
+    return f"{cfg.num_hidden_layers} layers of width {cfg.hidden_size}"
+
+
+def count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def grid(rows: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))  # a label may hold [brackets]
+    return table

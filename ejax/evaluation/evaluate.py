@@ -1,0 +1,231 @@
+"""Accuracy and measured time of a bundle at several thresholds, in one run.
+
+Every repeat times full depth and each threshold in turn on the same tokenised rows,
+after one pass that compiles; speed-ups are ratios of medians.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
+from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.data.tokenizer import Encoded
+from ejax.inference.policy import Decision
+from ejax.training.finetune import environment
+
+TILE_TOKENS = (512, 1024, 2048, 4096)
+
+
+def evaluate(
+    clf: EarlyExitClassifier,
+    encoded: Encoded,
+    labels: np.ndarray,
+    thresholds: Sequence[float],
+    *,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measures every threshold against full depth, side by side.
+
+    Args:
+      encoded: the rows' tokens, N of them.
+      labels: int [N].
+      thresholds: above 1 stands for full depth through the early-exit program.
+      repeats: timed passes; the median and the extremes are reported.
+
+    Returns:
+      Ready for JSON. `full`: the baseline, a straight scan of the same model with its
+      best tile. `thresholds`: for each `accuracy`, `macro_f1`, `drop` (points below
+      full depth, with its paired 95 % interval), `agreement` (share of rows with full
+      depth's label), `mean_depth` (layers, weighted by tokens), `exit_share`,
+      `seconds` (median, min, max), `texts_per_second`, `speedup` (measured) and
+      `ideal_speedup` (L / mean_depth: layers alone, no heads, no packing).
+    """
+    rows = len(encoded)
+    if rows == 0:
+        raise ValueError("evaluation needs at least one labelled row. Got none.")
+    progress("choosing the baseline's tile")
+    baseline = best_full_depth(clf, encoded)
+    runs: dict[float | str, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
+    for threshold in thresholds:
+        runs[threshold] = partial(clf.decide_encoded, encoded, threshold=threshold)
+    results: dict[float | str, Any] = {}
+    seconds: dict[float | str, list[float]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        progress(f"compiling, {describe(name)}")
+        results[name] = run()
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            progress(f"pass {repeat + 1} of {repeats}, {describe(name)}")
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    full_logits = results["full"]
+    correct = full_logits.argmax(axis=1) == labels
+    full = {
+        "accuracy": accuracy(full_logits.argmax(axis=1), labels),
+        "macro_f1": macro_f1(full_logits.argmax(axis=1), labels),
+        "tile_tokens": baseline.shapes.tile_tokens,
+        **timing(seconds["full"], rows),
+    }
+    points = []
+    for threshold in thresholds:
+        decision = results[threshold]
+        point = quality(clf, encoded.lengths, labels, decision, full_logits, correct)
+        time_of = timing(seconds[threshold], rows)
+        points.append(
+            {
+                "threshold": threshold,
+                **point,
+                **time_of,
+                "speedup": full["seconds"]["median"] / time_of["seconds"]["median"],
+                "ideal_speedup": clf.bundle.exits.num_layers / point["mean_depth"],
+            }
+        )
+    return {
+        "rows": rows,
+        "layers": list(clf.bundle.exits.layers),
+        "dtype": clf.bundle.cfg.dtype,
+        "repeats": repeats,
+        "full": full,
+        "thresholds": points,
+        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
+    }
+
+
+def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
+    """The classifier whose tile size runs rows of the commonest length fastest at full depth."""
+    candidates = [
+        EarlyExitClassifier(clf.bundle, shapes=dataclasses.replace(Shapes(), tile_tokens=tokens))
+        for tokens in TILE_TOKENS
+    ]
+    rows, _ = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
+    sample = encoded.subset(rows[:1024])
+
+    def seconds(candidate: EarlyExitClassifier) -> float:
+        start = time.perf_counter()
+        candidate.full_logits(sample)
+        return time.perf_counter() - start
+
+    for candidate in candidates:
+        candidate.full_logits(sample)  # compiles
+    return min(candidates, key=lambda candidate: min(seconds(candidate) for _ in range(3)))
+
+
+def quality(
+    clf: EarlyExitClassifier,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    decision: Decision,
+    full_logits: np.ndarray,
+    full_correct: np.ndarray,
+) -> dict[str, Any]:
+    layers = np.asarray(clf.bundle.exits.layers)
+    predicted = decision.logits.argmax(axis=1)
+    drop, low, high = paired_interval(full_correct, predicted == labels)
+    counts = np.bincount(decision.exit, minlength=len(layers))
+    return {
+        "accuracy": accuracy(predicted, labels),
+        "macro_f1": macro_f1(predicted, labels),
+        "drop": drop,
+        "drop_low": low,
+        "drop_high": high,
+        "agreement": float(np.mean(predicted == full_logits.argmax(axis=1))),
+        "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
+        "exit_share": [float(share) for share in counts / len(labels)],
+    }
+
+
+def timing(seconds: list[float], rows: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+        "texts_per_second": rows / median,
+    }
+
+
+def describe(threshold: float | str) -> str:
+    full = threshold == "full" or float(threshold) > 1
+    return "full depth" if full else f"threshold {threshold:g}"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result as people read it."""
+    layers = result["layers"][-1]
+    made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
+    headings = ("threshold", "accuracy", "macro-F1", "drop, points (95 %)", f"depth of {layers}")
+    for heading in (*headings, "texts/s", "speed-up", "ideal"):
+        made.add_column(heading, justify="right")
+    full = result["full"]
+    made.add_row(
+        "full model", f"{full['accuracy']:.4f}", f"{full['macro_f1']:.4f}", "", f"{layers:.2f}",
+        f"{full['texts_per_second']:.0f}", "1.00", "1.00",
+    )  # fmt: skip
+    for p in result["thresholds"]:
+        made.add_row(
+            describe(p["threshold"]).removeprefix("threshold "),
+            f"{p['accuracy']:.4f}",
+            f"{p['macro_f1']:.4f}",
+            f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
+            f"{p['mean_depth']:.2f}",
+            f"{p['texts_per_second']:.0f}",
+            f"{p['speedup']:.2f}",
+            f"{p['ideal_speedup']:.2f}",
+        )
+    return made
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """The JSON at `path`, and beside it a PNG of accuracy against measured time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)
+    plot(result, path.with_suffix(".png"))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted(result["thresholds"], key=lambda p: p["seconds"]["median"])
+
+    def per_text(entry: dict[str, Any], which: str = "median") -> float:
+        return 1000 * entry["seconds"][which] / result["rows"]
+
+    x = np.array([per_text(p) for p in points])
+    spread = np.array(
+        [[per_text(p) - per_text(p, "min"), per_text(p, "max") - per_text(p)] for p in points]
+    )
+    axes.errorbar(
+        x, [100 * p["accuracy"] for p in points], xerr=spread.T, marker="o", capsize=2,
+        label="early exit",
+    )  # fmt: skip
+    for p in points:
+        axes.annotate(
+            describe(p["threshold"]).removeprefix("threshold "),
+            (per_text(p), 100 * p["accuracy"]),
+            textcoords="offset points",
+            xytext=(4, -11),
+            fontsize=8,
+        )
+    full = result["full"]
+    axes.plot([per_text(full)], [100 * full["accuracy"]], "s", color="black", label="full model")
+    axes.set(xlabel="milliseconds per text, measured", ylabel="accuracy, %", xlim=(0, None))
+    axes.set_title(f"{result['rows']} texts, {result['dtype']}, {result['date']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    fresh = path.with_suffix(".tmp")
+    figure.savefig(fresh, dpi=150, format="png")
+    fresh.replace(path)

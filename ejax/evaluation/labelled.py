@@ -1,0 +1,67 @@
+"""Labelled rows for a trained bundle: to evaluate it, or to calibrate it again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ejax.bundle import Bundle
+from ejax.config import DataConfig
+from ejax.data.named import TFDS
+from ejax.data.sources import SPLITS, Split, load
+
+
+def labelled_rows(
+    bundle: Bundle,
+    data: str,
+    split: str = "test",
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str = "",
+    cache_dir: str = "",
+) -> Split:
+    """One split, its labels those of the bundle by name.
+
+    Columns and the carving of a dev split from train follow the training of the bundle,
+    so that the dev rows of the same data are the dev rows of then.
+
+    Args:
+      data: a file (`split` does not matter), a folder with train, dev and test files, or
+        a TFDS name.
+      text_columns: () means those of the training.
+      label_column: "" means that of the training.
+
+    Raises:
+      ValueError: one sentence; for a label that the bundle does not know it names the
+        file and the line.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}. Got {split!r}.")
+    trained = bundle.provenance.get("config", {})
+    options: dict[str, Any] = {
+        "text_columns": tuple(text_columns) or tuple(_of(trained, "text_columns", ())),
+        "label_column": label_column or _of(trained, "label_column", "label"),
+        "dev_fraction": _of(trained, "dev_fraction", 0.1),
+        "cache_dir": cache_dir,
+    }
+    path = Path(data)
+    if path.is_file():
+        return load(DataConfig(test=data, **options), splits=("test",), labels=bundle.labels)[
+            "test"
+        ]
+    if path.is_dir():
+        config = DataConfig(path=data, **options)
+    elif data in TFDS:
+        config = DataConfig(name=data, **options)
+    else:
+        raise ValueError(
+            f"No such file or folder: {data}; nor is it one of the data sets {', '.join(TFDS)}."
+        )
+    seed = trained.get("seed", 0)
+    found = load(config, splits=(split,), seed=seed, labels=bundle.labels)
+    if split not in found:
+        raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
+    return found[split]
+
+
+def _of(trained: dict[str, Any], field: str, default: Any) -> Any:
+    return trained.get("data", {}).get(field, default)

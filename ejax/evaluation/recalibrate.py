@@ -1,0 +1,71 @@
+"""New temperatures and a new default threshold for a trained bundle, from other rows."""
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from ejax.bundle import Bundle
+from ejax.calibration.calibrate import Answers, calibrate
+from ejax.data.batches import eval_plan
+from ejax.data.sources import Split
+from ejax.training.finetune import encode
+from ejax.training.parallel import make_all_logits
+
+BATCH = 128
+FEWEST = 2  # rows; far more are needed for temperatures to mean something
+
+
+def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundle:
+    """The bundle with temperatures and threshold fitted on these rows; weights as they are.
+
+    Rows that the bundle's provenance records as dev-B are never fitted on: where the
+    split holds some, they are reported on as "dev_b". All figures of the former
+    calibration are dropped from the provenance, since they no longer hold.
+
+    Args:
+      max_drop: points of accuracy on these rows that the threshold may lose against
+        full depth.
+
+    Raises:
+      ValueError: when too few rows are left.
+    """
+    task = encode(split, bundle.tokenizer, bundle.max_length)
+    held_out = set(bundle.provenance.get("rows", {}).get("dev_b", ()))
+    is_held_out = np.array([name in held_out for name in task.hashes], bool)
+    fit, kept = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if len(fit) < FEWEST:
+        raise ValueError(
+            f"calibration needs at least {FEWEST} rows, and {split.origin} has {len(fit)} that are "
+            f"not in the dev-B of this bundle, which is kept for reports: give other rows."
+        )
+    plan = eval_plan(
+        task.encoded.lengths,
+        buckets=bundle.buckets,
+        max_length=bundle.max_length,
+        batch_size=BATCH,
+    )
+    logits = make_all_logits(bundle.model)(bundle.variables, task.encoded, plan)
+
+    rows = Answers(logits, task.labels, task.encoded.lengths)
+    parts = {"calibration": rows.take(fit)} | ({"dev_b": rows.take(kept)} if len(kept) else {})
+    chosen = calibrate(
+        parts, "calibration", bundle.exits.layers, max_drop=max_drop, where=split.origin
+    )
+    changed: dict[str, Any] = {
+        **{name: chosen[name] for name in ("threshold_from", "operating_points", "metrics")},
+        "calibrated": {
+            "data": split.origin,
+            "date": time.strftime("%Y-%m-%d"),
+            "max_drop": max_drop,
+            "dev_b_rows_left_out": len(kept),
+        },
+        "rows": bundle.provenance.get("rows", {}) | {"calibration": [task.hashes[i] for i in fit]},
+    }
+    return dataclasses.replace(
+        bundle,
+        temperatures=tuple(chosen["temperatures"]),
+        threshold=chosen["threshold"],
+        provenance=bundle.provenance | changed,
+    )

@@ -1,0 +1,102 @@
+"""Exit heads: token pooling, a mix over the layers below, a classifier.
+
+Schwartz et al., "The Right Tool for the Job" (ACL 2020), section 3.1: every exit
+reads a learned, weighted sum of the pooled outputs of all layers up to its own.
+Here the weights are a softmax, where the paper's code normalises them to length 1.
+
+Axes: B batch, T tokens, D width, L layers, E exits, C classes.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejax.config import BertConfig, ExitConfig
+from ejax.models.bert import Projection, dropout, fold_in
+
+Array = jax.Array
+
+
+def pool(x: Array, mask: Array, exits: ExitConfig) -> Array:
+    """One vector per row, float32 [B, D]: the first token, or the mean of the real ones.
+
+    Args:
+      x: <float>[B, T, D].
+      mask: int [B, T].
+    """
+    if exits.pooling == "cls":
+        return x[:, 0].astype(jnp.float32)
+    real = (mask > 0).astype(jnp.float32)
+    total = (x.astype(jnp.float32) * real[:, :, None]).sum(axis=1)
+    return total / jnp.maximum(real.sum(axis=1), 1.0)[:, None]
+
+
+def mix_columns(mix: Array, exits: ExitConfig) -> Array:
+    """What each layer adds to each exit's mix: float32 [L, E], columns sum to 1.
+
+    Args:
+      mix: float32 [E, L], the learned scores; layers above an exit are not read.
+    """
+    layer = np.arange(1, exits.num_layers + 1)
+    below = layer[:, None] <= np.asarray(exits.layers)
+    if exits.mix == "last":
+        return jnp.asarray(layer[:, None] == np.asarray(exits.layers), jnp.float32)
+    return jax.nn.softmax(jnp.where(below, mix.T, -jnp.inf), axis=0)
+
+
+def mix_in(mixed: Array, column: Array, x: Array, mask: Array, exits: ExitConfig) -> Array:
+    """Adds one layer's pooled output to every exit's mix.
+
+    Args:
+      mixed: float32 [B, E, D].
+      column: float32 [E], this layer's row of `mix_columns`.
+      x: <float>[B, T, D], the layer's output.
+      mask: int [B, T].
+    """
+    return mixed + column[None, :, None] * pool(x, mask, exits)[:, None, :]
+
+
+class ExitHead(nn.Module):
+    """Dense, tanh, dropout, linear: float32 [B, D] -> logits float32 [B, C]."""
+
+    cfg: BertConfig
+    num_labels: int
+
+    @nn.compact
+    def __call__(self, mixed: Array, keys: Array | None = None) -> Array:
+        d, c = self.cfg.hidden_size, self.num_labels
+        x = jnp.tanh(Projection("bd,de->be", (d, d), (d,), self.cfg, name="dense")(mixed))
+        x = dropout(x, self.cfg.hidden_dropout_prob, keys, 0)
+        return Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")(x)
+
+
+class ExitHeads(nn.Module):
+    """All heads of a model, parameters stacked [E, ...]."""
+
+    cfg: BertConfig
+    config: ExitConfig
+
+    def setup(self) -> None:
+        shape = (len(self.config.layers), self.config.num_layers)
+        self.mix = self.param("mix", nn.initializers.zeros, shape, jnp.float32)
+        stacked = nn.vmap(
+            ExitHead,
+            in_axes=(1, 0),
+            out_axes=0,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        self.exits = stacked(self.cfg, self.config.num_labels)
+
+    def columns(self) -> Array:
+        """float32 [L, E]: what each layer adds to each exit's mix."""
+        return mix_columns(self.mix, self.config)
+
+    def __call__(self, mixed: Array, keys: Array | None = None) -> Array:
+        """Logits float32 [E, B, C] from the mixes float32 [B, E, D]."""
+        if keys is not None:
+            first = self.config.num_layers + 1  # the numbers up to L belong to the encoder
+            numbers = first + jnp.arange(len(self.config.layers))
+            keys = jax.vmap(fold_in, (None, 0))(keys, numbers)
+        return self.exits(mixed, keys)

@@ -1,0 +1,353 @@
+"""Hugging Face BERT checkpoints ↔ parameters.
+
+Axes: D width, H heads, K head size, F feed-forward, L layers, E exits,
+V vocabulary, P positions.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp  # also teaches numpy the name "bfloat16"
+import numpy as np
+
+from ejax import assets
+from ejax.config import BertConfig, field_types, from_json, to_json
+
+Params = dict[str, Any]
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+# Keys that would change the maths, and the only values the encoder here computes.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": ({},),
+}
+# Ours alone: a checkpoint's own "dtype" says how it is stored, not how to compute.
+_NOT_IN_HF = ("dtype", "residual_dtype")
+
+
+class _Leaf(NamedTuple):
+    """One leaf of the parameters and its tensor; {} in `name` is the layer, from 0."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]  # of one layer
+    name: str
+    hf_shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    def from_hf(self, tensor: np.ndarray) -> np.ndarray:
+        return (tensor.T if self.path[-1] == "kernel" else tensor).reshape(self.shape)
+
+    def to_hf(self, leaf: np.ndarray) -> np.ndarray:
+        if self.path[-1] == "kernel":  # Linear keeps [out, in]
+            return np.ascontiguousarray(leaf.reshape(self.hf_shape[::-1]).T)
+        return np.ascontiguousarray(leaf.reshape(self.hf_shape))
+
+
+def _leaves(cfg: BertConfig, *, pooler: bool) -> list[_Leaf]:
+    """Every leaf of the parameter tree, with its Hugging Face name and shape."""
+    d, h, k, f = cfg.hidden_size, cfg.num_attention_heads, cfg.head_size, cfg.intermediate_size
+    leaves = []
+
+    def table(name: str, hf: str, rows: int) -> None:
+        path = ("embeddings", name, "embedding")
+        leaves.append(_Leaf(path, (rows, d), f"embeddings.{hf}_embeddings.weight", (rows, d)))
+
+    def norm(path: tuple[str, ...], hf: str) -> None:
+        leaves.append(_Leaf((*path, "scale"), (d,), f"{hf}.weight", (d,)))
+        leaves.append(_Leaf((*path, "bias"), (d,), f"{hf}.bias", (d,)))
+
+    def linear(
+        path: tuple[str, ...], hf: str, inner: tuple[int, ...], outer: tuple[int, ...]
+    ) -> None:
+        hf_shape = (int(np.prod(outer)), int(np.prod(inner)))
+        leaves.append(_Leaf((*path, "kernel"), (*inner, *outer), f"{hf}.weight", hf_shape))
+        leaves.append(_Leaf((*path, "bias"), outer, f"{hf}.bias", hf_shape[:1]))
+
+    table("word", "word", cfg.vocab_size)
+    table("position", "position", cfg.max_position_embeddings)
+    table("token_type", "token_type", cfg.type_vocab_size)
+    norm(("embeddings", "norm"), "embeddings.LayerNorm")
+    layer = "encoder.layer.{}"
+    for name in ("query", "key", "value"):
+        linear(("layers", name), f"{layer}.attention.self.{name}", (d,), (h, k))
+    linear(("layers", "attention_output"), f"{layer}.attention.output.dense", (h, k), (d,))
+    norm(("layers", "attention_norm"), f"{layer}.attention.output.LayerNorm")
+    linear(("layers", "intermediate"), f"{layer}.intermediate.dense", (d,), (f,))
+    linear(("layers", "output"), f"{layer}.output.dense", (f,), (d,))
+    norm(("layers", "output_norm"), f"{layer}.output.LayerNorm")
+    if pooler:
+        linear(("pooler",), "pooler.dense", (d,), (d,))
+    return leaves
+
+
+def load_bert(name: str | Path, **overrides: Any) -> tuple[BertConfig, Params]:
+    """Reads a Hugging Face BERT.
+
+    Args:
+      name: a folder with config.json and model.safetensors, a hub id, or a name in
+        `ejax.assets.PACKAGES`.
+      **overrides: fields of `BertConfig`, such as dtype="float32".
+
+    Returns:
+      The config and the parameters of `BertModel`: numpy float32, whatever type the
+      file has, plus "pooler" if the checkpoint has one. Heads are not read.
+
+    Raises:
+      ValueError: when the folder, the config or any tensor of the encoder does not
+        fit; all tensors that do not are listed at once.
+    """
+    folder = assets.resolve(str(name))
+    cfg = from_json(BertConfig, {**to_json(read_config(folder)), **overrides})
+    tensors = _read_tensors(folder)
+    try:
+        return cfg, from_hf(tensors, cfg)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
+
+
+def read_config(folder: str | Path) -> BertConfig:
+    """The `BertConfig` in a Hugging Face folder's config.json.
+
+    Keys that do not change what the encoder computes are ignored.
+
+    Raises:
+      ValueError: for a missing or broken file, or a setting that is not supported.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object. Got {type(values).__name__}.")
+    for key, allowed in _ONLY.items():
+        value = values.get(key)
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{path}: {key} must be {' or '.join(map(repr, allowed))}, the only one supported. "
+                f"Got {value!r}."
+            )
+    known = [name for name in field_types(BertConfig) if name not in _NOT_IN_HF]
+    given = {name: values[name] for name in known if values.get(name) is not None}
+    try:
+        return from_json(BertConfig, given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    import safetensors
+    import safetensors.numpy
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        held = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise ValueError(
+            f"{folder} has no model.safetensors, the one format read; it holds {held}. Convert "
+            f"pytorch_model.bin or shards once, where PyTorch and transformers are installed: "
+            f"AutoModel.from_pretrained(name).save_pretrained(folder, max_shard_size='99GB')."
+        )
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read, it may be damaged or cut short: {error}. Download it again."
+        ) from None
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], cfg: BertConfig) -> Params:
+    """Parameters of `BertModel` from tensors under their Hugging Face names.
+
+    Names may have the prefix "bert." or not, norms may be called gamma and beta; what
+    lies outside the encoder and its pooler, such as other heads, is ignored.
+
+    Args:
+      tensors: float32, float16, bfloat16 or float64.
+      cfg: the shapes.
+
+    Returns:
+      numpy float32, new memory; "pooler" only if there is one.
+
+    Raises:
+      ValueError: lists every tensor that is missing, unexpected or of a wrong shape
+        or type.
+    """
+    found, problems = _encoder_tensors(tensors)
+    leaves = _leaves(cfg, pooler=any(name.startswith("pooler.") for name in found))
+    params: Params = {}
+    known = set()
+    for leaf in leaves:
+        count = cfg.num_hidden_layers if leaf.stacked else 1
+        out = np.empty((count, *leaf.shape), np.float32)
+        for i in range(count):
+            name = leaf.name.format(i)
+            known.add(name)
+            problem = _misfit(name, found.get(name), leaf.hf_shape)
+            if problem:
+                problems.append(problem)
+            else:
+                out[i] = leaf.from_hf(found[name])
+        _set(params, leaf.path, out if leaf.stacked else out[0])
+    problems += [f"unexpected: {name}" for name in found if name not in known]
+    if problems:
+        _raise_misfits(problems, found, cfg)
+    return params
+
+
+def _encoder_tensors(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The encoder's and pooler's tensors under today's names, and names that stand twice."""
+    found: dict[str, np.ndarray] = {}
+    problems = []
+    for original, tensor in tensors.items():
+        name = original.removeprefix("bert.")
+        ours = name.startswith(("embeddings.", "encoder.", "pooler.")) or name != original
+        if not ours or name in ("embeddings.position_ids", "embeddings.token_type_ids"):
+            continue
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in found:
+            problems.append(f"twice: {original}")
+        found[name] = tensor
+    return found, problems
+
+
+def _misfit(name: str, tensor: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
+    if tensor is None:
+        return f"missing: {name}"
+    if tensor.shape != shape:
+        return f"wrong shape: {name} must be {shape}. Got {tensor.shape}"
+    if tensor.dtype.name not in FLOATS:
+        return f"wrong type: {name} must be one of {', '.join(FLOATS)}. Got {tensor.dtype.name}"
+    return None
+
+
+def _raise_misfits(problems: list[str], found: Mapping[str, Any], cfg: BertConfig) -> None:
+    if not found:
+        raise ValueError("holds no tensor of a BERT encoder, such as bert.encoder.layer.0.…")
+    numbers = {name.split(".")[2] for name in found if name.startswith("encoder.layer.")}
+    layers = ""
+    if len(numbers) != cfg.num_hidden_layers:
+        layers = f" ({len(numbers)} layers found, num_hidden_layers is {cfg.num_hidden_layers})"
+    raise ValueError(
+        f"{len(problems)} of the encoder's tensors do not fit the config{layers}:\n  "
+        + "\n  ".join(problems)
+    )
+
+
+def to_hf(params: Params, cfg: BertConfig) -> dict[str, np.ndarray]:
+    """The inverse of `from_hf`: names with the prefix "bert.", float32, bit for bit.
+
+    Raises:
+      ValueError: lists every leaf that is missing, unexpected or of a wrong shape.
+    """
+    leaves = _leaves(cfg, pooler="pooler" in params)
+    stack = (cfg.num_hidden_layers,)
+    shapes = {leaf.path: (stack if leaf.stacked else ()) + leaf.shape for leaf in leaves}
+    given = dict(_walk(params))
+    _check_leaves(shapes, {path: x.shape for path, x in given.items()}, "the config")
+    tensors = {}
+    for leaf in leaves:
+        x = np.asarray(given[leaf.path], np.float32)
+        for i, layer in enumerate(x if leaf.stacked else x[None]):
+            tensors["bert." + leaf.name.format(i)] = leaf.to_hf(layer)
+    return tensors
+
+
+def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) -> Params:
+    """The variables of `EarlyExitBert` with a pretrained encoder in them.
+
+    Args:
+      variables: what `EarlyExitBert.init` gave; not changed.
+      bert: the parameters `load_bert` gave; layers above those of `variables` are
+        left out.
+      pooler: also start the dense layer of every exit from the checkpoint's pooler,
+        if it has one. It was trained on the first token: use it with pooling "cls".
+
+    Raises:
+      ValueError: when the checkpoint has too few layers, or lists every leaf whose
+        shape differs.
+    """
+    if not isinstance(bert, Mapping) or "layers" not in bert:
+        raise ValueError("bert must be the parameters, the second value that load_bert returns.")
+    if "bert" not in variables.get("params", {}):
+        raise ValueError('variables must be {"params": {"bert": …}}, as EarlyExitBert.init gives.')
+    params = variables["params"]
+    ours = dict(_walk(params["bert"]))
+    needed = ours["layers", "query", "bias"].shape[0]
+    theirs = {path: x for path, x in _walk(bert) if path[0] != "pooler"}
+    held = next(x.shape[0] for path, x in theirs.items() if path[0] == "layers")
+    if held < needed:
+        raise ValueError(
+            f"the model needs {needed} layers and the checkpoint has {held}: choose exits up to "
+            f"layer {held}."
+        )
+    theirs = {path: x[:needed] if path[0] == "layers" else x for path, x in theirs.items()}
+    shapes = {path: x.shape for path, x in ours.items()}
+    given_shapes = {path: x.shape for path, x in theirs.items()}
+    copy_pooler = pooler and "pooler" in bert
+    if copy_pooler:
+        dense = params["heads"]["exits"]["dense"]
+        for name in ("kernel", "bias"):
+            shapes["pooler", name] = dense[name].shape[1:]
+            given_shapes["pooler", name] = bert["pooler"][name].shape
+    _check_leaves(shapes, given_shapes, "the model")
+
+    encoder: Params = {}
+    for path, leaf in ours.items():
+        _set(encoder, path, jnp.array(theirs[path], leaf.dtype))
+    params = {**params, "bert": encoder}
+    if copy_pooler:
+        dense = {
+            name: jnp.array(jnp.broadcast_to(bert["pooler"][name], leaf.shape), leaf.dtype)
+            for name, leaf in dense.items()
+        }
+        exits = {**params["heads"]["exits"], "dense": dense}
+        params["heads"] = {**params["heads"], "exits": exits}
+    return {**variables, "params": params}
+
+
+def _check_leaves(
+    want: Mapping[tuple[str, ...], tuple[int, ...]],
+    got: Mapping[tuple[str, ...], tuple[int, ...]],
+    whose: str,
+) -> None:
+    problems = [f"missing: {'/'.join(path)}" for path in want if path not in got]
+    problems += [f"unexpected: {'/'.join(path)}" for path in got if path not in want]
+    problems += [
+        f"wrong shape: {'/'.join(path)} must be {want[path]}. Got {got[path]}"
+        for path in want
+        if path in got and want[path] != got[path]
+    ]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of the parameters do not fit {whose}:\n  " + "\n  ".join(problems)
+        )
+
+
+def _walk(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """(path, leaf) of a nested dict."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

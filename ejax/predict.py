@@ -1,0 +1,262 @@
+"""A file of texts in, the same rows with their labels out.
+
+Rows keep their order and their columns; memory does not grow with the file; an output
+file appears whole or not at all.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ejax.classifier import EarlyExitClassifier, Text
+from ejax.data.files import Row, find_text_columns, path_format, read_rows, texts_of
+
+FORMATS = ("tsv", "csv", "jsonl")
+ADDED = ("label", "score", "exit_layer", "top_k")
+CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # read, classified and written together
+NAMED = 20  # skipped rows that are named
+
+
+class Summary(NamedTuple):
+    """What was done."""
+
+    rows: int
+    exits: Counter[int]  # rows by the layer they left after
+    skipped: int
+    named: list[str]  # why, for the first `NAMED` rows skipped
+    spaced: int  # rows whose tabs or line breaks became spaces, in a tsv
+
+
+def predict_file(
+    clf: EarlyExitClassifier,
+    source: str,
+    output: str,
+    *,
+    threshold: float | None = None,
+    top_k: int | None = 1,
+    text_columns: Sequence[str] = (),
+    format: str = "",
+    skip_bad_rows: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Summary:
+    """Classifies every row of `source` and writes it to `output` with the answer.
+
+    Every column is kept. Added are `label`, `score` (its calibrated probability) and
+    `exit_layer`; with a `top_k` other than 1 also `top_k`, a list of
+    {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that the
+    first row has already gets the prefix "predicted_".
+
+    A tsv cannot hold tabs and line breaks: there they become spaces, and are counted.
+
+    Args:
+      source: tsv, csv, jsonl or txt, each also .gz, or "-" for standard input.
+      output: tsv, csv or jsonl by its ending, each also .gz; "-" is standard output.
+        Without an ending: the format of the input, jsonl where that is txt or unknown.
+      threshold: None means the bundle's; above 1 full depth.
+      top_k: None means all labels.
+      text_columns: () means those of the training, or else the recognised ones.
+      format: of `source`, where its ending does not say it.
+      skip_bad_rows: leave out rows that cannot be read, instead of stopping.
+      progress: called with the rows done so far.
+
+    Raises:
+      ValueError: one sentence; for a row it names the file and the line.
+    """
+    kind = output_format(source, output, format)
+    exits: Counter[int] = Counter()
+    named: list[str] = []
+    skipped = spaced = done = 0
+
+    def skip(sentence: str) -> None:
+        nonlocal skipped
+        skipped += 1
+        if len(named) < NAMED:
+            named.append(sentence)
+
+    rows = read_texts(
+        clf, source, text_columns, format, kind, top_k == 1, skip if skip_bad_rows else None
+    )
+    with writing(output) as file:
+        write: Writer | None = None
+        for chunk in chunks(rows):
+            answers = clf([text for _, text, _ in chunk], threshold=threshold, top_k=top_k)
+            for (row, _, names), answer in zip(chunk, answers, strict=True):
+                made = row | dict(zip(names, added(answer), strict=True))
+                if write is None:
+                    write = Writer(kind, list(made))
+                    file.write(write.header())
+                line, has_spaces = write.row(made)
+                file.write(line)
+                spaced += has_spaces
+                exits[made[names[2]]] += 1
+            done += len(chunk)
+            progress(done)
+    return Summary(done, exits, skipped, named, spaced)
+
+
+def output_format(source: str, output: str, format: str = "") -> str:
+    """ "tsv", "csv" or "jsonl": by the ending of `output`, or else that of the input."""
+    kind = path_format(output) if output != "-" else ""
+    if kind and kind not in FORMATS:
+        raise ValueError(
+            f"{output}: cannot write that format. Expected an ending .tsv, .csv or .jsonl, "
+            f"each also with .gz."
+        )
+    kind = kind or format or path_format(source)
+    return kind if kind in FORMATS else "jsonl"
+
+
+def read_texts(
+    clf: EarlyExitClassifier,
+    source: str,
+    text_columns: Sequence[str],
+    format: str,
+    kind: str,
+    top_1: bool,
+    skip: Callable[[str], None] | None,
+) -> Iterator[tuple[Row, Text, tuple[str, ...]]]:
+    """Yields (row, its text or pair, the names of the added columns)."""
+    known: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    options: dict[str, Any] = {} if skip is None else {"skip": skip}
+    if text_columns:
+        options["text_columns"] = tuple(text_columns)
+    for line, row in read_rows(source, format=format, labels=clf.bundle.labels, **options):
+        if not columns:
+            known = tuple(row)
+            columns = find_text_columns(known, _given(clf, text_columns, known), path=source)
+            names = tuple(
+                f"predicted_{name}" if name in known else name
+                for name in (ADDED[:3] if top_1 else ADDED)
+            )
+        try:
+            text, pair = texts_of(row, columns, source, line)
+            _check_columns(row, known, names, kind, f"{source}, line {line}")
+        except ValueError as error:
+            if skip is None:
+                raise
+            skip(str(error))
+            continue
+        yield row, text if pair is None else (text, pair), names
+
+
+def _given(clf: EarlyExitClassifier, given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """The text columns asked for, or those of the training where this file has them too."""
+    trained = clf.bundle.provenance.get("config", {}).get("data", {}).get("text_columns", ())
+    return given or (trained if all(name in known for name in trained) else ())
+
+
+def _check_columns(
+    row: Row, known: Sequence[str], names: Sequence[str], kind: str, where: str
+) -> None:
+    clash = [name for name in row if name in names]
+    if clash:
+        raise ValueError(
+            f"{where}: column {clash[0]!r} would be overwritten; the first row does not have it."
+        )
+    extra = [name for name in row if name not in known]
+    if extra and kind != "jsonl":
+        raise ValueError(
+            f"{where}: column {extra[0]!r} is not in the first row, and a {kind} has the same "
+            f"columns in every row: write .jsonl."
+        )
+
+
+def added(answer: Any) -> list[Any]:
+    """The values of the added columns, from what the classifier says of a row."""
+    top = answer if isinstance(answer, list) else [answer]
+    pairs = [{"label": one["label"], "score": round(one["score"], 6)} for one in top]
+    first = [pairs[0]["label"], pairs[0]["score"], top[0]["exit_layer"]]
+    return [*first, pairs] if isinstance(answer, list) else first
+
+
+def chunks(
+    rows: Iterable[tuple[Row, Text, tuple[str, ...]]],
+) -> Iterator[list[tuple[Row, Text, tuple[str, ...]]]]:
+    """Lists of rows, bounded in number and in characters."""
+    held: list[tuple[Row, Text, tuple[str, ...]]] = []
+    characters = 0
+    for item in rows:
+        held.append(item)
+        characters += sum(map(len, item[1])) if isinstance(item[1], tuple) else len(item[1])
+        if len(held) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield held
+            held, characters = [], 0
+    if held:
+        yield held
+
+
+class Writer:
+    """Rows as lines of bytes that `read_rows` reads back."""
+
+    def __init__(self, kind: str, columns: list[str]) -> None:
+        self.kind, self.columns = kind, columns
+
+    def header(self) -> bytes:
+        if self.kind == "jsonl":
+            return b""
+        return self.row({name: name for name in self.columns})[0]
+
+    def row(self, row: Row) -> tuple[bytes, bool]:
+        """(the line, whether tabs or line breaks became spaces)."""
+        if self.kind == "jsonl":
+            try:
+                return (json.dumps(row, ensure_ascii=False) + "\n").encode(), False
+            except UnicodeEncodeError:  # half a surrogate pair, in a column that is passed on
+                return (json.dumps(row) + "\n").encode(), False
+        cells = [_cell(row.get(name)) for name in self.columns]
+        if self.kind == "csv":
+            line = io.StringIO()
+            # Python 3.11 quotes "\r" only where it is part of the line's end.
+            csv.writer(line, lineterminator="\r\n").writerow(cells)
+            return (line.getvalue().removesuffix("\r\n") + "\n").encode(errors="replace"), False
+        plain = [re.sub(r"\r\n|[\t\r\n]", " ", cell) for cell in cells]
+        return ("\t".join(plain) + "\n").encode(errors="replace"), plain != cells
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def writing(output: str) -> Iterator[BinaryIO]:
+    """Standard output for "-", else a file that gets its name when it is complete."""
+    if output == "-":
+        yield sys.stdout.buffer
+        sys.stdout.flush()
+        return
+    path = Path(os.path.realpath(output))
+    if path.is_dir():
+        raise ValueError(f"{output} is a folder: give the name of a file to write.")
+    device = path.exists() and not path.is_file()  # or a pipe: it stays what it is
+    part = path if device else path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            if path_format(output) and output.lower().endswith(".gz"):
+                with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                    yield packed  # type: ignore[misc]
+            else:
+                yield file
+        if not device:
+            part.replace(path)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{output} cannot be written: {error.strerror or error}. Nothing of it was kept."
+        ) from error
+    finally:
+        if not device:
+            part.unlink(missing_ok=True)

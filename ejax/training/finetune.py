@@ -1,0 +1,378 @@
+"""Fine-tuning from a config to a bundle.
+
+Train all exits together, keep the best checkpoint by dev-A, fit temperatures and
+choose the default threshold on dev-A, report on dev-B and test.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ejax import assets
+from ejax.bundle import Bundle, check_output, save_bundle
+from ejax.calibration.calibrate import Answers, calibrate
+from ejax.calibration.metrics import accuracy
+from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
+from ejax.data import sources
+from ejax.data.batches import eval_plan, take, train_plan
+from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.weights import load_bert, with_pretrained
+from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
+from ejax.training.optim import make_optimizer
+from ejax.training.parallel import make_all_logits, parallel_step, replicate
+from ejax.training.step import Rows, TrainState, make_train_step
+
+LOG_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A split, tokenised."""
+
+    encoded: Encoded
+    labels: np.ndarray  # int32 [N]
+    hashes: list[str]  # one per row
+
+    def take(self, rows: np.ndarray) -> "Task":
+        hashes = [self.hashes[row] for row in rows]
+        return Task(self.encoded.subset(rows), self.labels[rows], hashes)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()[:16]
+
+
+def finetune(
+    config: TrainConfig,
+    workdir: str | Path,
+    *,
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Trains, calibrates and saves a bundle; called again, it resumes where it was.
+
+    Args:
+      config: everything the result depends on.
+      workdir: checkpoints, metrics.jsonl, TensorBoard files and result.json go here.
+      output: the bundle's folder; None means workdir/bundle.
+      console: where progress is shown; None means standard error.
+
+    Returns:
+      The bundle's folder.
+
+    Raises:
+      ValueError: on bad data, a bad config, or a workdir of another config.
+    """
+    workdir, console = Path(workdir), console or Console(stderr=True)
+    output = check_output(output or workdir / "bundle")
+    started = time.time()
+    splits = sources.load(config.data, seed=config.seed)
+    labels = splits["train"].labels
+    cfg, bert, tokenizer = load_model(config)
+    exits = ExitConfig(
+        config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
+        len(labels),
+        config.pooling,
+        config.mix,
+    )
+    check_weights(config, exits)
+    cfg = cut(cfg, exits)
+    max_length = min(config.data.max_length, cfg.max_position_embeddings)
+    with console.status("tokenising"):
+        tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
+    check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
+    claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
+    console.print(
+        f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
+        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
+    )
+    model = EarlyExitBert(cfg, exits)
+    half_a, half_b = sources.split_dev(len(tasks["dev"].labels), config.seed)
+    all_logits = make_all_logits(model)
+
+    def logits_of(task: Task, params: Any) -> np.ndarray:
+        plan = eval_plan(
+            task.encoded.lengths,
+            buckets=config.data.buckets,
+            max_length=max_length,
+            batch_size=4 * config.batch_size,
+        )
+        return all_logits({"params": params}, task.encoded, plan)
+
+    dev_a_rows = tasks["dev"].take(half_a)
+
+    def dev_a(params: Any) -> dict[str, float]:
+        truth, logits = dev_a_rows.labels, logits_of(dev_a_rows, params)
+        per_exit = [accuracy(exit_logits.argmax(axis=-1), truth) for exit_logits in logits]
+        names = [f"accuracy/layer_{layer}" for layer in exits.layers]
+        return dict(zip(names, per_exit, strict=True)) | {METRIC: float(np.mean(per_exit))}
+
+    params = initial_params(model, bert, config)
+    params, best = train(config, model, params, tasks["train"], max_length, workdir, dev_a, console)
+    with console.status("calibrating"):
+        parts = {
+            name: Answers(logits_of(task, params), task.labels, task.encoded.lengths)
+            for name, task in tasks.items()
+            if name != "train"
+        }
+        parts |= {"dev_a": parts["dev"].take(half_a), "dev_b": parts["dev"].take(half_b)}
+        chosen = calibrate(
+            parts, "dev_a", exits.layers, max_drop=config.max_drop, where="dev-A, half of dev"
+        )
+    bundle = Bundle(
+        cfg,
+        exits,
+        {"params": params},
+        tokenizer,
+        labels,
+        tuple(chosen["temperatures"]),
+        chosen["threshold"],
+        max_length,
+        config.data.buckets,
+        {name: chosen[name] for name in ("threshold_from", "operating_points", "metrics")}
+        | {
+            "model": short_path(config.model),
+            "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
+            "best_step": best,
+            "config": to_json(public(config)),
+            "versions": environment()["versions"],
+            "rows": {
+                "dev_a": [tasks["dev"].hashes[i] for i in half_a],
+                "dev_b": [tasks["dev"].hashes[i] for i in half_b],
+            },
+        },
+    )
+    save_bundle(bundle, output)
+    result = {
+        "config": to_json(public(config)),
+        "command": command(),
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.time() - started, 1),
+        "best_step": best,
+        **{name: chosen[name] for name in ("temperatures", "metrics", "operating_points")},
+        **environment(),
+    }
+    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return output
+
+
+def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
+    """The pretrained encoder with the run's dropout and numerics, and its tokenizer."""
+    if not config.model:
+        raise ValueError("model must be a Hugging Face folder, a hub id or a known name. Got ''.")
+    cfg, bert = load_bert(
+        config.model,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        dtype=config.dtype,
+        residual_dtype=config.residual_dtype,
+    )
+    return cfg, bert, load_tokenizer(assets.resolve(config.model))
+
+
+def check_weights(config: TrainConfig, exits: ExitConfig) -> None:
+    for name, weights, count in (
+        ("exit_weights", config.exit_weights, len(exits.layers)),
+        ("class_weights", config.class_weights, exits.num_labels),
+    ):
+        if weights and len(weights) != count:
+            raise ValueError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
+
+
+def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
+    rows = list(split)
+    texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+    return Task(
+        tokenizer.encode(texts, max_length),
+        np.asarray([row.label for row in rows], np.int32),
+        [sources.row_hash(row, split.labels) for row in rows],
+    )
+
+
+def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
+    """The pretrained encoder under fresh heads; with pooling "cls" they start from its pooler."""
+    batch = Batch([[0, 0]])
+    variables = jax.jit(model.init)(jax.random.key(config.seed), batch)
+    return with_pretrained(variables, bert, pooler=config.pooling == "cls")["params"]
+
+
+def train(
+    config: TrainConfig,
+    model: EarlyExitBert,
+    params: Any,
+    task: Task,
+    max_length: int,
+    workdir: Path,
+    evaluate: Callable[[Any], dict[str, float]],
+    console: Console,
+) -> tuple[Any, int]:
+    """Runs the steps that are left; returns the best checkpoint's parameters and its step."""
+
+    def plan_of(epoch: int) -> list[Any]:
+        return train_plan(
+            task.encoded.lengths,
+            buckets=config.data.buckets,
+            max_length=max_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+        )
+
+    per_epoch = -(-len(task.labels) // config.batch_size)
+    total = config.epochs * per_epoch
+    evals = {
+        -(-i * per_epoch // config.evals_per_epoch) for i in range(1, config.evals_per_epoch + 1)
+    }
+    optimizer = make_optimizer(config, total)
+    state = TrainState(params, optimizer.init(params), np.int32(0))
+    state = replicate(state)
+    run_step = parallel_step(make_train_step(model, optimizer, config))
+    with Checkpoints(workdir) as checkpoints, Log(workdir) as log, progress_bar(console) as bar:
+        first = checkpoints.latest() or 0
+        log.cut(first)
+        if first:
+            state = checkpoints.restore(first, state)
+            console.print(f"resuming {workdir} from step {first} of {total}")
+        shown = bar.add_task("training", total=total, completed=first)
+        for step in range(first, total):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0 or step == first:
+                plan = plan_of(epoch)
+            batch, labels, weights = take(task.encoded, task.labels, plan[place])
+            numbers = np.maximum(plan[place].rows, 0).astype(np.int32)
+            state, metrics = run_step(state, Rows(batch, labels, weights, numbers))
+            done = step + 1
+            evaluated = place + 1 in evals
+            saved = evaluated or done % config.checkpoint_steps == 0
+            if saved or done % LOG_STEPS == 0:  # nothing is saved that has diverged
+                line = log.write(done, "train", metrics)
+                bar.update(shown, description=f"training, loss {line['loss']:.3f}")
+            bar.update(shown, completed=done)
+            if evaluated:
+                scores = evaluate(state.params)
+                log.write(done, "dev_a", scores)
+                cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
+                console.print(f"step {done}: dev-A accuracy per exit {cells}")
+                checkpoints.save(done, state, scores)
+            elif saved:
+                checkpoints.save(done, state)
+        best = checkpoints.best()
+        return jax.device_get(checkpoints.restore(best, state).params), best
+
+
+def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:
+    """An id or type beyond its embedding table would give NaN, silently."""
+    for what, largest, size in (
+        ("vocabulary", tokenizer.vocab_size - 1, cfg.vocab_size),
+        ("token types", int(encoded.types.max(initial=0)), cfg.type_vocab_size),
+    ):
+        if largest >= size:
+            raise ValueError(
+                f"{model}: {what} of the tokenizer go up to {largest}, the model embeds {size}: "
+                f"tokenizer and data must fit the model."
+            )
+
+
+def short_path(path: str) -> str:
+    """A local path without the folders above, which are nobody else's business."""
+    return "/".join(Path(path).parts[-2:]) if path and Path(path).exists() else path
+
+
+def public(config: TrainConfig) -> TrainConfig:
+    """The config as it travels in a bundle."""
+    names = ("path", "train", "dev", "test")
+    paths: dict[str, Any] = {name: short_path(getattr(config.data, name)) for name in names}
+    data = dataclasses.replace(config.data, cache_dir="", **paths)
+    return dataclasses.replace(config, model=short_path(config.model), data=data)
+
+
+def command() -> str:
+    program = Path(sys.argv[0])
+    module = program.name == "__main__.py"
+    name = f"python -m {program.parent.name}" if module else program.name
+    return " ".join([name, *sys.argv[1:]])
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to know about where a number came from."""
+    packages = ("ejax", "jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "hardware": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, "
+        f"{os.cpu_count()} cores of {processor()}",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class Log:
+    """metrics.jsonl and TensorBoard files; `cut(step)` forgets what came after a step."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.path = workdir / "metrics.jsonl"
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+        self.board.close()
+
+    def cut(self, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(self.path)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """One line; raises ValueError when a value is not finite: training has diverged."""
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        if not all(np.isfinite(value).all() for value in values.values()):
+            raise ValueError(
+                f"training diverged at step {step}: {values}. Lower learning_rate, in a new "
+                f"workdir; {self.workdir} keeps the last good checkpoint."
+            )
+        self.file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            for i, item in enumerate(np.ravel(value)):
+                suffix = f"/{i}" if np.ndim(value) else ""
+                self.board.add_scalar(f"{kind}/{name}{suffix}", item, step)
+        return values

@@ -1,0 +1,37 @@
+"""AdamW with warm-up, linear decay and clipping, as BERT is fine-tuned."""
+
+from typing import Any
+
+import jax
+import optax
+
+from ejax.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Linear from 0 up to `learning_rate`, then linear down to 0 at the last step."""
+    warmup = round(config.warmup_fraction * total_steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, warmup),
+            optax.linear_schedule(config.learning_rate, 0.0, max(1, total_steps - warmup)),
+        ],
+        [warmup],
+    )
+
+
+def decayed(params: Any) -> Any:
+    """True for kernels and embedding tables; biases, norms and the mix are not decayed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, total_steps), weight_decay=config.weight_decay, mask=decayed
+        ),
+    )

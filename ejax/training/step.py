@@ -1,0 +1,89 @@
+"""One training step of one device; the devices add their sums and counts.
+
+Axes: E exits, B rows of this device, C classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ejax.config import TrainConfig
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert
+from ejax.training.losses import joint_loss
+
+Array = jax.Array
+AXIS = "devices"
+
+
+class TrainState(NamedTuple):
+    params: Any
+    opt_state: Any
+    step: Any  # int32, steps taken
+
+
+class Rows(NamedTuple):
+    """One batch of labelled rows."""
+
+    batch: Batch  # int32 [B, T] each
+    labels: Any  # int32 [B]
+    weights: Any  # float32 [B], 0 for padding
+    numbers: Any  # int32 [B], the row's place in the data set: what dropout depends on
+
+
+def make_train_step(
+    model: EarlyExitBert, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Array]]]:
+    """The per-device step, to run under an axis named `AXIS`.
+
+    Gradients are the psum of sums over the psum of counts, so that the result does
+    not depend on how rows and padding fall on the devices. Dropout keys are
+    `fold_in(fold_in(root, step), row)`.
+
+    Returns:
+      A function (state, rows) -> (state, metrics), with metrics `loss` (joint, mean
+      over rows), `exit_loss` and `exit_accuracy` [E], `gradient_norm`.
+    """
+
+    def step(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
+        root = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows.numbers)
+
+        def local_loss(params: Any) -> tuple[Array, tuple[Array, Array]]:
+            logits: Any = model.apply({"params": params}, rows.batch, keys=keys)
+            loss, count = joint_loss(
+                logits,
+                rows.labels,
+                rows.weights,
+                exit_weights=config.exit_weights,
+                class_weights=config.class_weights,
+            )
+            return loss, (count, logits)
+
+        (loss, (count, logits)), grads = jax.value_and_grad(local_loss, has_aux=True)(state.params)
+        sums = jax.lax.psum((grads, loss, count, exit_sums(logits, rows)), AXIS)
+        grads, loss, count, (exit_loss, exit_correct, real) = sums
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1e-9), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss / jnp.maximum(count, 1e-9),
+            "exit_loss": exit_loss / real,
+            "exit_accuracy": exit_correct / real,
+            "gradient_norm": optax.tree.norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def exit_sums(logits: Array, rows: Rows) -> tuple[Array, Array, Array]:
+    """Per exit the summed cross-entropy [E] and the correct rows [E]; the real rows."""
+    labels = jnp.broadcast_to(rows.labels[None], logits.shape[:2])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    weights = rows.weights[None]
+    return (losses * weights).sum(axis=1), (correct * weights).sum(axis=1), rows.weights.sum()

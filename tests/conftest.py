@@ -1,0 +1,31 @@
+"""The harness of the whole suite: four CPU devices, a cache of its own, strict numerics."""
+
+import os
+import tempfile
+
+# Before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+).strip()
+_cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
+os.environ.setdefault("EJAX_CACHE", _cache.name)
+# Many tests, and the processes they start, compile the same programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_cache.name}/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    # A warning that points at our code, or at a test that calls it, is an error.
+    for module in (r"ejax(\.|$)", r"train(\.|$)", "test_"):
+        config.addinivalue_line("filterwarnings", f"error:::{module}")
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """No silent change of dtype or rank; for a whole module, so that its fixtures obey too."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

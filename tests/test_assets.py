@@ -1,0 +1,322 @@
+"""Downloads, against local stand-ins: a folder as pip's index, a small server as the hub."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ejax import assets
+from ejax.assets import Package, cache_dir, resolve
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def make_wheel(index: Path, *, extra: dict[str, str] | None = None) -> Package:
+    """A wheel tiny==1.0 with a folder of two files, and a module that must never run."""
+    index.mkdir(exist_ok=True)
+    path = index / "tiny-1.0-py3-none-any.whl"
+    info = "tiny-1.0.dist-info"
+    files = {
+        "tiny/__init__.py": "raise SystemExit('imported')",
+        "tiny/data/config.json": "{}",
+        "tiny/data/sub/a.txt": "á",
+        "tiny/database/other.txt": "not asked for",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+        **(extra or {}),
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Package("tiny==1.0", sha256, "tiny/data", "a test")
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """pip sees this folder and nothing else."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "index"
+
+
+# where things are
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.delenv("EJAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "ejax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "ejax"
+    monkeypatch.setenv("EJAX_CACHE", "~/mine")
+    assert cache_dir() == Path.home() / "mine"
+    assert cache_dir("other") == Path("other")
+
+
+def test_a_folder_is_itself_and_wins_over_a_pinned_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bbc-news").mkdir()
+    assert resolve("bbc-news") == Path("bbc-news")
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["", "no-such-name", "/no/such/folder", "./a/b", "a/b/c"])
+def test_an_unknown_name(name):
+    with pytest.raises(ValueError, match=r"neither a folder here, nor a hub id .* bbc-news"):
+        resolve(name)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        resolve(str(tmp_path / "config.json"))
+
+
+# package files
+
+
+def test_a_package_folder_is_fetched_checked_and_unpacked_once(index, monkeypatch, tmp_path):
+    monkeypatch.setitem(assets.PACKAGES, "tiny", make_wheel(index))
+    folder = resolve("tiny")
+    assert listing(folder) == ["config.json", "sub/a.txt"]
+    assert (folder / "sub/a.txt").read_text(encoding="utf-8") == "á"
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no scratch left
+    (index / "tiny-1.0-py3-none-any.whl").unlink()
+    assert resolve("tiny") == folder  # from the cache
+    with pytest.raises(ValueError, match="could not fetch"):
+        resolve("tiny", cache_dir=str(tmp_path / "elsewhere"))
+
+
+def test_a_wrong_sha256_keeps_nothing(index, monkeypatch, tmp_path):
+    package = make_wheel(index)._replace(sha256="0" * 64)
+    monkeypatch.setitem(assets.PACKAGES, "tiny", package)
+    with pytest.raises(ValueError, match=r"tiny==1.0 has changed: its wheel must have sha256 0000"):
+        resolve("tiny")
+    assert listing(tmp_path / "cache") == []
+    assert list((tmp_path / "cache" / "packages").iterdir()) == []
+
+
+def test_what_pip_says_is_shown(index, monkeypatch):
+    index.mkdir()
+    monkeypatch.setitem(assets.PACKAGES, "tiny", Package("tiny==1.0", "0" * 64, "tiny/data", ""))
+    with pytest.raises(ValueError, match=r"pip could not fetch tiny==1.0 for 'tiny'") as error:
+        resolve("tiny")
+    assert "No matching distribution found for tiny==1.0" in str(error.value)
+    assert "pip download --no-deps tiny==1.0" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tiny/data/../../../evil.txt", "tiny/data/..\\evil.txt"])
+def test_a_path_out_of_the_folder_is_refused(index, monkeypatch, tmp_path, name):
+    package = make_wheel(index, extra={name: "evil"})
+    monkeypatch.setitem(assets.PACKAGES, "tiny", package)
+    with pytest.raises(ValueError, match="holds a file outside its folder"):
+        resolve("tiny")
+    assert listing(tmp_path / "cache") == []
+
+
+def test_a_folder_that_the_wheel_does_not_hold(index, monkeypatch, tmp_path):
+    package = make_wheel(index)._replace(folder="tiny/model")
+    monkeypatch.setitem(assets.PACKAGES, "tiny", package)
+    with pytest.raises(ValueError, match="holds no files under tiny/model"):
+        resolve("tiny")
+    assert listing(tmp_path / "cache") == []
+
+
+RESOLVE_TINY = """
+import sys
+from ejax import assets
+assets.PACKAGES["tiny"] = assets.Package("tiny==1.0", sys.argv[1], "tiny/data", "")
+print(assets.resolve("tiny"))
+"""
+
+
+def test_processes_that_fetch_at_once_agree(index, tmp_path):
+    package = make_wheel(index)
+    command = [sys.executable, "-c", RESOLVE_TINY, package.sha256]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        for _ in range(2)
+    ]
+    folders = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    (folder,) = folders
+    assert listing(Path(folder)) == ["config.json", "sub/a.txt"]
+    assert len(list(Path(folder).parent.iterdir())) == 1
+
+
+def test_the_loser_of_the_race_takes_the_winners_folder(index, monkeypatch, tmp_path):
+    monkeypatch.setitem(assets.PACKAGES, "tiny", make_wheel(index))
+    unpack = assets._extract
+
+    def slow(wheel, folder, target):
+        unpack(wheel, folder, target)
+        monkeypatch.setattr(assets, "_extract", unpack)
+        resolve("tiny")  # another process finishes first
+
+    monkeypatch.setattr(assets, "_extract", slow)
+    folder = resolve("tiny")
+    assert listing(folder.parent) == [f"{folder.name}/config.json", f"{folder.name}/sub/a.txt"]
+
+
+def test_without_pip_the_error_says_what_to_do(tmp_path):
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    code = f"import runpy; runpy.run_path({assets.__file__!r})['resolve']('bbc-news')"
+    env = {**os.environ, "EJAX_CACHE": str(tmp_path / "cache")}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: fetching 'bbc-news' needs pip, which")
+    assert "uv pip install pip" in last
+
+
+def test_a_cache_that_cannot_be_made(index, monkeypatch, tmp_path):
+    monkeypatch.setitem(assets.PACKAGES, "tiny", make_wheel(index))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write to the cache folder .* Set EJAX_CACHE"):
+        resolve("tiny", cache_dir=str(tmp_path / "file"))
+
+
+# the hub
+
+SHA = "1234567890" * 4
+HELD = {
+    "config.json": b'{"model_type": "bert"}',
+    "model.safetensors": b"weights" * 1000,
+    "vocab.txt": b"[PAD]\n",
+    "pytorch_model.bin": b"never fetched",
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three endpoints of the hub that a snapshot needs, for the model org/bert."""
+
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        model = "/api/models/org/bert"
+        if path in (model, f"{model}/revision/main"):
+            siblings = [{"rfilename": name} for name in HELD]
+            self.answer(json.dumps({"id": "org/bert", "sha": SHA, "siblings": siblings}).encode())
+        elif path in (f"{model}/tree/{SHA}", f"{model}/tree/main"):
+            files = [
+                {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
+                for name, x in HELD.items()
+            ]
+            self.answer(json.dumps(files).encode())
+        elif path.startswith(f"/org/bert/resolve/{SHA}/"):
+            content = HELD[path.rpartition("/")[2]]
+            etag = hashlib.sha1(content).hexdigest()
+            self.answer(content, **{"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+        else:
+            self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        headers = {"Content-Length": str(len(content)), **headers}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    Hub.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def resolve_elsewhere(name, endpoint, tmp_path):
+    """In a process of its own: the hub's client reads its settings on import."""
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+    code = "import sys; from ejax import assets; print(assets.resolve(sys.argv[1]))"
+    command = [sys.executable, "-c", code, name]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPOSITORY)
+
+
+def test_a_hub_id_fetches_the_files_that_are_read(hub, tmp_path):
+    done = resolve_elsewhere("org/bert", hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.is_relative_to(tmp_path / "hub")
+    assert listing(folder) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert (folder / "model.safetensors").read_bytes() == HELD["model.safetensors"]
+    assert not any("pytorch_model.bin" in path for path in Hub.asked)
+    # Once fetched it is there without a network.
+    again = resolve_elsewhere("org/bert", "http://127.0.0.1:9", tmp_path)
+    assert again.stdout == done.stdout, again.stderr
+
+
+def test_an_unknown_hub_id(hub, tmp_path):
+    done = resolve_elsewhere("org/brt", hub, tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ValueError: 'org/brt' is neither a folder here nor a public model on the hub: check the "
+        "name; for a private or gated model log in with `hf auth login`."
+    )
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    done = resolve_elsewhere("org/bert", "http://127.0.0.1:9", tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: 'org/bert' is no folder here, and fetching it from the hub")
+    assert "check the network" in last
+
+
+# the pinned files themselves
+
+
+def fetched(name):
+    try:
+        return resolve(name)
+    except ValueError as error:
+        pytest.skip(f"{name} cannot be fetched here: {error}")
+
+
+def test_bbc_news_is_what_it_says():
+    folder = fetched("bbc-news")
+    counts = {p.name: len(list(p.glob("*.txt"))) for p in folder.iterdir()}
+    assert counts == {
+        "business": 510,
+        "entertainment": 386,
+        "politics": 417,
+        "sports": 511,
+        "tech": 401,
+    }
+
+
+def test_minilm_is_what_it_says():
+    held = listing(fetched("all-MiniLM-L6-v2"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"} <= set(held)

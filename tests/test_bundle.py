@@ -1,0 +1,93 @@
+"""What is saved is what is loaded, and nothing else stands in the folder."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+import ejax
+from ejax.bundle import FILES, load_bundle, save_bundle
+from ejax.models.weights import load_bert
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    first = load_bundle(tiny.trained()[0])
+    save_bundle(first, tmp_path / "copy")
+    second = load_bundle(tmp_path / "copy")
+    jax.tree.map(np.testing.assert_array_equal, first.variables, second.variables)
+    for field in ("cfg", "exits", "labels", "temperatures", "threshold", "max_length", "buckets"):
+        assert getattr(first, field) == getattr(second, field), field
+    assert first.provenance == second.provenance
+    text = ["the film was great"]
+    assert (
+        first.tokenizer.encode(text, 16).ids.tolist()
+        == second.tokenizer.encode(text, 16).ids.tolist()
+    )
+
+
+def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:
+    folder = save_bundle(load_bundle(tiny.trained()[0]), tmp_path / "copy")
+    assert sorted(os.listdir(folder)) == sorted((*FILES, "README.md"))
+    assert os.listdir(tmp_path) == ["copy"]  # no temporary folder is left
+    assert (folder / "model.safetensors").stat().st_mode & 0o044
+    card = (folder / "README.md").read_text()
+    assert "exits after layers 1, 3" in card
+    assert "loses at most 0.5 points" in card
+
+
+def test_hugging_face_names_the_encoder_and_labels() -> None:
+    folder = tiny.trained()[0]
+    names = load_file(folder / "model.safetensors")
+    assert "bert.encoder.layer.2.attention.self.query.weight" in names
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    cfg, bert = load_bert(folder, dtype="float32")  # the heads are other heads to it
+    assert cfg.num_hidden_layers == 3
+    ours = load_bundle(folder).variables["params"]["bert"]
+    np.testing.assert_array_equal(
+        bert["layers"]["query"]["kernel"], ours["layers"]["query"]["kernel"]
+    )
+
+
+def test_an_encoder_above_the_last_exit_is_cut(tmp_path: Path) -> None:
+    bundle = load_bundle(tiny.trained()[0])
+    exits = ejax.ExitConfig((1, 2), 2)
+    model = ejax.EarlyExitBert(bundle.cfg, exits)
+    variables = jax.jit(model.init)(jax.random.key(0), ejax.Batch([[1, 2]]))
+    variables = ejax.with_pretrained(variables, bundle.variables["params"]["bert"])
+    cut = dataclasses.replace(
+        bundle, exits=exits, variables=variables, temperatures=(1.0, 2.0),
+        cfg=dataclasses.replace(bundle.cfg, num_hidden_layers=2),
+    )  # fmt: skip
+    save_bundle(cut, tmp_path / "cut")
+    assert not any("layer.2." in name for name in load_file(tmp_path / "cut" / "model.safetensors"))
+    assert load_bundle(tmp_path / "cut").cfg.num_hidden_layers == 2
+
+
+def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
+    bundle = load_bundle(tiny.trained()[0])
+    save_bundle(bundle, tmp_path / "b")
+    save_bundle(dataclasses.replace(bundle, threshold=0.75), tmp_path / "b")
+    assert load_bundle(tmp_path / "b").threshold == 0.75
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="exists and is not a bundle"):
+        save_bundle(bundle, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("field", ["temperatures", "layers"])
+def test_exits_that_do_not_fit_the_weights_are_named(tmp_path: Path, field: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    meta = json.loads((folder / "exits.json").read_text())
+    meta[field] = {"temperatures": [1.0], "layers": [1, 2, 3]}[field]
+    (folder / "exits.json").write_text(json.dumps(meta))
+    with pytest.raises(
+        ValueError, match=r"must hold 2 positive temperatures|does not fit exits.json"
+    ):
+        load_bundle(folder)

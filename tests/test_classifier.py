@@ -1,0 +1,112 @@
+"""Texts in, labels out, whatever their order and company."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import ejax
+from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.inference import engine
+
+TEXTS = [text for _, text in tiny.rows(23, seed=9)]
+
+
+@pytest.fixture(scope="module")
+def clf() -> EarlyExitClassifier:
+    return EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+
+
+def test_what_it_learned(clf: EarlyExitClassifier) -> None:
+    found = clf(["the film was great", "the plot was awful"])
+    assert [row["label"] for row in found] == ["good", "bad"]
+    assert set(found[0]) == {"label", "score", "exit_layer"}
+    assert found[0]["score"] > 0.5
+    assert found[0]["exit_layer"] in (1, 3)
+
+
+def test_one_text_gives_a_list_of_one(clf: EarlyExitClassifier) -> None:
+    assert clf("the film was great") == clf(["the film was great"])
+    assert len(clf(("the film was great", "the plot is fine"))) == 1
+    assert clf([]) == []
+
+
+def test_top_k(clf: EarlyExitClassifier) -> None:
+    best = clf(TEXTS)
+    both = clf(TEXTS, top_k=None)
+    for one, rows in zip(best, both, strict=True):
+        assert rows[0] == one
+        assert [row["label"] for row in rows[1:]] == [{"good": "bad", "bad": "good"}[one["label"]]]
+        assert sum(row["score"] for row in rows) == pytest.approx(1)
+    probs = clf.predict_proba(TEXTS)
+    assert probs.shape == (23, 2)
+    np.testing.assert_allclose(probs.max(axis=1), [row["score"] for row in best], rtol=1e-6)
+    with pytest.raises(ValueError, match="top_k must be a positive number or None"):
+        clf("x", top_k=0)
+
+
+def test_thresholds_at_their_ends(clf: EarlyExitClassifier) -> None:
+    assert {row["exit_layer"] for row in clf(TEXTS, threshold=0)} == {1}
+    assert {row["exit_layer"] for row in clf(TEXTS, threshold=1.01)} == {3}
+    full = clf.full_logits(clf.encode(TEXTS))
+    np.testing.assert_allclose(clf.decide(TEXTS, threshold=2).logits, full, atol=1e-5)
+
+
+def test_each_text_can_have_its_own_threshold(clf: EarlyExitClassifier) -> None:
+    thresholds = np.full((23, 2), 2.0)
+    thresholds[::3] = 0
+    layers = [row["exit_layer"] for row in clf(TEXTS, threshold=thresholds)]
+    assert layers == [1 if i % 3 == 0 else 3 for i in range(23)]
+    with pytest.raises(ValueError, match=r"shape \(23, 2\), texts by exits. Got \(2, 23\)"):
+        clf(TEXTS, threshold=thresholds.T)
+    with pytest.raises(ValueError, match="thresholds must be numbers"):
+        clf(TEXTS, threshold="high")
+
+
+def test_company_and_order_do_not_matter(clf: EarlyExitClassifier) -> None:
+    """Promise 1: at the same length at most 1e-6, and 1e-5 where a text runs alone."""
+    texts = [*TEXTS, " ".join(TEXTS[:3])]
+    together = clf.decide(texts)
+    order = np.random.default_rng(1).permutation(len(texts))
+    shuffled = clf.decide([texts[i] for i in order])
+    np.testing.assert_allclose(shuffled.score, together.score[order], atol=1e-6)
+    np.testing.assert_array_equal(shuffled.exit, together.exit[order])
+    for i in (0, 7, 23):
+        alone = clf.decide([texts[i]])
+        np.testing.assert_allclose(alone.score, together.score[i : i + 1], atol=1e-5)
+
+
+def test_many_rows_run_in_several_pools() -> None:
+    """23 rows in pools of 10: the same answers as in one pool."""
+    bundle = ejax.load_bundle(tiny.trained()[0])
+    small = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=64, pool_tokens=160, min_tile=4))
+    assert len(list(small.pools(small.encode(TEXTS).lengths))) == 3
+    one, many = EarlyExitClassifier(bundle).decide(TEXTS), small.decide(TEXTS)
+    np.testing.assert_allclose(many.score, one.score, atol=1e-5)
+    np.testing.assert_array_equal(many.exit, one.exit)
+
+
+def test_the_number_of_programs_is_bounded() -> None:
+    """Per length at most five shapes, whatever the number of texts and the threshold."""
+    bundle = ejax.load_bundle(tiny.trained()[0])
+    clf = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=256, pool_tokens=512, min_tile=2))
+    engine._early_exit.clear_cache()
+    for count in range(1, 60, 3):
+        clf(TEXTS[:1] * count, threshold=count / 60)
+    assert engine._early_exit._cache_size() == 4  # 1, 2, 16 and 32 rows
+
+
+def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:
+    found = clf(["", "the film was great " * 60_000])
+    assert [row["label"] in ("good", "bad") for row in found] == [True, True]
+
+
+def test_what_is_not_a_text_is_named(clf: EarlyExitClassifier) -> None:
+    with pytest.raises(ValueError, match=r"texts\[1\] must be a string"):
+        clf(["fine", None])
+
+
+def test_save_pretrained(clf: EarlyExitClassifier, tmp_path: Path) -> None:
+    again = EarlyExitClassifier.from_pretrained(clf.save_pretrained(tmp_path / "copy"))
+    assert again(TEXTS) == clf(TEXTS)

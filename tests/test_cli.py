@@ -1,0 +1,322 @@
+"""The verbs from end to end on a tiny model: train, predict, evaluate, calibrate, info."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from ejax.bundle import load_bundle
+from ejax.classifier import EarlyExitClassifier
+from ejax.cli import run
+from ejax.data.files import read_rows
+from train.__main__ import app as train_program
+
+# Forty rows are few: a temperature may stop at its bound, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
+REPOSITORY = Path(__file__).parent.parent
+
+
+def answers(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def test_help_and_version_are_quick_and_load_no_jax():
+    code = "import sys; from ejax.cli import app, run; code = run(app, 'ejax', {args}); "
+    code += "sys.exit(code or ('jax' in sys.modules))"
+    for args in (["--help"], ["--version"], ["predict", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(args=args)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert tiny.ejax("--version").out == f"ejax {metadata.version('ejax')}\n"
+    assert tiny.ejax().out == tiny.ejax("--help").out
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "predict", "evaluate", "calibrate", "info", "quickstart"]
+)
+def test_every_verb_has_help_with_an_example(verb):
+    shown = tiny.ejax(verb, "--help")
+    assert shown.code == 0
+    assert f"Example: ejax {verb} " in " ".join(shown.out.split())
+
+
+def test_train_says_what_it_made():
+    folder, result = tiny.trained()
+    assert "96 train, 41 dev, 30 test rows" in result.err
+    assert f"bundle: {folder}" in result.err
+    for title in ("test, 30 rows", "dev-A, 21 rows", "dev-B, 20 rows"):
+        assert title in result.out
+    bundle = load_bundle(folder)
+    assert bundle.exits.layers == (1, 3)
+    assert bundle.labels == ("bad", "good")
+    assert bundle.provenance["config"]["epochs"] == 4  # a field=value
+    assert Path(f"{folder}.work", "result.json").exists()
+
+
+def test_predict_finds_the_word_that_decides(tmp_path):
+    clean = tiny.rows(40, seed=9)
+    source = tiny.write_tsv(tmp_path / "in.tsv", clean)
+    result = tiny.ejax("predict", tiny.trained()[0], "--input", source)
+    assert result.code == 0
+    rows = answers(result.out)
+    assert [row["text"] for row in rows] == [text for _, text in clean]
+    assert [row["label"] for row in rows] == [label for label, _ in clean]  # kept
+    assert np.mean([row["predicted_label"] == row["label"] for row in rows]) > 0.9
+    assert {row["exit_layer"] for row in rows} <= {"1", "3"}
+    assert all(0.5 <= float(row["score"]) <= 1 for row in rows)
+    assert "40 rows labelled, left after layer 1: " in result.err
+
+
+def test_predict_says_what_the_classifier_says(tmp_path):
+    texts = [text for _, text in tiny.rows(23, seed=5)]
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(texts) + "\n")
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    for threshold, number in (("full", 2.0), ("0", 0.0), ("0.8", 0.8)):
+        result = tiny.ejax(
+            "predict", tiny.trained()[0], "--input", source, "--threshold", threshold
+        )
+        rows = [json.loads(line) for line in result.out.splitlines()]
+        expected = [one | {"score": round(one["score"], 6)} for one in clf(texts, threshold=number)]
+        assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+    exits = {row["exit_layer"] for row in rows}
+    assert exits <= {1, 3}
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "jsonl.gz"])
+def test_read_rows_reads_back_what_predict_wrote(tmp_path, kind):
+    source = tmp_path / "in.jsonl"
+    rows = [
+        {"id": 7, "text": "the film was great", "note": 'a "quote", and\ra return'},
+        {"id": 8, "text": "awful\tplot\nand cast", "note": "ends in a backslash \\"},
+        {"id": 9, "text": "", "note": "tab\there,\r\nline\u2028separator, ünï"},
+        {"id": 10, "text": " fine ", "note": "'"},
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / f"out.{kind}"
+    result = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
+    assert (result.code, result.out) == (0, "")
+    back = [row for _, row in read_rows(output)]
+    assert list(back[0]) == ["id", "text", "note", "label", "score", "exit_layer"]
+    for row, read in zip(rows, back, strict=True):
+        for name in ("text", "note"):
+            plain = " ".join(row[name].replace("\r\n", " ").replace("\t", " ").split("\n"))
+            assert read[name] == (plain.replace("\r", " ") if kind == "tsv" else row[name])
+        assert read["id"] == (row["id"] if kind.startswith("jsonl") else str(row["id"]))
+        assert read["label"] in ("bad", "good")
+    assert ("in 3 tabs or line breaks became spaces" in result.err) == (kind == "tsv")
+    assert list(tmp_path.glob(".*")) == []  # no temporary file is left
+
+
+def test_predict_keeps_a_name_that_is_taken_and_fills_jsonl_to_tsv(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.tsv"
+    source.write_text('{"text": "great", "score": 3, "tags": ["a", "b"]}\n{"text": "poor"}\n')
+    assert tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output).code == 0
+    first, second = answers(output.read_text())
+    assert (first["score"], first["tags"]) == ("3", '["a", "b"]')
+    assert (second["score"], second["tags"]) == ("", "")
+    assert first["predicted_score"] != ""
+    assert (first["label"], second["label"]) == ("good", "bad")
+
+
+@pytest.mark.parametrize(("top_k", "count"), [("all", 2), ("2", 2), ("7", 2)])
+def test_top_k_is_a_list_likeliest_first(tmp_path, top_k, count):
+    source = tmp_path / "in.txt"
+    source.write_text("the film was great\npoor cast\n")
+    result = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--top-k", top_k)
+    for row in map(json.loads, result.out.splitlines()):
+        scores = [one["score"] for one in row["top_k"]]
+        assert len(scores) == count
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1, abs=2e-6)  # each rounded to 6 digits
+        assert row["top_k"][0] == {"label": row["label"], "score": row["score"]}
+
+
+def test_a_named_text_column_and_a_pair(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("first,second\nthe film,was great\nawful,cast\n")
+    columns = ("--text-column", "first", "--text-column", "second")
+    result = tiny.ejax("predict", tiny.trained()[0], "--input", source, *columns)
+    assert result.code == 0
+    pairs = [("the film", "was great"), ("awful", "cast")]
+    expected = EarlyExitClassifier.from_pretrained(tiny.trained()[0])(pairs)
+    rows = list(csv.DictReader(io.StringIO(result.out)))
+    assert [row["label"] for row in rows] == [one["label"] for one in expected]
+
+
+def test_many_chunks_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("ejax.predict.CHUNK_ROWS", 7)
+    clean = tiny.rows(30, seed=3)
+    source = tiny.write_tsv(tmp_path / "in.tsv", clean)
+    small = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--threshold", "0.9")
+    monkeypatch.undo()
+    whole = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--threshold", "0.9")
+    assert [row["text"] for row in answers(small.out)] == [text for _, text in clean]
+    for a, b in zip(answers(small.out), answers(whole.out), strict=True):
+        assert a["predicted_label"] == b["predicted_label"]
+        # Promise 1: within 1e-6 at the same length and at least 8 rows, here 7; rounded to 1e-6.
+        assert abs(float(a["score"]) - float(b["score"])) <= 1.1e-5
+
+
+def test_evaluate_measures_and_writes(tmp_path):
+    output = tmp_path / "result.json"
+    args = ("--data", tiny.data(), "--split", "dev", "--thresholds", "0.7,full", "--repeats", 1)
+    result = tiny.ejax("evaluate", tiny.trained()[0], *args, "--output", output)
+    assert result.code == 0, result.err
+    written = json.loads(output.read_text())
+    assert written["rows"] == 41
+    assert [point["threshold"] for point in written["thresholds"]] == [0.7, 2.0]
+    assert written["thresholds"][1]["accuracy"] == written["full"]["accuracy"] > 0.7
+    assert written["rows_fitted_on"] == 21
+    assert "21 of these rows also chose this bundle's threshold" in result.err
+    assert "speed-up" in result.out
+    assert "full model" in result.out
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    before = load_bundle(folder)
+    output = tmp_path / "again"
+    result = tiny.ejax("calibrate", folder, "--data", tiny.data(), "--output", output)
+    assert result.code == 0, result.err
+    assert "20 rows of dev-B left out" in result.err
+    after = load_bundle(output)
+    rows = after.provenance["rows"]
+    assert sorted(rows["calibration"]) == sorted(before.provenance["rows"]["dev_a"])
+    assert not set(rows["calibration"]) & set(rows["dev_b"])
+    # The same rows and the same logits give the same temperatures.
+    np.testing.assert_allclose(after.temperatures, before.temperatures, rtol=1e-3)
+    weights = [path / "model.safetensors" for path in (folder, output)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert set(after.provenance["metrics"]) == {"calibration", "dev_b"}
+    assert load_bundle(folder).provenance == before.provenance
+
+
+def test_calibrate_in_place_on_other_rows(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    before = load_bundle(folder)
+    wrong = [("good" if label == "bad" else "bad", text) for label, text in tiny.rows(24, 77)]
+    source = tiny.write_tsv(tmp_path / "mixed.tsv", [*tiny.rows(24, 78), *wrong])
+    result = tiny.ejax("calibrate", folder, "--data", source, "--max-drop", "100")
+    assert result.code == 0, result.err
+    after = load_bundle(folder)
+    # Half the labels are wrong: it must become far less sure.
+    assert min(after.temperatures) > 2 * max(before.temperatures)
+    assert after.threshold == 0.5
+    assert "mixed.tsv (48 rows)" in after.provenance["threshold_from"]
+    assert "mixed.tsv" in tiny.ejax("info", folder).out
+
+
+def test_info_of_a_bundle_and_of_a_model():
+    shown = tiny.ejax("info", tiny.trained()[0])
+    assert shown.code == 0
+    bundle = load_bundle(tiny.trained()[0])
+    for piece in ("3 layers of width 20", "after layers 1, 3", "2: bad, good", "dev-B, 20 rows"):
+        assert piece in shown.out
+    assert f"{bundle.temperatures[0]:.3f}" in shown.out
+    assert "dev-A, half of dev (21 rows)" in shown.out
+    model = tiny.ejax("info", tiny.model())
+    assert model.code == 0
+    assert "3 layers of width 20" in model.out
+
+
+def test_labels_with_brackets_are_shown_as_they_are():
+    import dataclasses
+
+    from ejax.evaluation.describe import facts
+
+    bundle = dataclasses.replace(load_bundle(tiny.trained()[0]), labels=("[red]", "[/b]"))
+    with (console := Console(width=100)).capture() as shown:
+        console.print(facts(bundle))
+    assert "2: [red], [/b]" in shown.get()
+
+
+def test_a_pipe_and_a_reader_that_leaves(tmp_path):
+    """`… | ejax predict | head -1` in processes of their own: one line, and silence."""
+    source = tiny.write_tsv(tmp_path / "in.tsv", tiny.rows(20000, seed=1))
+    args = tiny.command("predict", tiny.trained()[0], "--input", "-", "--format", "tsv")
+    with source.open() as stdin:
+        job = subprocess.Popen(
+            args, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert job.stdout.readline() == "label\ttext\tpredicted_label\tscore\texit_layer\n"
+        job.stdout.close()
+        assert job.stderr.read() == ""
+        assert job.wait(600) == 141
+
+
+def test_ctrl_c_says_one_line_and_leaves_nothing(tmp_path):
+    output = tmp_path / "out.tsv"
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    args = tiny.command("predict", tiny.trained()[0], "--output", output, before=heed)
+    job = subprocess.Popen(
+        args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not list(tmp_path.glob(".out.tsv.*.part")):  # it now waits for the first row
+        assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    assert job.wait(600) == 130
+    assert job.stderr.read().decode().strip() == "ejax: interrupted."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gzip_in(tmp_path):
+    source = tmp_path / "in.txt.gz"
+    source.write_bytes(gzip.compress(b"great film\n"))
+    result = tiny.ejax("predict", tiny.trained()[0], "--input", source)
+    assert json.loads(result.out)["label"] == "good"
+
+
+def config_file(folder: Path) -> Path:
+    """A Python config that repeats the run of `tiny.trained`, but for the field=value."""
+    path = folder / "config.py"
+    files = ", ".join(f"{name}={str(tiny.file(name))!r}" for name in ("train", "dev", "test"))
+    path.write_text(
+        "from ejax.config import DataConfig, TrainConfig\n"
+        f"config = TrainConfig(model={str(tiny.model())!r}, layers=(1, 3),\n"
+        f"                     data=DataConfig({files}))\n"
+    )
+    return path
+
+
+def test_python_m_train_resumes_and_gives_the_same_bundle(tmp_path):
+    folder, _ = tiny.trained()
+    workdir = shutil.copytree(f"{folder}.work", tmp_path / "run")
+    args = ["--config", config_file(tmp_path), "--workdir", workdir, *tiny.FIELDS]
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *map(str, args)],
+        capture_output=True, text=True, cwd=REPOSITORY, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "from step 24 of 24" in " ".join(done.stderr.split())
+    assert "dev-B, 20 rows" in done.stdout
+    names = ("model.safetensors", "exits.json")
+    mine, theirs = (
+        [(path / name).read_bytes() for name in names] for path in (workdir / "bundle", folder)
+    )
+    assert mine == theirs
+
+
+def test_python_m_train_smoke_shrinks_the_run(tmp_path):
+    """Seen without running it: a smoke run is not the run of this workdir."""
+    folder, _ = tiny.trained()
+    args = ["--config", config_file(tmp_path), "--workdir", f"{folder}.work", "--smoke"]
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert run(train_program, "train", [*map(str, args), *tiny.FIELDS]) == 2
+    assert "(it differs in data)" in err.getvalue()

@@ -1,0 +1,203 @@
+"""Exits: what they read, their maths against numpy, any number of them, what is learned.
+
+Logits of a few units at 1e-5 in float32 (measured 1e-6).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from reference import random_batch, random_variables
+
+from ejax.config import BertConfig, ExitConfig
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.heads import mix_columns, mix_in, pool
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+CFG = BertConfig(
+    vocab_size=41, hidden_size=12, num_hidden_layers=6, num_attention_heads=3,
+    intermediate_size=23, max_position_embeddings=17, dtype="float32",
+)  # fmt: skip
+B, T = 7, 9
+
+
+@functools.lru_cache
+def program(exits):
+    return jax.jit(EarlyExitBert(CFG, exits).apply)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return random_batch(CFG, B, T, seed=5)
+
+
+# By hand
+
+
+def test_columns_by_hand():
+    exits = ExitConfig((2, 3), 2)
+    mix = np.log(np.array([[1, 3, 99], [1, 1, 2]], np.float32))
+    expected = [[0.25, 0.25], [0.75, 0.25], [0, 0.5]]
+    np.testing.assert_allclose(mix_columns(mix, exits), expected, atol=1e-6)
+    last = mix_columns(mix, ExitConfig((2, 3), 2, mix="last"))
+    np.testing.assert_array_equal(last, [[0, 0], [1, 0], [0, 1]])
+
+
+@pytest.mark.parametrize("layers", [(1,), (5,), (1, 4, 6), (2, 3, 4, 5, 7)])
+def test_columns_sum_to_one_and_stop_at_the_exit(layers):
+    scores = np.random.default_rng(0).normal(size=(len(layers), layers[-1])).astype(np.float32)
+    for mix in ("softmax", "last"):
+        columns = np.asarray(mix_columns(scores * 9, ExitConfig(layers, 3, mix=mix)))
+        assert columns.shape == (layers[-1], len(layers))
+        np.testing.assert_allclose(columns.sum(axis=0), 1, atol=1e-6)
+        for e, layer in enumerate(layers):
+            assert (columns[layer:, e] == 0).all()
+            assert columns[layer - 1, e] > 0
+
+
+def test_pooling_by_hand():
+    x = jnp.asarray([[[1.0, 2], [3, 6], [50, 70]], [[4, 5], [60, 80], [90, 100]]])
+    mask = jnp.asarray([[1, 1, 0], [1, 0, 0]])
+    cls, mean = (ExitConfig((1,), 2, pooling=name) for name in ("cls", "mean"))
+    np.testing.assert_array_equal(pool(x, mask, cls), [[1, 2], [4, 5]])
+    np.testing.assert_array_equal(pool(x, mask, mean), [[2, 4], [4, 5]])
+    assert np.isfinite(pool(x, mask * 0, mean)).all()  # a row of padding alone
+    assert pool(x.astype("bfloat16"), mask, mean).dtype == jnp.float32
+    mixed = jnp.ones((2, 3, 2))
+    column = jnp.asarray([0.0, 1, 0.5])
+    np.testing.assert_array_equal(
+        mix_in(mixed, column, x, mask, mean),
+        [[[1, 1], [3, 5], [2, 3]], [[1, 1], [5, 6], [3, 3.5]]],
+    )
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize(
+    ("layers", "classes", "pooling", "mix"),
+    [
+        ((1, 2, 3, 4, 5), 2, "cls", "softmax"),
+        ((1, 3, 4), 5, "mean", "softmax"),
+        ((2, 3), 4, "mean", "last"),
+        ((2,), 3, "mean", "softmax"),
+    ],
+)
+def test_any_exits_and_classes_give_the_references_logits(arrays, layers, classes, pooling, mix):
+    exits = ExitConfig(layers, classes, pooling=pooling, mix=mix)
+    variables = random_variables(CFG, exits, seed=6)
+    ours = program(exits)(variables, Batch(*arrays))
+    theirs = reference.model_logits(variables, cut(CFG, exits), exits, *arrays)
+    assert ours.shape == (len(layers), B, classes)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_one_last_cls_exit_is_the_standard_classifier(arrays):
+    """BertForSequenceClassification: pooler (dense, tanh) on [CLS], then a linear layer."""
+    exits = ExitConfig((6,), 3, pooling="cls", mix="last")
+    variables = random_variables(CFG, exits, seed=7)
+    ids, mask, types = arrays
+    params = variables["params"]
+    cls = reference.hidden_states(params["bert"], CFG, ids, mask, types)[-1][:, 0]
+    pooler, classifier = (params["heads"]["exits"][name] for name in ("dense", "classifier"))
+    pooled = np.tanh(cls @ pooler["kernel"][0] + pooler["bias"][0])
+    expected = pooled @ classifier["kernel"][0] + classifier["bias"][0]
+    ours = program(exits)(variables, Batch(*arrays))
+    np.testing.assert_allclose(ours[0], expected, rtol=0, atol=1e-5)
+
+
+def test_an_exit_reads_no_layer_above_it(arrays):
+    exits = ExitConfig((1, 3, 4), 5)
+    variables = random_variables(CFG, exits, seed=8)
+    plain = np.asarray(program(exits)(variables, Batch(*arrays)))
+    moved = jax.tree.map(np.copy, variables)
+    for leaf in jax.tree.leaves(moved["params"]["bert"]["layers"]):
+        leaf[3:] *= 1.7  # layer 4
+    shifted = np.asarray(program(exits)(moved, Batch(*arrays)))
+    np.testing.assert_array_equal(shifted[:2], plain[:2])
+    assert np.abs(shifted[2] - plain[2]).max() > 1e-2
+
+
+def test_each_exit_has_its_own_head_and_mix(arrays):
+    exits = ExitConfig((1, 3, 4), 5)
+    variables = random_variables(CFG, exits, seed=8)
+    plain = np.asarray(program(exits)(variables, Batch(*arrays)))
+    for path in (("mix",), ("exits", "dense", "kernel"), ("exits", "classifier", "bias")):
+        changed = jax.tree.map(np.copy, variables)
+        leaf = functools.reduce(dict.__getitem__, path, changed["params"]["heads"])
+        leaf[1, 0] += 1
+        moved = np.abs(np.asarray(program(exits)(changed, Batch(*arrays))) - plain)
+        assert moved[1].max() > 1e-3
+        assert moved[[0, 2]].max() == 0
+
+
+# What is kept, what is learned
+
+
+def test_the_encoder_is_cut_above_the_last_exit():
+    exits = ExitConfig((1, 3), 4)
+    shapes = jax.eval_shape(
+        EarlyExitBert(CFG, exits).init, jax.random.key(0), Batch(np.zeros((2, 3), np.int32))
+    )
+    expected = random_variables(CFG, exits, seed=0)
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(np.shape, expected)
+    assert shapes["params"]["bert"]["layers"]["query"]["kernel"].shape[0] == 3
+    assert shapes["params"]["heads"]["mix"].shape == (2, 3)
+
+
+def test_an_exit_above_the_encoder_is_an_error():
+    model = EarlyExitBert(CFG, ExitConfig((2, 7), 2))
+    with pytest.raises(ValueError, match=r"exit layers must be at most 6.*Got \(2, 7\)"):
+        model.init(jax.random.key(0), Batch(np.zeros((2, 3), np.int32)))
+
+
+def test_gradients_reach_every_head_and_the_mix(arrays):
+    """Also the mixing weights, each up to its exit and none above."""
+    exits = ExitConfig((1, 3, 4), 5)
+    variables = random_variables(CFG, exits, seed=9)
+    target = np.random.default_rng(0).normal(size=(3, B, 5)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def slope(variables):
+        return (EarlyExitBert(CFG, exits).apply(variables, Batch(*arrays)) * target).sum()
+
+    grads = slope(variables)["params"]["heads"]
+    mix = np.abs(grads["mix"])
+    below = np.arange(1, 5) <= np.array(exits.layers)[:, None]
+    assert (mix[~below] == 0).all()
+    assert (mix[1:][below[1:]] > 1e-4).all()  # exit 1 has one layer: its weight is always 1
+    for leaf in jax.tree.leaves(grads["exits"]):
+        assert (np.abs(leaf).reshape(3, -1).max(axis=1) > 1e-2).all()
+
+
+def test_heads_drop_out_apart(arrays):
+    """A row's draw depends on its key alone; every head has its own; the mean is kept."""
+    exits = ExitConfig((1, 3, 4), 5)
+    variables = random_variables(CFG, exits, seed=10)
+    heads = variables["params"]["heads"]["exits"]
+    for name in ("dense", "classifier"):  # three heads alike, on inputs alike
+        heads[name] = jax.tree.map(lambda leaf: leaf[:1].repeat(3, axis=0), heads[name])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(B))
+    cfg = BertConfig(**{**vars(CFG), "hidden_dropout_prob": 0.5})
+    model = EarlyExitBert(cfg, exits)
+
+    @jax.jit
+    def run(variables, mixed, keys):
+        bound = model.bind(variables)
+        return bound.heads(mixed, keys)
+
+    mixed = np.random.default_rng(0).normal(size=(B, 1, 12)).astype(np.float32).repeat(3, axis=1)
+    a, plain = np.asarray(run(variables, mixed, keys)), np.asarray(run(variables, mixed, None))
+    np.testing.assert_array_equal(plain[0], plain[1])
+    for i, j in ((0, 1), (1, 2), (0, 2)):
+        assert np.abs(a[i] - a[j]).max(axis=-1).min() > 1e-2
+    order = np.array([3, 0, 6, 1, 5, 2, 4])
+    moved = run(variables, mixed[order], keys[order])
+    np.testing.assert_allclose(moved, a[:, order], rtol=0, atol=1e-5)

@@ -1,0 +1,279 @@
+"""Metrics against numbers worked out by hand, scikit-learn and a published table."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from ejax.calibration import metrics
+
+ROWS, CLASSES = 17, 5
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(ROWS, CLASSES)).astype(np.float32) * 2
+    labels = rng.integers(0, CLASSES, ROWS).astype(np.int32)
+    return logits, labels
+
+
+def probs_of(confidences):
+    """Two classes; class 0 has the given probability."""
+    confidences = np.asarray(confidences, float)
+    return np.stack([confidences, 1 - confidences], axis=1)
+
+
+# Numbers by hand
+
+
+def test_softmax_and_nll_by_hand():
+    logits = np.log([[1.0, 3.0], [4.0, 1.0]])
+    np.testing.assert_allclose(metrics.softmax(logits), [[0.25, 0.75], [0.8, 0.2]], rtol=1e-14)
+    expected = -(math.log(0.75) + math.log(0.2)) / 2
+    assert metrics.nll(logits, [1, 1]) == pytest.approx(expected, rel=1e-14)
+    # At temperature 0.5 the odds are squared: 1 : 9 and 16 : 1.
+    halved = metrics.softmax(logits, temperature=0.5)
+    np.testing.assert_allclose(halved, [[0.1, 0.9], [16 / 17, 1 / 17]], rtol=1e-14)
+    expected = -(math.log(0.9) + math.log(1 / 17)) / 2
+    assert metrics.nll(logits, [1, 1], temperature=0.5) == pytest.approx(expected, rel=1e-14)
+
+
+def test_brier_by_hand():
+    probs = [[0.5, 0.3, 0.2], [0.0, 0.0, 1.0]]
+    assert metrics.brier(probs, [0, 1]) == pytest.approx((0.25 + 0.09 + 0.04 + 2) / 2)
+
+
+def test_macro_f1_by_hand_counts_only_classes_that_occur():
+    # class 0: 2 TP, 1 FP; class 2: 1 FN; class 1 is nowhere and left out.
+    assert metrics.macro_f1([0, 0, 0], [0, 0, 2]) == pytest.approx((0.8 + 0) / 2)
+
+
+def test_ece_width_by_hand():
+    # Two bins: (0.5, 1] holds all rows, two of three right, mean confidence 0.7.
+    probs = probs_of([0.6, 0.7, 0.8])
+    assert metrics.ece(probs, [0, 0, 1], bins=2) == pytest.approx(abs(2 / 3 - 0.7))
+    # Ten bins: each row alone, off by 0.4, 0.3 and 0.8.
+    assert metrics.ece(probs, [0, 0, 1], bins=10) == pytest.approx((0.4 + 0.3 + 0.8) / 3)
+
+
+def test_ece_mass_by_hand():
+    # Bins {0.6, 0.7} (right, wrong) and {0.8, 0.9} (right, right).
+    probs = probs_of([0.9, 0.6, 0.8, 0.7])
+    gap = (abs(1 - 1.3) + abs(2 - 1.7)) / 4
+    assert metrics.ece(probs, [0, 0, 0, 1], bins=2, binning="mass") == pytest.approx(gap)
+
+
+def test_ece_mass_does_not_depend_on_the_order_of_tied_rows():
+    probs, labels = probs_of([1.0] * 6), np.array([0, 0, 0, 1, 1, 1])
+    order = [0, 3, 1, 4, 2, 5]
+    first = metrics.ece(probs, labels, bins=3, binning="mass")
+    assert first == metrics.ece(probs[order], labels[order], bins=3, binning="mass") == 0.5
+
+
+def test_reliability_points_give_the_ece(rows):
+    logits, labels = rows
+    probs = metrics.softmax(logits)
+    for binning in ("width", "mass"):
+        points = metrics.reliability(probs, labels, bins=4, binning=binning)
+        assert sum(point["rows"] for point in points) == ROWS
+        assert [p["confidence"] for p in points] == sorted(p["confidence"] for p in points)
+        gap = sum(p["rows"] * abs(p["accuracy"] - p["confidence"]) for p in points) / ROWS
+        assert gap == pytest.approx(metrics.ece(probs, labels, bins=4, binning=binning))
+
+
+def test_ece_floor_is_what_a_calibrated_classifier_shows():
+    rng = np.random.default_rng(5)
+    probs = rng.dirichlet([0.5, 0.5, 0.5], size=436)
+    perfect = [
+        metrics.ece(probs, (rng.random(436)[:, None] > probs.cumsum(1)).sum(1)) for _ in range(40)
+    ]
+    floor = metrics.ece_floor(probs)
+    # Two means, of 40 and 100 draws: five standard errors apart at most.
+    assert abs(floor - np.mean(perfect)) < 5 * np.std(perfect) * math.sqrt(1 / 40 + 1 / 100)
+    assert metrics.ece_floor(np.repeat(probs, 16, axis=0)) < floor / 2
+    assert metrics.ece_floor(probs, seed=1) != floor == metrics.ece_floor(probs)
+    assert metrics.ece_floor(probs_of([1.0, 1.0])) == 0
+
+
+def test_failure_auroc_by_hand():
+    # right rows 0.9 and 0.6, wrong rows 0.6 and 0.5: pairs 1, 1, 1/2, 1.
+    probs = probs_of([0.9, 0.6, 0.6, 0.5])
+    assert metrics.failure_auroc(probs, [0, 0, 1, 1]) == pytest.approx(3.5 / 4)
+    assert metrics.failure_auroc(probs, [0, 0, 0, 0]) is None
+
+
+# Parity with scikit-learn
+
+
+def test_parity_with_scikit_learn(rows):
+    logits, labels = rows
+    probs, predictions = metrics.softmax(logits), logits.argmax(axis=1)
+    classes = list(range(CLASSES))
+    assert metrics.nll(logits, labels) == pytest.approx(
+        sk.log_loss(labels, probs, labels=classes), rel=1e-12
+    )
+    one_against_rest = [sk.brier_score_loss(labels == c, probs[:, c]) for c in classes]
+    assert metrics.brier(probs, labels) == pytest.approx(sum(one_against_rest), rel=1e-12)
+    assert metrics.accuracy(predictions, labels) == sk.accuracy_score(labels, predictions)
+    auroc = sk.roc_auc_score(predictions == labels, probs.max(axis=1))
+    assert metrics.failure_auroc(probs, labels) == pytest.approx(auroc, rel=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=23))
+def test_macro_f1_equals_scikit_learn(pairs):
+    predictions, labels = np.array(pairs).T
+    expected = sk.f1_score(labels, predictions, average="macro")
+    assert metrics.macro_f1(predictions, labels) == pytest.approx(expected, rel=1e-12)
+
+
+# Limits
+
+
+def test_saturated_logits_stay_finite():
+    logits = np.array([[1e4, -1e4], [1e4, -1e4], [-1e4, 1e4]], np.float32)
+    assert metrics.nll(logits, [0, 1, 1]) == pytest.approx(2e4 / 3)
+    assert metrics.nll(logits, [0, 0, 1], temperature=0.05) == 0
+    probs = metrics.softmax(logits)
+    assert np.isfinite(probs).all()
+    for binning in ("width", "mass"):
+        assert metrics.ece(probs, [0, 1, 1], binning=binning) == pytest.approx(1 / 3)
+
+
+def test_one_row_is_enough():
+    point = metrics.report(np.array([[[0.0, 1.0]]]), [1], [2.0])[0]
+    assert point["rows"] == 1
+    assert point["after"]["accuracy"] == 1
+    assert point["after"]["ece_mass"] == pytest.approx(1 - 1 / (1 + math.exp(-0.5)))
+
+
+# Report
+
+
+def test_report_has_every_exit_before_and_after_and_is_json():
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(3, ROWS, CLASSES)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, ROWS)
+    report = metrics.report(logits, labels, np.array([0.5, 1.0, 4.0], np.float32))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert [entry["temperature"] for entry in report] == [0.5, 1.0, 4.0]
+    assert report[1]["before"] == report[1]["after"]
+    for e, temperature in enumerate([0.5, 1.0, 4.0]):
+        before, after = report[e]["before"], report[e]["after"]
+        assert before["accuracy"] == after["accuracy"]  # a temperature moves no argmax
+        assert before["macro_f1"] == after["macro_f1"]
+        assert before["nll"] == metrics.nll(logits[e], labels)
+        assert after["nll"] == metrics.nll(logits[e], labels, temperature=temperature)
+        probs = metrics.softmax(logits[e], temperature=temperature)
+        assert after["brier"] == metrics.brier(probs, labels)
+        for binning in ("width", "mass"):
+            raw = metrics.ece(probs, labels, binning=binning)
+            assert after[f"ece_{binning}"] == raw
+            floor = metrics.ece_floor(probs, binning=binning)
+            assert after[f"ece_{binning}_minus_floor"] == raw - floor
+
+
+# Paired interval
+
+
+def pairs(both, only_a, only_b, neither):
+    counts = [both, only_a, only_b, neither]
+    return (np.repeat([True, True, False, False], counts),
+            np.repeat([True, False, True, False], counts))  # fmt: skip
+
+
+# Newcombe (1998), table III, method 10: four decimals as printed.
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((18, 12, 2, 18), 0.0562, 0.3290),
+        ((36, 14, 0, 0), 0.1528, 0.4167),
+        ((35, 14, 0, 1), 0.1461, 0.4175),
+        ((2, 97, 1, 0), 0.8721, 0.9854),
+        ((0, 29, 1, 0), 0.6666, 0.9882),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((53, 0, 0, 1), -0.0729, 0.0729),
+        ((30, 0, 0, 24), -0.0358, 0.0358),
+    ],
+)
+def test_paired_interval_reproduces_the_published_table(counts, low, high):
+    difference, got_low, got_high = metrics.paired_interval(*pairs(*counts))
+    assert difference == pytest.approx(100 * (counts[1] - counts[2]) / sum(counts))
+    # 0.006 points: the rounding of the print, and 1.96 for the exact quantile.
+    assert (got_low, got_high) == pytest.approx((100 * low, 100 * high), abs=0.006)
+
+
+@given(st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(any))
+def test_paired_interval_is_antisymmetric_and_in_range(counts):
+    a, b = pairs(*counts)
+    difference, low, high = metrics.paired_interval(a, b)
+    assert low >= -100 - 1e-9
+    assert high <= 100 + 1e-9
+    assert low <= difference <= high
+    assert low < high
+    swapped = metrics.paired_interval(b, a)
+    assert swapped == pytest.approx((-difference, -high, -low), abs=1e-9)
+    assert metrics.paired_interval(a, b, level=0.5)[1] >= low
+
+
+def test_paired_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    cells, n, repeats = [0.8, 0.08, 0.04, 0.08], 120, 1000
+    hits = 0
+    for counts in rng.multinomial(n, cells, size=repeats):
+        _, low, high = metrics.paired_interval(*pairs(*counts))
+        hits += low <= 4.0 <= high
+    # 0.95, less four standard errors of 1000 draws.
+    assert hits / repeats > 0.95 - 4 * math.sqrt(0.95 * 0.05 / repeats)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.nll(np.zeros((0, 2)), []), "at least one labelled row"),
+        (lambda: metrics.nll([[0.0, np.nan]], [0]), "logits must be finite.*row 0"),
+        (lambda: metrics.nll([[0.0, 1.0]], [2]), r"labels must be in 0\.\.1\. Got 2 at row 0"),
+        (lambda: metrics.nll([[0.0, 1.0]], [-1]), "Got -1 at row 0.*GLUE"),
+        (lambda: metrics.nll([[0.0, 1.0]], [0.0]), "labels must be integers"),
+        (lambda: metrics.nll([[0.0, 1.0]], [0, 1]), r"labels must have shape \(1,\).*Got \(2,\)"),
+        (lambda: metrics.nll([0.0, 1.0], [0, 1]), "shape .exits, rows, classes."),
+        (lambda: metrics.nll([[0.0, 1.0]], [0], temperature=0), "positive number. Got 0"),
+        (lambda: metrics.brier([[3.0, 1.0]], [0]), "apply softmax"),
+        (lambda: metrics.ece([[np.nan, 1.0]], [0]), "apply softmax"),
+        (lambda: metrics.ece(np.zeros((0, 3)), []), "at least one labelled row"),
+        (lambda: metrics.ece([[0.5, 0.5]], [0], binning="equal"), "'width' or 'mass'"),
+        (lambda: metrics.ece([[0.5, 0.5]], [0], bins=0), "bins must be at least 1. Got 0"),
+        (lambda: metrics.accuracy([], []), "at least one labelled row"),
+        (lambda: metrics.accuracy([[0.1, 0.9]], [1]), "take the argmax"),
+        (lambda: metrics.macro_f1([1], [-1]), "labels must be 0 or above. Got -1"),
+        (lambda: metrics.report([[[0.0, 1.0]]], [0], [-1.0]), "temperatures must be 1 positive"),
+        (lambda: metrics.paired_interval([1, 0], [True, False]), "must be boolean"),
+        (lambda: metrics.paired_interval([True], [True, False]), "of one length"),
+        (lambda: metrics.paired_interval([True], [True], level=95), "level must be between"),
+    ],
+)
+def test_wrong_input_is_one_clear_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.sampled_from(["width", "mass"]))
+def test_ece_is_a_weighted_gap_between_0_and_1(seed, bins, binning):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(CLASSES, 0.3), size=ROWS)
+    labels = rng.integers(0, CLASSES, ROWS)
+    value = metrics.ece(probs, labels, bins=bins, binning=binning)
+    overall = abs((probs.argmax(1) == labels).mean() - probs.max(1).mean())
+    # One bin is the coarsest; splitting it can only add gaps.
+    assert overall - 1e-12 <= value <= 1

@@ -1,0 +1,65 @@
+"""The parts of the main job that need no network; the whole of it runs in `.ci/run`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from ejax.classifier import EarlyExitClassifier
+from ejax.evaluation.quickstart import check_exits, quickstart, read_articles, write_splits
+
+
+def test_articles_are_read_once_each_with_their_class(tmp_path: Path) -> None:
+    for name, raw in {
+        "sport/1.txt": b"A  goal\n\nfor nothing.\n",
+        "sport/2.txt": b"A goal for nothing.",
+        "tech/1.txt": "costs £5".encode("latin-1"),
+        "tech/2.txt": "costs €5".encode(),
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    rows = read_articles(tmp_path)
+    assert [(row["text"], row["label"]) for row in rows] == [
+        ("A goal for nothing.", "sport"),
+        ("costs £5", "tech"),
+        ("costs €5", "tech"),
+    ]
+
+
+def test_the_split_is_fixed_and_loses_no_row(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": "ab"[i % 2]} for i in range(25)]
+    write_splits(rows, tmp_path)
+    parts = [
+        (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("train", "dev", "test")
+    ]
+    assert [len(part) for part in parts] == [15, 5, 5]
+    texts = [json.loads(line)["text"] for part in parts for line in part]
+    assert sorted(texts, key=int) == [row["text"] for row in rows]
+    assert texts != sorted(texts, key=int)
+
+
+def test_an_exit_at_chance_fails_loudly() -> None:
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    labelled = tiny.rows(24, seed=4)
+    encoded = clf.encode([text for _, text in labelled])
+    labels = np.array([clf.bundle.labels.index(label) for label, _ in labelled])
+    check_exits(clf, encoded, labels)
+    with pytest.raises(RuntimeError, match=r"do not beat chance \(0.500\): layer 1: .*layer 3: "):
+        check_exits(clf, encoded, 1 - labels)
+
+
+def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys) -> None:
+    result = quickstart(
+        tmp_path, model=str(tiny.model()), data=str(tiny.data()), fields=tiny.FIELDS
+    )
+    shown = capsys.readouterr().out
+    assert "who leaves early" in shown
+    assert "full model" in shown
+    for name in ("evaluation.json", "evaluation.png", "bundle/exits.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"] == 30
+    full = result["thresholds"][-1]
+    assert full["threshold"] == 2.0
+    assert (full["agreement"], full["mean_depth"], full["drop"]) == (1.0, 3.0, 0.0)

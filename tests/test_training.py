@@ -1,0 +1,303 @@
+"""Losses, optimizer, the parallel step, checkpoints, and a run that is killed."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig, to_json
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert
+from ejax.training.checkpoint import Checkpoints, claim_workdir
+from ejax.training.finetune import finetune
+from ejax.training.losses import joint_loss
+from ejax.training.optim import learning_rate, make_optimizer
+from ejax.training.parallel import make_all_logits, parallel_step, replicate, shard
+from ejax.training.step import Rows, TrainState, make_train_step
+
+ROOT = Path(__file__).parents[1]
+CFG = BertConfig(
+    vocab_size=23, hidden_size=12, num_hidden_layers=3, num_attention_heads=3,
+    intermediate_size=17, max_position_embeddings=9, hidden_dropout_prob=0.2,
+    attention_probs_dropout_prob=0.2, dtype="float32",
+)  # fmt: skip
+EXITS = ExitConfig(layers=(1, 3), num_labels=4)
+MODEL = EarlyExitBert(CFG, EXITS)
+CONFIG = TrainConfig(layers=(1, 3), learning_rate=0.01, warmup_fraction=0.0, dropout=0.2, seed=5)
+
+
+def labelled(rows: int = 11, length: int = 7, seed: int = 0, padding: int = 3) -> Rows:
+    draw = np.random.default_rng(seed)
+    mask = np.arange(length)[None] < draw.integers(2, length + 1, rows)[:, None]
+    ids = draw.integers(0, CFG.vocab_size, (rows, length)).astype(np.int32)
+    weights = np.ones(rows, np.float32)
+    weights[rows - padding :] = 0
+    batch = Batch(ids, mask.astype(np.int32), np.zeros_like(ids))
+    labels = draw.integers(0, EXITS.num_labels, rows).astype(np.int32)
+    return Rows(batch, labels, weights, np.arange(100, 100 + rows, dtype=np.int32))
+
+
+@functools.cache
+def fresh_state(config: TrainConfig = CONFIG) -> tuple[TrainState, optax.GradientTransformation]:
+    params = jax.jit(MODEL.init)(jax.random.key(1), Batch([[0, 0]]))["params"]
+    optimizer = make_optimizer(config, total_steps=10)
+    return TrainState(params, optimizer.init(params), np.int32(0)), optimizer
+
+
+@functools.cache
+def stepper(devices: int = 1, config: TrainConfig = CONFIG):
+    optimizer = make_optimizer(config, total_steps=10)
+    return parallel_step(make_train_step(MODEL, optimizer, config), jax.devices()[:devices])
+
+
+def take_steps(devices: int, steps: int = 3, config: TrainConfig = CONFIG):
+    state, _ = fresh_state(config)
+    state = replicate(state, jax.devices()[:devices])
+    metrics = {}
+    for i in range(steps):
+        state, metrics = stepper(devices, config)(state, labelled(seed=i))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def test_joint_loss_by_hand() -> None:
+    logits = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.2, 0.8]]]))
+    labels = jnp.array([0, 1])
+    loss, count = joint_loss(logits, labels, jnp.array([1.0, 0.0]))
+    assert count == 1
+    np.testing.assert_allclose(loss, -np.log(0.5) - np.log(0.25), rtol=1e-6)
+    loss, count = joint_loss(
+        logits, labels, jnp.array([1.0, 1.0]), exit_weights=(2.0, 0.0), class_weights=(1.0, 3.0)
+    )
+    assert count == 4
+    np.testing.assert_allclose(loss, 2 * (-np.log(0.5) - 3 * np.log(0.1)), rtol=1e-6)
+
+
+def test_padding_gives_no_gradient() -> None:
+    logits = jnp.ones((2, 3, 4))
+    weights = jnp.array([1.0, 0.0, 1.0])
+    grad = jax.grad(lambda x: joint_loss(x, jnp.array([0, 1, 2]), weights)[0])(logits)
+    assert not grad[:, 1].any()
+    assert grad[:, 0].any()
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    schedule = learning_rate(TrainConfig(learning_rate=0.4, warmup_fraction=0.25), 8)
+    values = [round(float(schedule(i)), 6) for i in (0, 1, 2, 5, 8)]
+    assert values == [0.0, 0.2, 0.4, 0.2, 0.0]
+
+
+def test_biases_norms_and_mix_are_not_decayed() -> None:
+    config = dataclasses.replace(CONFIG, weight_decay=0.5)
+    state, optimizer = fresh_state(config)
+    ones = jax.tree.map(jnp.ones_like, state.params)
+    zero = jax.tree.map(jnp.zeros_like, ones)
+    updates, _ = optimizer.update(zero, optimizer.init(ones), ones)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        decayed = path[-1].key in ("kernel", "embedding")
+        assert bool(update.any()) == decayed, path
+
+
+def test_gradients_are_clipped() -> None:
+    config = dataclasses.replace(CONFIG, clip_norm=1e-3)
+    state, optimizer = fresh_state(config)
+    clip, _ = optimizer.init(state.params)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    clipped, _ = optax.clip_by_global_norm(config.clip_norm).update(grads, clip)
+    small, _ = optimizer.update(clipped, optimizer.init(state.params), state.params)
+    large, _ = optimizer.update(grads, optimizer.init(state.params), state.params)
+    for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_four_devices_equal_one_with_uneven_padding_and_dropout() -> None:
+    """11 rows with 3 of padding on 4 devices: 3, 3, 2 and 0 real ones."""
+    (one, metrics_one), (four, metrics_four) = take_steps(1), take_steps(4)
+    assert one.step == four.step == 3
+    # Sums in another order differ by a few float32 roundings; Adam divides small gradients by
+    # their own size, so that three steps of 0.01 can turn that into about 1e-5.
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for name in metrics_one:
+        np.testing.assert_allclose(metrics_one[name], metrics_four[name], rtol=1e-5)
+
+
+def test_padding_rows_change_nothing() -> None:
+    """The same real rows with other padding: the same step, dropout included."""
+    state, step = replicate(fresh_state()[0], jax.devices()[:1]), stepper()
+    rows, other = labelled(), labelled()
+    other.batch.ids[8:] = 1
+    other.labels[8:] = 2
+    (first, _), (second, _) = step(state, rows), step(state, other)
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_dropout_follows_the_row_not_its_place() -> None:
+    state, step = replicate(fresh_state()[0], jax.devices()[:1]), stepper()
+    rows = labelled(padding=0)
+    order = np.random.default_rng(3).permutation(len(rows.labels))
+    shuffled = jax.tree.map(lambda leaf: leaf[order], rows)
+    renumbered = rows._replace(numbers=rows.numbers + 1)
+    loss, same, other = (float(step(state, r)[1]["loss"]) for r in (rows, shuffled, renumbered))
+    assert same == pytest.approx(loss, rel=1e-6)
+    assert abs(other - loss) > 1e-4
+
+
+def test_mixing_weights_move_in_training() -> None:
+    """The published code never trained them."""
+    state, _ = take_steps(1)
+    mix = state.params["heads"]["mix"]
+    assert np.abs(mix[1]).min() > 1e-4
+    assert not mix[0, 1:].any()  # layers above the exit are not read
+
+
+def test_an_exit_of_weight_zero_is_not_trained() -> None:
+    before, _ = fresh_state()
+    after, _ = take_steps(1, config=dataclasses.replace(CONFIG, exit_weights=(0.0, 1.0)))
+    for name in ("dense", "classifier"):
+        old = before.params["heads"]["exits"][name]["bias"]
+        new = after.params["heads"]["exits"][name]["bias"]
+        np.testing.assert_array_equal(old[0], new[0])
+        assert np.abs(old[1] - new[1]).max() > 1e-4
+
+
+def test_shard_fills_up_with_zeros() -> None:
+    out = shard({"x": np.arange(1, 6)}, 4)["x"]
+    assert out.tolist() == [[1, 2], [3, 4], [5, 0], [0, 0]]
+
+
+def test_all_logits_come_back_in_order_from_four_devices() -> None:
+    from ejax.data.batches import eval_plan
+    from ejax.data.tokenizer import Encoded
+
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(2, 9, 13)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = draw.integers(0, CFG.vocab_size, offsets[-1]).astype(np.int32)
+    encoded = Encoded(ids, np.zeros(len(ids), np.int8), offsets)
+    state, _ = fresh_state()
+    variables = {"params": state.params}
+    plan = eval_plan(lengths, buckets=(4, 8), max_length=9, batch_size=6)
+    logits = make_all_logits(MODEL)(variables, encoded, plan)
+    assert logits.shape == (2, 13, 4)
+    for i in (0, 7, 12):
+        alone = MODEL.apply(variables, Batch(ids[None, offsets[i] : offsets[i + 1]]))
+        np.testing.assert_allclose(logits[:, i], alone[:, 0], atol=1e-5)  # DESIGN: across T
+
+
+def test_the_best_and_the_newest_checkpoint_are_kept(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, score in ((1, 0.5), (2, None), (3, 0.7), (4, 0.7), (5, 0.6), (6, None)):
+            metrics = None if score is None else {"mean_accuracy": score}
+            checkpoints.save(step, {"x": jnp.full(3, step)}, metrics)
+        assert (checkpoints.latest(), checkpoints.best()) == (6, 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        state = checkpoints.restore(checkpoints.best(), {"x": jnp.zeros(3, jnp.int32)})
+    assert state["x"].tolist() == [4, 4, 4]
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
+    claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+    claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+    with pytest.raises(ValueError, match=r"another training config \(it differs in seed\)"):
+        claim_workdir(tmp_path / "run", TrainConfig(seed=2), {"train": "a1"})
+    with pytest.raises(ValueError, match=r"it differs in rows\)"):
+        claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "b2"})
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    data = DataConfig(path=str(tiny.data()), max_length=16, buckets=(8, 16))
+    config = TrainConfig(
+        model=str(tiny.model()), data=data, layers=(1, 3), epochs=3, batch_size=8,
+        learning_rate=0.01, checkpoint_steps=5, evals_per_epoch=1, dtype="float32",
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def test_divergence_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training diverged at step"):
+        finetune(tiny_config(learning_rate=1e30, clip_norm=1e30), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "model must be"),
+        ({"layers": (1, 4)}, "exit layers must be at most 3"),
+        ({"class_weights": (1.0, 2.0, 3.0)}, "class_weights must hold 2 weights. Got 3"),
+    ],
+)
+def test_bad_configs_leave_nothing_behind(tmp_path: Path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        finetune(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bundle(tmp_path: Path) -> None:
+    """SIGKILL between two checkpoints; the rest must equal an uninterrupted run bit for bit."""
+    config = tmp_path / "config.py"
+    values = to_json(tiny_config(epochs=6))
+    config.write_text(
+        "from ejax.config import TrainConfig, from_json\n"
+        f"config = from_json(TrainConfig, {values!r})\n"
+    )
+
+    def start(workdir: Path) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "train",
+            "--config",
+            str(config),
+            "--workdir",
+            str(workdir),
+        ]
+        return subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    saved = tmp_path / "killed" / "checkpoints"
+    deadline = time.time() + 120
+    while time.time() < deadline and killed.poll() is None:
+        if any(path.name.isdigit() for path in saved.glob("*")):  # complete, not in the making
+            break
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert whole.wait(120) == 0, whole.stderr.read()
+    again = start(tmp_path / "killed")
+    _, stderr = again.communicate(timeout=120)
+    assert again.returncode == 0, stderr
+    assert "resuming" in stderr
+    names = ("model.safetensors", "exits.json")
+    for name in names:
+        first, second = (tmp_path / run / "bundle" / name for run in ("whole", "killed"))
+        assert first.read_bytes() == second.read_bytes(), name
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:
+    finetune(tiny_config(), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {"config", "command", "date", "metrics", "operating_points", "versions"} <= set(result)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [line["step"] for line in steps if line["kind"] == "dev_a"] == [12, 24, 36]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    exits = json.loads((tmp_path / "run" / "bundle" / "exits.json").read_text())
+    rows = exits["provenance"]["rows"]
+    assert (len(rows["dev_a"]), len(rows["dev_b"])) == (21, 20)
+    assert not any((tmp_path / "run" / "bundle").glob("*.pkl"))

@@ -1,0 +1,148 @@
+"""A tiny real BERT, tiny labelled files, and a bundle trained on them, for tests of the whole path.
+
+One word decides the class, so that a few steps teach it.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from safetensors.numpy import save_file
+
+from ejax.cli import app, run
+from ejax.config import BertConfig, to_json
+from ejax.models.bert import Batch, BertModel
+from ejax.models.weights import to_hf
+
+CLASSES = {"bad": ("awful", "poor"), "good": ("great", "fine")}
+FILLERS = ("the", "film", "plot", "was", "is", "music", "and", "a", "cast", "tonight")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = (*SPECIAL, *FILLERS, *(word for words in CLASSES.values() for word in words))
+CFG = BertConfig(
+    vocab_size=len(WORDS),
+    hidden_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=28,
+    max_position_embeddings=32,
+)
+FIELDS = (
+    "epochs=4", "batch_size=16", "learning_rate=0.03", "dropout=0.0", "evals_per_epoch=1",
+    "dtype=float32", "data.max_length=16", "data.buckets=16",
+)  # fmt: skip
+
+_home = tempfile.TemporaryDirectory(prefix="ejax-tiny-")  # removed when Python ends
+HOME = Path(_home.name)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def ejax(*args: object) -> Result:
+    """The `ejax` command, in this process."""
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(app, "ejax", [str(arg) for arg in args])
+    out.seek(0)
+    return Result(code, out.read(), err.getvalue())
+
+
+def refused(*args: object) -> str:
+    """The one sentence with which the command refuses."""
+    result = ejax(*args)
+    assert result.code == 2, result
+    assert result.out == ""
+    sentence = result.err.strip().rpartition("\n")[2]
+    assert sentence.startswith("ejax: "), result.err
+    assert "Traceback" not in result.err
+    return sentence.removeprefix("ejax: ")
+
+
+def command(*args: object, before: str = "") -> list[str]:
+    """The `ejax` command for a process of its own."""
+    code = f"{before}\nfrom ejax.cli import main\nmain()"
+    return [sys.executable, "-c", code, *map(str, args)]
+
+
+def process(*args: object, before: str = "") -> Result:
+    done = subprocess.run(
+        command(*args, before=before), capture_output=True, text=True, timeout=600
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def rows(count: int, seed: int, *, wrong: int = 0) -> list[tuple[str, str]]:
+    """(label, text), half of each class; with `wrong`, every so many-th label is wrong."""
+    draw = random.Random(seed)
+    made = []
+    for i in range(count):
+        label = sorted(CLASSES)[i % 2]
+        words = draw.choices(FILLERS, k=draw.randint(2, 9))
+        words.insert(draw.randint(0, len(words)), draw.choice(CLASSES[label]))
+        flip = wrong > 0 and i % wrong == wrong - 1
+        made.append((sorted(CLASSES)[(i + flip) % 2], " ".join(words)))
+    return made
+
+
+def write_tsv(path: Path, labelled: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(f"{label}\t{text}\n" for label, text in [("label", "text"), *labelled]))
+    return path
+
+
+@functools.cache
+def model() -> Path:
+    """A random encoder of 3 layers, saved as Hugging Face saves it."""
+    folder = HOME / "model"
+    folder.mkdir()
+    params = BertModel(CFG).init(jax.random.key(0), Batch([[0, 0]]))["params"]
+    save_file(to_hf(params, CFG), folder / "model.safetensors", metadata={"format": "pt"})
+    config = to_json(CFG) | {"model_type": "bert"}
+    del config["dtype"], config["residual_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+@functools.cache
+def data() -> Path:
+    """A folder with train, dev and test, tsv."""
+    folder = HOME / "data"
+    folder.mkdir()
+    for seed, (name, count) in enumerate({"train": 96, "dev": 41, "test": 30}.items()):
+        wrong = 0 if name == "train" else 7  # without errors a temperature has no minimum
+        write_tsv(folder / f"{name}.tsv", rows(count, seed, wrong=wrong))
+    return folder
+
+
+def train_args(output: Path) -> list[object]:
+    files = [item for name in ("train", "dev", "test") for item in (f"--{name}", file(name))]
+    return ["train", "--model", model(), *files, "--output", output, "--layers", "1,3", *FIELDS]
+
+
+def file(name: str) -> Path:
+    return data() / f"{name}.tsv"
+
+
+@functools.cache
+def trained() -> tuple[Path, Result]:
+    """The bundle that `ejax train` made, not to be changed, and what it said."""
+    folder = HOME / "bundle"
+    result = ejax(*train_args(folder))
+    assert result.code == 0, result.err
+    return folder, result
+
+
+def copy_of_bundle(folder: Path) -> Path:
+    return Path(shutil.copytree(trained()[0], folder / "bundle"))

@@ -1,0 +1,1 @@
+"""Programs run from the repository; the logic is in `ejax.training`."""

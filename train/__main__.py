@@ -1,0 +1,54 @@
+"""python -m train --config configs/NAME.py --workdir DIR [--smoke] [field=value …]"""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ejax.cli import run, train_and_show
+from ejax.config import TrainConfig, override, smoke
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(
+    epilog="Example: `python -m train --config configs/sst2_minilm.py --workdir runs/sst2 epochs=3`"
+)
+def main(
+    config: Annotated[Path, typer.Option(help="A Python file with `config = TrainConfig(…)`.")],
+    workdir: Annotated[Path, typer.Option(help="Checkpoints, logs, result and bundle.")],
+    small: Annotated[bool, typer.Option("--smoke", help="A few steps: only whether it runs.")] = (
+        False
+    ),
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
+    ] = None,
+) -> None:
+    """Run one experiment; the same command again resumes where it was stopped."""
+    chosen = load_config(config)
+    train_and_show(override(smoke(chosen) if small else chosen, fields or ()), workdir)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """The `config` that a Python file defines.
+
+    Raises:
+      ValueError: for a missing file, an exception inside it, or no such config.
+    """
+    if not path.is_file():
+        raise ValueError(f"No such file: {path} (--config).")
+    try:
+        found = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
+    if not isinstance(found, TrainConfig):
+        raise ValueError(
+            f"{path} must define `config = TrainConfig(…)`. Got {type(found).__name__}."
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "train", sys.argv[1:]))
