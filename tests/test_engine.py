@@ -435,13 +435,14 @@ def test_one_program_without_the_host():
     assert not [name for name in names if "callback" in name or "feed" in name]
 
 
-def test_the_pool_is_written_in_place():
-    """A tile's step costs the tile: it does not copy the hidden [N', T, D]."""
-    case = CASES["ragged last tile"]
+@pytest.mark.parametrize("name", ["ragged last tile", "bfloat16 stream"])
+def test_the_pool_is_written_in_place(name):
+    """A tile's step costs the tile: it does not copy or widen the hidden [N', T, D]."""
+    case = CASES[name]
     text = engine._early_exit.lower(*arguments(case, *inputs(case, 0))).compile().as_text()
     whole = r"\[24,9,12\]"
     assert re.search(rf" = \w+{whole}\S* dynamic-update-slice\(", text)
-    assert not re.findall(rf" = \w+{whole}\S* copy\(", text)
+    assert not re.findall(rf" = (?:\w+{whole}\S* copy|f32{whole}\S* convert)\(", text)
 
 
 # Wrong input

@@ -34,7 +34,7 @@ Array = jax.Array
 class Pool(NamedTuple):
     """The rows still alive, packed to the front; padded to whole tiles (N')."""
 
-    hidden: Array  # <residual dtype>[N', T, D]
+    hidden: Array  # `stored` <residual dtype>[N', T, D]
     mixed: Array  # float32 [N', E, D]
     mask: Array  # int32 [N', T]
     row: Array  # int32 [N'], the row's place in the input
@@ -162,7 +162,8 @@ def _early_exit(
         pool, out, segment = state.pool, state.out, state.segment
         start = state.tile * tile
         part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), pool)
-        hidden, mixed = run_layers(part.hidden, part.mixed, part.mask, segment)
+        stream = unstored(part.hidden, cfg.residual_dtype)
+        hidden, mixed = run_layers(stream, part.mixed, part.mask, segment)
         logits, score, leave = leave_or_stay(mixed, part.row, segment)
 
         real = start + jnp.arange(tile) < state.alive
@@ -176,7 +177,8 @@ def _early_exit(
         # those that stayed before. What follows them there has been run already.
         stay = real & ~leave
         order = jnp.argsort(~stay, stable=True)
-        packed = jax.tree.map(lambda leaf: leaf[order], Pool(hidden, mixed, part.mask, part.row))
+        written = Pool(stored(hidden), mixed, part.mask, part.row)
+        packed = jax.tree.map(lambda leaf: leaf[order], written)
         pool = jax.tree.map(
             lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, state.stayed, 0),
             pool,
@@ -215,7 +217,17 @@ def _first_pool(cfg: Any, exits: int, bert: Any, batch: Batch, tile: int) -> Poo
     rows = batch.ids.shape[0]
     hidden: Any = BertModel(cfg).apply({"params": bert}, batch, method="embed")
     mixed = jnp.zeros((rows, exits, cfg.hidden_size), jnp.float32)
-    return Pool(hidden, mixed, batch.mask, jnp.arange(rows, dtype=jnp.int32))
+    return Pool(stored(hidden), mixed, batch.mask, jnp.arange(rows, dtype=jnp.int32))
+
+
+def stored(x: Array) -> Array:
+    """bfloat16 as its bits, uint16: XLA's CPU backend widens the whole pool to update bfloat16."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def unstored(x: Array, dtype: str) -> Array:
+    """The inverse of `stored`."""
+    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def full_depth(
