@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import first_sure
 
-from ejax.inference.policy import RULES, confidence, select_exit
+from ejax.inference.policy import RULES, confidence, exit_scores, select_exit
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -48,6 +48,35 @@ def test_confidence_of_huge_logits_is_finite():
     huge = np.array([[3e38, -3e38], [1e30, 1e30]], np.float32)
     found = confidence(huge / np.float32(4), np.float32(0.5))
     np.testing.assert_array_equal(found, [1.0, 0.5])
+
+
+def test_margin_and_entropy_by_hand():
+    p = np.array([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]])
+    logits = np.log(p).astype(np.float32)
+    one = np.float32(1)
+    np.testing.assert_allclose(RULES["margin"](logits, one), [0.2, 0, 0.85], atol=1e-6)
+    wanted = 1 + (p * np.log(p)).sum(axis=1) / math.log(3)
+    np.testing.assert_allclose(RULES["entropy"](logits, one), wanted, atol=1e-6)
+    sure = np.array([[200.0, 0, 0]], np.float32)
+    assert [float(RULES[name](sure, one)[0]) for name in RULES] == [1, 1, 1]
+    # A long tail of unlikely classes adds doubt to no row.
+    tail = np.full((1, 1000), -9.0, np.float32)
+    tail[0, 7] = 1
+    assert RULES["entropy"](tail, one)[0] > 0.99
+
+
+def test_agreement_counts_the_exits_that_said_the_same_before():
+    labels = np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 1, 1], [1, 1, 0]])  # [E, N]
+    logits = np.eye(2, dtype=np.float32)[labels]
+    scores = np.asarray(exit_scores(logits, np.ones(5, np.float32), "agreement"))
+    np.testing.assert_allclose(
+        4 * scores, [[0, 0, 0], [1, 0, 0], [2, 1, 0], [0, 2, 0], [1, 3, 0]], atol=1e-6
+    )
+    taken = {
+        patience: select_exit(logits, (patience - 0.5) / 4, rule="agreement").exit.tolist()
+        for patience in (1, 2, 3)
+    }
+    assert taken == {1: [1, 2, 4], 2: [2, 3, 4], 3: [4, 4, 4]}
 
 
 def test_each_row_leaves_at_its_first_sure_exit():
@@ -160,7 +189,7 @@ def test_wrong_temperatures(temperatures):
 
 
 def test_an_unknown_rule():
-    with pytest.raises(ValueError, match=r"rule must be one of confidence.*Got 'entropie'"):
+    with pytest.raises(ValueError, match=r"rule must be one of confidence, margin, entropy, agreement.*Got 'entropie'"):
         select_exit(LOGITS, 0.9, rule="entropie")
 
 

@@ -115,8 +115,10 @@ def test_full_model_where_every_early_exit_loses():
 
 
 def test_full_model_is_preferred_to_a_threshold_nobody_reaches():
-    logits = np.zeros((2, 4, 3), np.float32)  # every score is 1/3
-    point = default_threshold(logits, [0, 0, 1, 1], [1, 1], (1, 2), [5, 6, 7, 8])
+    labels = [1, 2, 1, 2]
+    # Exit 1 scores 1/3 and is wrong everywhere.
+    logits = np.stack([np.zeros((4, 3), np.float32), np.eye(3, dtype=np.float32)[labels]])
+    point = default_threshold(logits, labels, [1, 1], (1, 2), [5, 6, 7, 8])
     assert point["threshold"] == FULL
     assert point["exit_share"] == [0, 1]
 

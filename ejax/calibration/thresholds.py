@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval, softmax
 from ejax.config import check_layers
-from ejax.inference.policy import RULES, check_rule, check_temperatures, select_exit
+from ejax.inference.policy import check_rule, check_temperatures, exit_scores, select_exit
 
 FULL = 2.0  # above every score: nobody leaves early
 CANDIDATES = (
-    *(percent / 100 for percent in range(50, 100)),
+    *(percent / 100 for percent in range(1, 100)),
     *(mille / 1000 for mille in range(991, 1000)),
 )
 
@@ -40,7 +40,7 @@ def operating_point(
       layers: the exits' layers, 1-based, ascending, E of them.
       tokens: <int>[N], real tokens per row, at least 1.
       threshold: one number; above 1 is the full model.
-      rule: a name in `ejax.inference.policy.RULES`.
+      rule: a name in `ejax.inference.policy.RULE_NAMES`.
 
     Returns:
       Ready for JSON: `threshold`, `rule`, `rows`; `accuracy` and `full_accuracy` (of the last
@@ -80,7 +80,7 @@ def default_threshold(
     deviation 0.8 to 1.0) on other rows where 0.5 was asked, choosing by both 0.3 to 0.6
     (0.2 to 0.3).
 
-    One of `CANDIDATES` (0.50 to 0.99 by 0.01, 0.991 to 0.999 by 0.001) or else 2.0, the full
+    One of `CANDIDATES` (0.01 to 0.99 by 0.01, 0.991 to 0.999 by 0.001) or else 2.0, the full
     model. Fastest is the least `mean_depth`; of equal ones the highest threshold. The choice
     fits these rows, so its drop there is optimistic: report `operating_point` at the chosen
     threshold on other rows.
@@ -99,7 +99,7 @@ def default_threshold(
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ValueError(f"max_drop must be 0 points or above. Got {max_drop}.")
     per_exit = check_temperatures(temperatures, len(layers_))
-    scores = RULES[check_rule(rule)](jnp.asarray(logits, jnp.float32), per_exit[:, None])
+    scores = exit_scores(jnp.asarray(logits, jnp.float32), per_exit, check_rule(rule))
     # A row passes exit e by when every score so far is below the threshold.
     best_so_far = np.maximum.accumulate(np.asarray(scores)[:-1], axis=0)
     rows = np.arange(counts.size)
