@@ -22,7 +22,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ejax.config import BertConfig, ExitConfig, from_json, to_json
+from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Tokenizer, load_tokenizer
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import from_hf, read_config, to_hf
@@ -43,7 +43,7 @@ class Bundle:
     temperatures: tuple[float, ...]  # one per exit
     threshold: float  # above 1: full depth
     max_length: int = 128
-    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    buckets: tuple[int, ...] = BUCKETS
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -1,7 +1,9 @@
 """Texts in, labels out."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from ejax.inference.engine import early_exit, full_depth, prepare
 from ejax.inference.policy import Decision
 
 Text = str | tuple[str, str]
+CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # of a stream, tokenised and classified together
 
 
 class Shape(NamedTuple):
@@ -44,6 +47,27 @@ class Shapes:
         sizes = (1, self.min_tile, tile, min(8 * tile, pool), pool)
         size = next(n for n in sizes if n >= min(rows, pool))
         return Shape(size, length, min(size, tile))
+
+
+@dataclasses.dataclass
+class Running:
+    """Pools that the device works on."""
+
+    total: int  # N
+    classes: int  # C
+    pools: list[tuple[np.ndarray, Decision]] = dataclasses.field(default_factory=list)
+
+    def finish(self) -> Decision:
+        """Waits; a `Decision` of numpy arrays, in the order of the input."""
+        out = Decision(
+            np.zeros((self.total, self.classes), np.float32),
+            np.zeros(self.total, np.int32),
+            np.zeros(self.total, np.float32),
+        )
+        for rows, found in self.pools:
+            for whole, piece in zip(out, found, strict=True):
+                whole[rows] = np.asarray(piece)[: len(rows)]
+        return out
 
 
 class EarlyExitClassifier:
@@ -91,9 +115,59 @@ class EarlyExitClassifier:
         Raises:
           ValueError: on something that is not a text, or a wrong threshold or top_k.
         """
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
-        decision = self.decide(as_list(texts), threshold=threshold)
+        check_top_k(top_k)
+        return self.answers(self.decide(as_list(texts), threshold=threshold), top_k)
+
+    def stream(
+        self, texts: Iterable[Text], *, threshold: Any = None, top_k: int | None = 1
+    ) -> Iterator[Any]:
+        """`clf(...)` on any number of texts: yields the answers in order, in flat memory.
+
+        While the device runs one chunk of `CHUNK_ROWS` texts the next is tokenised, so answers
+        come a chunk or two after their texts. Takes a threshold per exit but not per text.
+
+        >>> for answer in clf.stream(open("lines.txt")):  # doctest: +SKIP
+        ...     print(answer["label"])
+        """
+        check_top_k(top_k)
+        if isinstance(texts, str):
+            raise ValueError("texts must be many texts, such as a list or a file. Got one string.")
+        if np.ndim(threshold) > 1:
+            raise ValueError(
+                "threshold must be a number or one per exit: a stream has no number of texts. "
+                f"Got shape {np.shape(threshold)}."
+            )
+        tokenised: deque[Future[Encoded]] = deque()
+        running: deque[Running] = deque()
+        with ThreadPoolExecutor(1) as thread:
+            for chunk in chunks(texts):
+                tokenised.append(thread.submit(self.encode, chunk))
+                if len(tokenised) > 1:
+                    running.append(self.start(tokenised.popleft().result(), threshold))
+                if len(running) > 1:
+                    yield from self.answers(running.popleft().finish(), top_k)
+            for last in tokenised:
+                running.append(self.start(last.result(), threshold))
+            for left in running:
+                yield from self.answers(left.finish(), top_k)
+
+    def warmup(self, rows: Sequence[int] = (1,), max_length: int | None = None) -> None:
+        """Compiles ahead what calls with so many texts of up to `max_length` tokens will run.
+
+        Args:
+          rows: numbers of texts per call and length, such as (1, 32).
+          max_length: tokens; None means the bundle's.
+        """
+        longest = min(max_length or self.bundle.max_length, self.bundle.max_length)
+        reached = bucket_of(np.arange(1, longest + 1), self.bundle.buckets, self.bundle.max_length)
+        for length in np.unique(reached):
+            for count in rows:
+                tokens = np.zeros(count * length, np.int32)
+                offsets = np.arange(count + 1, dtype=np.int64) * length
+                self.decide_encoded(Encoded(tokens, tokens.astype(np.int8), offsets))
+
+    def answers(self, decision: Decision, top_k: int | None) -> list[Any]:
+        """A decision in the words of `__call__`."""
         layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
         found = []
         for probs, layer in zip(self.probabilities(decision), layers, strict=True):
@@ -129,6 +203,10 @@ class EarlyExitClassifier:
 
     def decide_encoded(self, encoded: Encoded, *, threshold: Any = None) -> Decision:
         """`decide` on texts that are tokenised already."""
+        return self.start(encoded, threshold).finish()
+
+    def start(self, encoded: Encoded, threshold: Any = None) -> "Running":
+        """Hands the rows to the device and does not wait for it."""
         total, exits = len(encoded), len(self.bundle.exits.layers)
         thresholds = self.bundle.threshold if threshold is None else threshold
         per_row = np.ndim(thresholds) == 2
@@ -137,11 +215,7 @@ class EarlyExitClassifier:
                 f"threshold must have shape ({total}, {exits}), texts by exits. "
                 f"Got {np.shape(thresholds)}."
             )
-        out = Decision(
-            np.zeros((total, len(self.bundle.labels)), np.float32),
-            np.zeros(total, np.int32),
-            np.zeros(total, np.float32),
-        )
+        running = Running(total, len(self.bundle.labels))
         for rows, shape in self.pools(encoded.lengths):
             part = thresholds
             if per_row:
@@ -156,9 +230,8 @@ class EarlyExitClassifier:
                 tile=shape.tile,
                 rows=len(rows),
             )
-            for whole, piece in zip(out, found, strict=True):
-                whole[rows] = np.asarray(piece)[: len(rows)]
-        return out
+            running.pools.append((rows, found))
+        return running
 
     def full_logits(self, encoded: Encoded) -> np.ndarray:
         """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""
@@ -188,3 +261,23 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
 def as_list(texts: Any) -> Sequence[Text]:
     """A single text or pair as a list of one."""
     return [texts] if isinstance(texts, str | tuple) else texts
+
+
+def check_top_k(top_k: Any) -> None:
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
+
+
+def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Lists of texts, bounded in number and in characters."""
+    held: list[Text] = []
+    characters = 0
+    for text in texts:
+        held.append(text)
+        parts = text if isinstance(text, tuple | list) else (text,)
+        characters += sum(len(part) for part in parts if isinstance(part, str))
+        if len(held) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield held
+            held, characters = [], 0
+    if held:
+        yield held

@@ -2,7 +2,9 @@
 
 import dis
 import errno
+import hashlib
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FULL = 2.0  # above every score
+PROGRAM_BYTES = 1 << 30  # of compiled programs kept; the least used go first
 
 Bundle = Annotated[Path, typer.Argument(help="A folder that `ejax train` wrote.")]
 Data = Annotated[
@@ -36,7 +39,27 @@ LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_def
 
 def main() -> None:
     """The `ejax` command."""
+    keep_programs()
     sys.exit(run(app, "ejax", sys.argv[1:]))
+
+
+def keep_programs() -> None:
+    """Compiled programs are kept between runs, in the user's cache, apart for each CPU type.
+
+    What is set already stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    from ejax.assets import cache_dir
+
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        kind = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    except OSError:
+        kind = []
+    cpu = hashlib.sha256(repr((platform.machine(), platform.processor(), kind)).encode())
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / cpu.hexdigest()[:12])
+    )
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAM_BYTES))
 
 
 def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:

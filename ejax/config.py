@@ -16,6 +16,7 @@ T = typing.TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 Mix = Literal["softmax", "last"]
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
 
@@ -178,7 +179,7 @@ class DataConfig:
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
     limit: int = 0  # at most so many rows of each split; 0 = all
     max_length: int = 128  # tokens; longer texts are truncated
-    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # padded lengths
+    buckets: tuple[int, ...] = BUCKETS  # padded lengths
     cache_dir: str = ""  # "" = the user's cache folder
 
     def __post_init__(self) -> None:

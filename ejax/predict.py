@@ -11,8 +11,8 @@ import json
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,7 +22,7 @@ from ejax.data.files import Row, find_text_columns, path_format, read_rows, text
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")
-CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # read, classified and written together
+PROGRESS_ROWS = 1000
 NAMED = 20  # skipped rows that are named
 
 
@@ -85,21 +85,28 @@ def predict_file(
     rows = read_texts(
         clf, source, text_columns, format, kind, top_k == 1, skip if skip_bad_rows else None
     )
+    waiting: deque[tuple[Row, tuple[str, ...]]] = deque()
+
+    def texts() -> Iterator[Text]:
+        for row, text, names in rows:
+            waiting.append((row, names))
+            yield text
+
     with writing(output) as file:
         write: Writer | None = None
-        for chunk in chunks(rows):
-            answers = clf([text for _, text, _ in chunk], threshold=threshold, top_k=top_k)
-            for (row, _, names), answer in zip(chunk, answers, strict=True):
-                made = row | dict(zip(names, added(answer), strict=True))
-                if write is None:
-                    write = Writer(kind, list(made))
-                    file.write(write.header())
-                line, has_spaces = write.row(made)
-                file.write(line)
-                spaced += has_spaces
-                exits[made[names[2]]] += 1
-            done += len(chunk)
-            progress(done)
+        for answer in clf.stream(texts(), threshold=threshold, top_k=top_k):
+            row, names = waiting.popleft()
+            made = row | dict(zip(names, added(answer), strict=True))
+            if write is None:
+                write = Writer(kind, list(made))
+                file.write(write.header())
+            line, has_spaces = write.row(made)
+            file.write(line)
+            spaced += has_spaces
+            exits[made[names[2]]] += 1
+            done += 1
+            if done % PROGRESS_ROWS == 0:
+                progress(done)
     return Summary(done, exits, skipped, named, spaced)
 
 
@@ -178,22 +185,6 @@ def added(answer: Any) -> list[Any]:
     pairs = [{"label": one["label"], "score": round(one["score"], 6)} for one in top]
     first = [pairs[0]["label"], pairs[0]["score"], top[0]["exit_layer"]]
     return [*first, pairs] if isinstance(answer, list) else first
-
-
-def chunks(
-    rows: Iterable[tuple[Row, Text, tuple[str, ...]]],
-) -> Iterator[list[tuple[Row, Text, tuple[str, ...]]]]:
-    """Lists of rows, bounded in number and in characters."""
-    held: list[tuple[Row, Text, tuple[str, ...]]] = []
-    characters = 0
-    for item in rows:
-        held.append(item)
-        characters += sum(map(len, item[1])) if isinstance(item[1], tuple) else len(item[1])
-        if len(held) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield held
-            held, characters = [], 0
-    if held:
-        yield held
 
 
 class Writer:

@@ -97,6 +97,48 @@ def test_the_number_of_programs_is_bounded() -> None:
     assert engine._early_exit._cache_size() == 4  # 1, 2, 16 and 32 rows
 
 
+def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> None:
+    """However the texts fall into chunks, and without reading far ahead."""
+    texts = [*TEXTS, "", TEXTS[0] * 40, *reversed(TEXTS)]
+    whole = clf(texts, threshold=0.7)
+    for size in (1, 2, 7, 100):
+        monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", size)
+        found = list(clf.stream(iter(texts), threshold=0.7))
+        assert [row["label"] for row in found] == [row["label"] for row in whole]
+        np.testing.assert_allclose(
+            [row["score"] for row in found], [row["score"] for row in whole], atol=1e-5
+        )
+    assert list(clf.stream([])) == []
+    assert len(next(clf.stream(texts, top_k=None))) == 2
+    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 4)
+    read: list[str] = []
+    endless = (read.append(TEXTS[i % 23]) or TEXTS[i % 23] for i in range(10**9))
+    for count, _ in zip(range(40), clf.stream(endless), strict=False):
+        assert len(read) <= count + 4 * 4
+
+
+def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier) -> None:
+    for texts, options, message in (
+        ("one text", {}, "texts must be many texts"),
+        (["fine", None], {}, r"texts\[1\] must be a string"),
+        (TEXTS, {"threshold": np.zeros((23, 2))}, "a stream has no number of texts"),
+        (TEXTS, {"top_k": 0}, "top_k must be a positive number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(clf.stream(texts, **options))
+
+
+def test_after_a_warmup_nothing_compiles() -> None:
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    engine._early_exit.clear_cache()
+    clf.warmup(rows=(1, 20))
+    compiled = engine._early_exit._cache_size()
+    assert compiled > 0
+    for texts in (TEXTS[:1], TEXTS[:20], [" ".join(TEXTS)]):
+        clf(texts, threshold=0.3)
+    assert engine._early_exit._cache_size() == compiled
+
+
 def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:
     found = clf(["", "the film was great " * 60_000])
     assert [row["label"] in ("good", "bad") for row in found] == [True, True]

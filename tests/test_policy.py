@@ -189,7 +189,10 @@ def test_wrong_temperatures(temperatures):
 
 
 def test_an_unknown_rule():
-    with pytest.raises(ValueError, match=r"rule must be one of confidence, margin, entropy, agreement.*Got 'entropie'"):
+    with pytest.raises(
+        ValueError,
+        match=r"rule must be one of confidence, margin, entropy, agreement.*Got 'entropie'",
+    ):
         select_exit(LOGITS, 0.9, rule="entropie")
 
 

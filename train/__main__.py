@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ejax.cli import run, train_and_show
+from ejax.cli import keep_programs, run, train_and_show
 from ejax.config import TrainConfig, override, smoke
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -51,4 +51,5 @@ def load_config(path: Path) -> TrainConfig:
 
 
 if __name__ == "__main__":
+    keep_programs()
     sys.exit(run(app, "train", sys.argv[1:]))
