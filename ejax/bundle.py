@@ -61,7 +61,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
         save_file(_tensors(bundle), fresh / "model.safetensors", metadata={"format": "pt"})
         (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
         bundle.tokenizer.save(fresh)
-        _write(fresh / "config.json", _hf_config(bundle))
+        _write(fresh / "config.json", hf_config(bundle))
         _write(fresh / "exits.json", _exits(bundle))
         (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8")
     return Path(folder)
@@ -216,7 +216,8 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
     return {"params": {"bert": bert, **heads}}
 
 
-def _hf_config(bundle: Bundle) -> dict[str, Any]:
+def hf_config(bundle: Bundle) -> dict[str, Any]:
+    """The `config.json` of the encoder, under the names of Hugging Face."""
     values = to_json(bundle.cfg)
     for name in ("dtype", "residual_dtype"):
         del values[name]

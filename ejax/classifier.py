@@ -7,12 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded
-from ejax.inference.engine import early_exit, full_depth, prepare
+from ejax.inference.engine import early_exit, full_depth, prepare, replicate
 from ejax.inference.policy import Decision
 
 Text = str | tuple[str, str]
@@ -78,11 +79,27 @@ class EarlyExitClassifier:
     [{'label': 'positive', 'score': 0.98, 'exit_layer': 2}]
     """
 
-    def __init__(self, bundle: Bundle, *, shapes: Shapes = Shapes()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        shapes: Shapes = Shapes(),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Args: devices share the rows of a pool; None means all local ones."""
         self.bundle = bundle
         self.shapes = shapes
+        self.devices = tuple(devices or jax.local_devices())
         self.model = bundle.model
-        self._variables = prepare(self.model, bundle.variables)
+        self._weights = jax.device_put(prepare(self.model, bundle.variables), self.devices[0])
+        many = len(self.devices) > 1
+        self._copies = replicate(self._weights, self.devices) if many else self._weights
+
+    def on_one_device(self, shapes: Shapes | None = None) -> "EarlyExitClassifier":
+        """The same on its first device, where times are compared."""
+        return EarlyExitClassifier(
+            self.bundle, shapes=shapes or self.shapes, devices=self.devices[:1]
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "EarlyExitClassifier":
@@ -216,19 +233,22 @@ class EarlyExitClassifier:
                 f"Got {np.shape(thresholds)}."
             )
         running = Running(total, len(self.bundle.labels))
-        for rows, shape in self.pools(encoded.lengths):
+        for rows, shape in self.pools(encoded.lengths, len(self.devices)):
+            alone = len(rows) == 1
+            size = shape.pool if alone else shape.pool * len(self.devices)
             part = thresholds
             if per_row:
-                part = np.full((shape.pool, exits), 2.0, np.float32)
+                part = np.full((size, exits), 2.0, np.float32)
                 part[: len(rows)] = np.asarray(thresholds)[rows]
             found = early_exit(
                 self.model,
-                self._variables,
-                pad(encoded, padded(rows, shape.pool), shape.length),
+                self._weights if alone else self._copies,
+                pad(encoded, padded(rows, size), shape.length),
                 part,
                 temperatures=self.bundle.temperatures,
                 tile=shape.tile,
                 rows=len(rows),
+                devices=None if alone else self.devices,
             )
             running.pools.append((rows, found))
         return running
@@ -238,19 +258,19 @@ class EarlyExitClassifier:
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
-            found = full_depth(self.model, self._variables, batch, tile=shape.tile, rows=len(rows))
+            found = full_depth(self.model, self._weights, batch, tile=shape.tile, rows=len(rows))
             logits[rows] = np.asarray(found)[: len(rows)]
         return logits
 
-    def pools(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Shape]]:
-        """The rows of every pool and its shape; a row's length alone decides its T."""
+    def pools(self, lengths: np.ndarray, devices: int = 1) -> Iterator[tuple[np.ndarray, Shape]]:
+        """The rows of every pool and its shape on each device; a row's length decides its T."""
         bucket = bucket_of(lengths, self.bundle.buckets, self.bundle.max_length)
         for length in np.unique(bucket):
             rows = np.flatnonzero(bucket == length)
-            size = self.shapes.pool(int(length))
+            size = self.shapes.pool(int(length)) * devices
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
-                yield part, self.shapes.of(len(part), int(length))
+                yield part, self.shapes.of(-(-len(part) // devices), int(length))
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:

@@ -24,7 +24,6 @@ UsageError: Any = typer.BadParameter.__base__
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FULL = 2.0  # above every score
-PROGRAM_BYTES = 1 << 30  # of compiled programs kept; the least used go first
 
 Bundle = Annotated[Path, typer.Argument(help="A folder that `ejax train` wrote.")]
 Data = Annotated[
@@ -59,7 +58,6 @@ def keep_programs() -> None:
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / cpu.hexdigest()[:12])
     )
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAM_BYTES))
 
 
 def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
@@ -302,6 +300,78 @@ def evaluate(
     if seen:
         note(f"{seen} of these rows also chose this bundle's threshold: figures may flatter it.")
     note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(
+    epilog="Example: `ejax bench sentiment --data test.tsv --against torch-float32,onnx-int8`"
+)
+def bench(
+    bundle: Bundle,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    threshold: Annotated[str, typer.Option(help="Else the bundle's own.", show_default=False)] = "",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Of torch-float32, torch-bfloat16, onnx-float32, onnx-int8, torch-exit; else all.",
+            show_default=False,
+        ),
+    ] = "",
+    limit: Annotated[int, typer.Option(help="At most so many rows; 0 is all.", min=0)] = 0,
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
+    output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Time this bundle beside PyTorch and ONNX Runtime, on the same rows in one run.
+
+    Their libraries come with `pip install ejax[bench]`; what is not installed is left out.
+    """
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.labelled import labelled_rows
+
+    check_json(output)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = labelled_rows(
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    chosen = list(rows)[: limit or None]
+    texts = [row.text if row.pair is None else (row.text, row.pair) for row in chosen]
+    with Console(stderr=True).status("") as status:
+        result = bench(
+            clf, texts, [row.label for row in chosen],
+            threshold=parse_threshold(threshold) if threshold else None,
+            against=against.split(",") if against else tuple(AGAINST),
+            repeats=repeats, progress=status.update,
+        )  # fmt: skip
+    result |= {"bundle": bundle.name, "data": rows.origin}
+    save_bench(result, output)
+    show(bench_table(result))
+    for name, why in result["left_out"].items():
+        note(f"left out: {name} ({why}); see `pip install ejax[bench]`")
+    note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
+def export(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[str, typer.Option(help="hf.")] = "hf",
+) -> None:
+    """Write the last exit as a plain Hugging Face classifier, full depth.
+
+    Only for bundles with pooling cls and mix last: others read what it has no place for.
+    """
+    from ejax.bundle import load_bundle
+    from ejax.export import export_hf
+
+    if format != "hf":
+        raise ValueError(f"--format must be hf. Got {format!r}.")
+    note(f"written: {export_hf(load_bundle(bundle), output)}")
 
 
 @app.command(

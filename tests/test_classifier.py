@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +11,8 @@ import ejax
 from ejax.classifier import EarlyExitClassifier, Shapes
 from ejax.inference import engine
 
+SMALL = Shapes(tile_tokens=256, pool_tokens=512, min_tile=2)
+ONE = jax.devices()[:1]
 TEXTS = [text for _, text in tiny.rows(23, seed=9)]
 
 
@@ -87,10 +90,24 @@ def test_many_rows_run_in_several_pools() -> None:
     np.testing.assert_array_equal(many.exit, one.exit)
 
 
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_devices_share_the_rows(devices: int) -> None:
+    """The same answers as on one (promise 1), thresholds per text included."""
+    bundle = ejax.load_bundle(tiny.trained()[0])
+    one = EarlyExitClassifier(bundle, devices=ONE)
+    many = EarlyExitClassifier(bundle, devices=jax.devices()[:devices])
+    each = np.random.default_rng(0).uniform(0.4, 1.1, (23, 2))
+    for count, threshold in ((23, 0.7), (1, 0.7), (2, 0.7), (23, each)):
+        wanted = one.decide(TEXTS[:count], threshold=threshold)
+        found = many.decide(TEXTS[:count], threshold=threshold)
+        np.testing.assert_allclose(found.score, wanted.score, atol=1e-5)
+        np.testing.assert_array_equal(found.exit, wanted.exit)
+
+
 def test_the_number_of_programs_is_bounded() -> None:
     """Per length at most five shapes, whatever the number of texts and the threshold."""
     bundle = ejax.load_bundle(tiny.trained()[0])
-    clf = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=256, pool_tokens=512, min_tile=2))
+    clf = EarlyExitClassifier(bundle, shapes=SMALL, devices=ONE)
     engine._early_exit.clear_cache()
     for count in range(1, 60, 3):
         clf(TEXTS[:1] * count, threshold=count / 60)
@@ -129,7 +146,7 @@ def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier) -> None:
 
 
 def test_after_a_warmup_nothing_compiles() -> None:
-    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    clf = EarlyExitClassifier(ejax.load_bundle(tiny.trained()[0]), devices=ONE)
     engine._early_exit.clear_cache()
     clf.warmup(rows=(1, 20))
     compiled = engine._early_exit._cache_size()

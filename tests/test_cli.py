@@ -45,7 +45,8 @@ def test_help_and_version_are_quick_and_load_no_jax():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "predict", "evaluate", "calibrate", "info", "quickstart"]
+    "verb",
+    ["train", "predict", "evaluate", "bench", "export", "calibrate", "info", "quickstart"],
 )
 def test_every_verb_has_help_with_an_example(verb):
     shown = tiny.ejax(verb, "--help")

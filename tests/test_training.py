@@ -18,13 +18,14 @@ import pytest
 import tiny
 
 from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig, to_json
+from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.training.checkpoint import Checkpoints, claim_workdir
 from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
-from ejax.training.parallel import make_all_logits, parallel_step, replicate, shard
+from ejax.training.parallel import make_all_logits, parallel_step, shard
 from ejax.training.step import Rows, TrainState, make_train_step
 
 ROOT = Path(__file__).parents[1]

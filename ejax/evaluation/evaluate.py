@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
-from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
 from ejax.inference.policy import Decision
 from ejax.training.finetune import environment
@@ -34,7 +34,7 @@ def evaluate(
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures every threshold against full depth, side by side.
+    """Measures every threshold against full depth, side by side on one device.
 
     Args:
       encoded: the rows' tokens, N of them.
@@ -54,6 +54,7 @@ def evaluate(
     if rows == 0:
         raise ValueError("evaluation needs at least one labelled row. Got none.")
     progress("choosing the baseline's tile")
+    clf = clf.on_one_device()
     baseline = best_full_depth(clf, encoded)
     runs: dict[float | str, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
@@ -106,7 +107,7 @@ def evaluate(
 def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
     """The classifier whose tile size runs rows of the commonest length fastest at full depth."""
     candidates = [
-        EarlyExitClassifier(clf.bundle, shapes=dataclasses.replace(Shapes(), tile_tokens=tokens))
+        clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens))
         for tokens in TILE_TOKENS
     ]
     rows, _ = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
@@ -187,18 +188,31 @@ def table(result: dict[str, Any]) -> Table:
 
 def save(result: dict[str, Any], path: Path) -> None:
     """The JSON at `path`, and beside it a PNG of accuracy against measured time."""
+    write_json(result, path)
+    save_png(partial(draw, result), path.with_suffix(".png"))
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     fresh.replace(path)
-    plot(result, path.with_suffix(".png"))
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def save_png(draw: Callable[[Any], None], path: Path) -> None:
+    """What `draw` puts on one pair of axes, written whole or not at all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    fresh = path.with_suffix(".tmp")
+    figure.savefig(fresh, dpi=150, format="png")
+    fresh.replace(path)
+
+
+def draw(result: dict[str, Any], axes: Any) -> None:
     points = sorted(result["thresholds"], key=lambda p: p["seconds"]["median"])
 
     def per_text(entry: dict[str, Any], which: str = "median") -> float:
@@ -224,8 +238,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.plot([per_text(full)], [100 * full["accuracy"]], "s", color="black", label="full model")
     axes.set(xlabel="milliseconds per text, measured", ylabel="accuracy, %", xlim=(0, None))
     axes.set_title(f"{result['rows']} texts, {result['dtype']}, {result['date']}", fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    fresh = path.with_suffix(".tmp")
-    figure.savefig(fresh, dpi=150, format="png")
-    fresh.replace(path)

@@ -10,12 +10,16 @@ Axes: N rows of the pool, B rows of a tile, T tokens, D width, L layers, E exits
 C classes.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.inference.policy import (
     Agreed,
@@ -62,6 +66,7 @@ def early_exit(
     rule: str = "confidence",
     tile: int = 32,
     rows: Any = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Decision:
     """Runs every row to the first exit that is sure, in one compiled program.
 
@@ -79,6 +84,9 @@ def early_exit(
       tile: rows per step, B.
       rows: only so many rows at the front are real, the others are padding: they
         are not run and get exit 0, score 0 and logits 0. None means all.
+      devices: several share the rows, dealt in turn; each runs its own loop on its own rows
+        and waits for no other. `replicate` variables that are prepared. None means the
+        device of the variables.
 
     Returns:
       A `Decision`: logits [N, C], exit [N], score [N], in the order of the input.
@@ -88,16 +96,43 @@ def early_exit(
     """
     batch, tile, rows = _checked(batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
-    return _early_exit(
-        model,
-        prepare(model, variables),
-        batch,
-        broadcast_thresholds(thresholds, total, exits),
-        check_temperatures(temperatures, exits),
-        rows,
-        check_rule(rule),
-        tile,
+    weights, levels = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
+    temperatures, rule = check_temperatures(temperatures, exits), check_rule(rule)
+    if devices is None or len(devices) == 1:
+        return _early_exit(model, weights, batch, levels, temperatures, rows, rule, tile)
+    count = len(devices)
+    run = _on_devices(model, rule, min(tile, -(-total // count)), tuple(devices))
+    shares = np.maximum(np.asarray(rows) - np.arange(count) + count - 1, 0) // count
+    dealt = jax.tree.map(lambda leaf: _deal(leaf, count), (batch, levels))
+    found = run(weights, *dealt, temperatures, shares.astype(np.int32))
+    return jax.tree.map(
+        lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:total], found
     )
+
+
+@functools.lru_cache
+def _on_devices(
+    model: EarlyExitBert, rule: str, tile: int, devices: tuple[jax.Device, ...]
+) -> Callable[..., Decision]:
+    def one(
+        weights: Prepared, batch: Batch, levels: Array, temperatures: Array, rows: Array
+    ) -> Any:
+        return _early_exit(model, weights, batch, levels, temperatures, rows, rule, tile)
+
+    return jax.pmap(one, "devices", in_axes=(None, 0, 0, None, 0), devices=devices)
+
+
+def _deal(leaf: Array, count: int) -> np.ndarray:
+    """[N, ...] -> [devices, n, ...], row i to device i % count; rows of zeros fill up."""
+    values = np.asarray(leaf)
+    values = np.pad(values, [(0, -len(values) % count)] + [(0, 0)] * (values.ndim - 1))
+    return values.reshape(-1, count, *values.shape[1:]).swapaxes(0, 1)
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Whole on every device, as a mapped program takes and returns it: else it compiles twice."""
+    mesh = Mesh(np.asarray(devices or jax.local_devices()), ("devices",))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Array]:

@@ -29,12 +29,13 @@ from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
 from ejax.data import sources
 from ejax.data.batches import eval_plan, take, train_plan
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
 from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
 from ejax.training.optim import make_optimizer
-from ejax.training.parallel import make_all_logits, parallel_step, replicate
+from ejax.training.parallel import make_all_logits, parallel_step
 from ejax.training.step import Rows, TrainState, make_train_step
 
 LOG_STEPS = 20

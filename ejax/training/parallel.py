@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.data.batches import Step, take
 from ejax.data.tokenizer import Encoded
+from ejax.inference.engine import replicate
 from ejax.models.early_exit import EarlyExitBert
 from ejax.training.step import AXIS, Rows, TrainState
 
@@ -25,12 +25,6 @@ def shard(tree: Any, devices: int) -> Any:
         return leaf.reshape(devices, -1, *leaf.shape[1:])
 
     return jax.tree.map(split, tree)
-
-
-def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
-    """Whole on every device, as `parallel_step` returns it: placed otherwise it compiles twice."""
-    mesh = Mesh(np.asarray(devices or jax.local_devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def parallel_step(

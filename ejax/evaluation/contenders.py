@@ -1,0 +1,208 @@
+"""What a user would run instead: the same fine-tuned weights in PyTorch and ONNX Runtime.
+
+Rows of a batch are padded to the longest of them; a pool is sorted by length first.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ejax.bundle import Bundle, hf_config
+from ejax.data.batches import pad
+from ejax.data.tokenizer import Encoded
+from ejax.models.heads import mix_columns
+from ejax.models.weights import to_hf
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Setting(NamedTuple):
+    """What a small sweep chooses for each contender."""
+
+    batch: int  # rows
+    threads: int
+
+
+Run = Callable[[Encoded, Setting], np.ndarray]  # -> logits float32 [N, C]
+
+
+def batches(encoded: Encoded, size: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """Row numbers and their `Batch`, the shortest rows first, padded to the longest of each."""
+    lengths = encoded.lengths
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield rows, pad(encoded, rows, int(lengths[rows].max()))
+
+
+def run_batches(
+    forward: Callable[[Any], np.ndarray], encoded: Encoded, size: int, classes: int
+) -> np.ndarray:
+    logits = np.zeros((len(encoded), classes), np.float32)
+    for rows, batch in batches(encoded, size):
+        logits[rows] = forward(batch)
+    return logits
+
+
+def torch_model(bundle: Bundle) -> Any:
+    """The bundle as a PyTorch module on transformers' BertModel: logits of the last exit.
+
+    `exit_logits(hidden states so far, mask, e)` gives those of any exit.
+    """
+    import torch
+    from transformers import BertConfig, BertModel
+
+    settings = {key: value for key, value in hf_config(bundle).items() if key != "torch_dtype"}
+    params = bundle.variables["params"]
+    heads = params["heads"]["exits"]
+    columns = np.asarray(mix_columns(jnp.asarray(params["heads"]["mix"]), bundle.exits))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = BertModel(BertConfig(**settings), add_pooling_layer=False)
+            d, c = bundle.cfg.hidden_size, bundle.exits.num_labels
+            count = len(bundle.exits.layers)
+            self.dense = torch.nn.ModuleList(torch.nn.Linear(d, d) for _ in range(count))
+            self.classifier = torch.nn.ModuleList(torch.nn.Linear(d, c) for _ in range(count))
+            self.columns = columns.T.tolist()  # [E, L]
+
+        def pooled(self, x: Any, mask: Any) -> Any:
+            if bundle.exits.pooling == "cls":
+                return x[:, 0]
+            real = mask.unsqueeze(-1).to(x.dtype)
+            return (x * real).sum(1) / real.sum(1).clamp(min=1)
+
+        def exit_logits(self, pooled: list[Any], e: int) -> Any:
+            weights = zip(self.columns[e], pooled, strict=False)
+            mixed = sum(weight * x for weight, x in weights if weight)
+            return self.classifier[e](torch.tanh(self.dense[e](mixed)))
+
+        def forward(self, ids: Any, mask: Any, types: Any) -> Any:
+            found = self.bert(ids, mask, types, output_hidden_states=True)
+            pooled = [self.pooled(x, mask) for x in found.hidden_states[1:]]
+            return self.exit_logits(pooled, len(self.dense) - 1)
+
+    model = Model()
+    encoder = {"embeddings": params["bert"]["embeddings"], "layers": params["bert"]["layers"]}
+    tensors = {name: torch.tensor(x) for name, x in to_hf(encoder, bundle.cfg).items()}
+    for name in ("dense", "classifier"):
+        for e in range(len(bundle.exits.layers)):
+            tensors[f"{name}.{e}.weight"] = torch.tensor(np.array(heads[name]["kernel"][e].T))
+            tensors[f"{name}.{e}.bias"] = torch.tensor(np.array(heads[name]["bias"][e]))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or any("position_ids" not in name for name in missing):
+        raise RuntimeError(f"the PyTorch module misses {missing} and does not know {unexpected}.")
+    return model.eval()
+
+
+def tensors_of(batch: Any) -> tuple[Any, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(np.asarray(x, np.int64)) for x in batch_arrays(batch))
+
+
+def batch_arrays(batch: Any) -> tuple[np.ndarray, ...]:
+    return batch.ids, batch.mask, batch.types
+
+
+def torch_full(bundle: Bundle, dtype: str) -> Run:
+    """Full depth in PyTorch, float32 or bfloat16 autocast."""
+    import torch
+
+    model, classes = torch_model(bundle), bundle.exits.num_labels
+
+    def forward(batch: Any) -> np.ndarray:
+        narrow = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+        with torch.inference_mode(), narrow:
+            return model(*tensors_of(batch)).float().numpy()
+
+    def run(encoded: Encoded, setting: Setting) -> np.ndarray:
+        torch.set_num_threads(setting.threads)
+        return run_batches(forward, encoded, setting.batch, classes)
+
+    return run
+
+
+def torch_early_exit(bundle: Bundle, threshold: float) -> Run:
+    """One text at a time, leaving the layers' loop as soon as an exit is sure."""
+    import torch
+
+    model, classes = torch_model(bundle), bundle.exits.num_labels
+    exits = {layer: e for e, layer in enumerate(bundle.exits.layers)}
+
+    def forward(batch: Any) -> np.ndarray:
+        with torch.inference_mode():
+            ids, mask, types = tensors_of(batch)
+            x, pooled = model.bert.embeddings(input_ids=ids, token_type_ids=types), []
+            logits = None
+            for number, layer in enumerate(model.bert.encoder.layer, start=1):
+                out = layer(x)  # one row: nothing to mask
+                x = out[0] if isinstance(out, tuple) else out
+                pooled.append(model.pooled(x, mask))
+                if number in exits:
+                    e = exits[number]
+                    logits = model.exit_logits(pooled, e)
+                    score = torch.softmax(logits / bundle.temperatures[e], -1).max()
+                    if score >= threshold:
+                        break
+            assert logits is not None
+            return logits.numpy()
+
+    def run(encoded: Encoded, setting: Setting) -> np.ndarray:
+        torch.set_num_threads(setting.threads)
+        return run_batches(forward, encoded, 1, classes)
+
+    return run
+
+
+def onnx_full(bundle: Bundle, kind: str) -> Run:
+    """Full depth in ONNX Runtime, float32 or with dynamically quantised INT8 products."""
+    import onnxruntime
+    import torch
+
+    model, classes = torch_model(bundle), bundle.exits.num_labels
+    example = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in range(3))
+    names = ["ids", "mask", "types"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model, example, str(path), input_names=names, output_names=["logits"],
+            dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names},
+            opset_version=17, dynamo=False,
+        )  # fmt: skip
+        if kind == "int8":
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            quantised = Path(folder) / "int8.onnx"
+            quantize_dynamic(path, quantised, weight_type=QuantType.QInt8)
+            path = quantised
+        content = path.read_bytes()
+    sessions: dict[int, Any] = {}
+
+    def session(threads: int) -> Any:
+        if threads not in sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+            sessions[threads] = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        return sessions[threads]
+
+    def run(encoded: Encoded, setting: Setting) -> np.ndarray:
+        def forward(batch: Any) -> np.ndarray:
+            feeds = dict(
+                zip(names, (np.asarray(x, np.int64) for x in batch_arrays(batch)), strict=True)
+            )
+            return session(setting.threads).run(None, feeds)[0]
+
+        return run_batches(forward, encoded, setting.batch, classes)
+
+    return run

@@ -1,0 +1,44 @@
+"""A bundle's last exit as a plain Hugging Face classifier."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ejax.bundle import Bundle, hf_config, replacing
+from ejax.models.weights import to_hf
+
+
+def export_hf(bundle: Bundle, folder: str | Path) -> Path:
+    """Writes what `BertForSequenceClassification.from_pretrained` loads: full depth, no exits.
+
+    Its logits are those of the last exit before temperature.
+
+    Raises:
+      ValueError: when the last exit is no such classifier, or `folder` cannot be written.
+    """
+    exits = bundle.exits
+    if exits.pooling != "cls" or (exits.mix != "last" and exits.num_layers > 1):
+        raise ValueError(
+            f"this bundle has pooling {exits.pooling!r} and mix {exits.mix!r}: a plain Hugging "
+            f"Face classifier reads the first token of the last layer: train with pooling=cls "
+            f"and mix=last to export."
+        )
+    params = bundle.variables["params"]
+    head = params["heads"]["exits"]
+    encoder = to_hf({name: params["bert"][name] for name in ("embeddings", "layers")}, bundle.cfg)
+    tensors = encoder | {
+        "bert.pooler.dense.weight": head["dense"]["kernel"][-1].T,
+        "bert.pooler.dense.bias": head["dense"]["bias"][-1],
+        "classifier.weight": head["classifier"]["kernel"][-1].T,
+        "classifier.bias": head["classifier"]["bias"][-1],
+    }
+    made = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+    config = hf_config(bundle) | {"architectures": ["BertForSequenceClassification"]}
+    with replacing(folder) as fresh:
+        save_file(made, fresh / "model.safetensors", metadata={"format": "pt"})
+        bundle.tokenizer.save(fresh)
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
+    return Path(folder)

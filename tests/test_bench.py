@@ -1,0 +1,109 @@
+"""The benchmark's own arithmetic, and the contenders' logits where their libraries are there."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from ejax.bundle import load_bundle
+from ejax.classifier import EarlyExitClassifier
+from ejax.evaluation import bench as bench_module
+from ejax.evaluation.bench import AGAINST, bench, build
+from ejax.evaluation.contenders import Setting
+from ejax.export import export_hf
+
+TEXTS = [text for _, text in tiny.rows(30, seed=5)]
+LABELS = [i % 2 for i in range(30)]
+
+
+def clf() -> EarlyExitClassifier:
+    return EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+
+
+def needs(name: str) -> None:
+    for library in AGAINST[name][0]:
+        pytest.importorskip(library, reason=f"{library} comes with the extra `bench`")
+
+
+def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: Path) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 5)
+    result = bench(clf(), TEXTS, LABELS, threshold=0.7, repeats=2)
+    assert set(result["left_out"]) == set(AGAINST)
+    assert "torch" in result["left_out"]["torch-float32"]
+    full, early = result["contenders"]
+    assert (full["name"], early["name"]) == ("ejax full depth", "ejax, threshold 0.7")
+    labels = [clf().bundle.labels.index(row["label"]) for row in clf()(TEXTS, threshold=0.7)]
+    assert early["accuracy"] == pytest.approx(np.mean(np.array(labels) == LABELS))
+    assert early["drop"] == pytest.approx(100 * (full["accuracy"] - early["accuracy"]))
+    assert full["logit_difference"] < 1e-4
+    for one in (full, early):
+        assert one["offline"]["texts_per_second"] > one["end_to_end"]["texts_per_second"] > 0
+        stream = one["single_stream"]
+        assert 0 < stream["p50"] <= stream["p90"] <= stream["p99"]
+        assert set(one["requests"]) == {"8", "32"}
+    bench_module.save_bench(result, tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == 30
+    assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_an_unknown_contender_is_refused(tmp_path: Path) -> None:
+    said = tiny.refused(
+        "bench", tiny.trained()[0], "--data", tiny.data(), "--against", "tensorrt",
+        "--output", tmp_path / "b.json",
+    )  # fmt: skip
+    assert "--against must be among torch-float32" in said
+    assert "'tensorrt'" in said
+
+
+@pytest.mark.parametrize("name", ["torch-float32", "onnx-float32"])
+def test_a_contender_runs_the_same_model(name: str) -> None:
+    """Logits equal to 1e-4, whatever the batch; else the comparison would be void."""
+    needs(name)
+    encoded = clf().encode([*TEXTS, ""])
+    wanted = clf().full_logits(encoded)
+    for batch in (1, 8, 64):
+        found = build(name, clf().bundle, 0.7)(encoded, Setting(batch, 1))
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_the_early_exit_of_pytorch_takes_the_same_exits() -> None:
+    needs("torch-exit")
+    encoded = clf().encode(TEXTS)
+    found = build("torch-exit", clf().bundle, 0.7)(encoded, Setting(1, 1))
+    wanted = clf().decide_encoded(encoded, threshold=0.7).logits
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_export_says_why_it_cannot() -> None:
+    said = tiny.refused("export", tiny.trained()[0], "--output", tiny.HOME / "never")
+    assert "pooling 'mean' and mix 'softmax'" in said
+    assert not (tiny.HOME / "never").exists()
+
+
+def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
+    """Its names and shapes are transformers' own; where torch is at hand, so are its logits."""
+    output = tmp_path / "bundle"
+    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals_per_epoch=1"]
+    assert tiny.ejax(*fields).code == 0
+    bundle = load_bundle(output)
+    folder = export_hf(bundle, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["num_hidden_layers"] == 3
+    assert (folder / "tokenizer.json").is_file()
+    again = EarlyExitClassifier(bundle)
+    encoded = again.encode(TEXTS[:1])
+    wanted = again.full_logits(encoded)
+    torch = pytest.importorskip("torch", reason="torch comes with the extra `bench`")
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        found = plain(torch.from_numpy(encoded.ids[None].astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
