@@ -19,6 +19,7 @@ from rich.table import Table
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
+from ejax.inference.cost import ideal_speedup
 from ejax.inference.policy import Decision
 from ejax.training.finetune import environment
 
@@ -48,7 +49,7 @@ def evaluate(
       full depth, with its paired 95 % interval), `agreement` (share of rows with full
       depth's label), `mean_depth` (layers, weighted by tokens), `exit_share`,
       `seconds` (median, min, max), `texts_per_second`, `speedup` (measured) and
-      `ideal_speedup` (L / mean_depth: layers alone, no heads, no packing).
+      `ideal_speedup` (by operations on real tokens, heads counted, no packing).
     """
     rows = len(encoded)
     if rows == 0:
@@ -89,7 +90,9 @@ def evaluate(
                 **point,
                 **time_of,
                 "speedup": full["seconds"]["median"] / time_of["seconds"]["median"],
-                "ideal_speedup": clf.bundle.exits.num_layers / point["mean_depth"],
+                "ideal_speedup": ideal_speedup(
+                    clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
+                ),
             }
         )
     return {
