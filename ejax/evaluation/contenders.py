@@ -5,6 +5,7 @@ Rows of a batch are padded to the longest of them; a pool is sorted by length fi
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -172,11 +173,14 @@ def onnx_full(bundle: Bundle, kind: str) -> Run:
     names = ["ids", "mask", "types"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            model, example, str(path), input_names=names, output_names=["logits"],
-            dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names},
-            opset_version=17, dynamo=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # The tracing exporter is deprecated; its successor needs one more library.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model, example, str(path), input_names=names, output_names=["logits"],
+                dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names},
+                opset_version=17, dynamo=False,
+            )  # fmt: skip
         if kind == "int8":
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
