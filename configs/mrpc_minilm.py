@@ -4,7 +4,8 @@
 
 FOLDER holds train, dev and test files with two text columns.
 
-Not yet run to the end.
+2 cores of an AMD EPYC, 2026-11-24: 5 minutes; full depth 0.7574 on dev, 0.7577 on test. Two epochs
+are few for 3,667 rows.
 """
 
 from ejax.config import DataConfig, TrainConfig
