@@ -32,7 +32,8 @@ from ejax.inference.policy import (
 )
 from ejax.models.bert import Batch, BertModel, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.models.heads import ExitHead, mix_columns, mix_in
+from ejax.models.heads import ExitHead, mix_columns
+from ejax.models.heads import pool as pool_tokens
 
 Array = jax.Array
 
@@ -41,7 +42,6 @@ class Pool(NamedTuple):
     """The rows still alive, packed to the front; padded to whole tiles (N')."""
 
     hidden: Array  # `stored` <residual dtype>[N', T, D]
-    mixed: Array  # float32 [N', E, D]
     mask: Array  # int32 [N', T]
     row: Array  # int32 [N'], the row's place in the input
     agreed: Agreed  # int32 [N'] each
@@ -49,6 +49,7 @@ class Pool(NamedTuple):
 
 class State(NamedTuple):
     pool: Pool
+    pooled: Array  # float32 [L, N, D], every layer's vector of a row, in the order of the input
     out: Decision  # [N, ...], filled as rows leave
     segment: Array  # int32, the exit being worked towards
     tile: Array  # int32, next tile of this segment
@@ -192,13 +193,25 @@ def _early_exit(
     tile: int,
 ) -> Decision:
     cfg, exits = cut(model.cfg, model.exits), model.exits
-    total, last = batch.ids.shape[0], len(exits.layers) - 1
+    total, last, mixes = batch.ids.shape[0], len(exits.layers) - 1, exits.mix == "softmax"
 
-    def run_segment(number: int, x: Array, mixed: Array, mask: Array) -> tuple[Array, ...]:
-        first = exits.layers[number - 1] if number else 0
+    firsts = (0, *exits.layers[:-1])
+    longest = max(b - a for a, b in zip(firsts, exits.layers, strict=True))
+
+    def run_segment(
+        number: int, x: Array, mask: Array, row: Array, pooled: Array
+    ) -> tuple[Array, Array, Array]:
+        """The stream after the segment, its layers' vectors [longest, B, D], the logits."""
+        first = firsts[number]
+        vectors = [pooled.at[i, row].get(mode="clip") for i in range(first if mixes else 0)]
+        if not mixes:
+            vectors = [jnp.zeros((tile, cfg.hidden_size))] * first
         for i in range(first, exits.layers[number]):
-            x, mixed = run_layer(cfg, weights, i, exits, x, mixed, mask)
-        return x, mixed, run_head(cfg, weights, number, exits, mixed)
+            x = run_layer(cfg, weights, i, x, mask)
+            vectors.append(pool_tokens(x, mask, exits))
+        logits = run_head(cfg, weights, number, exits, vectors)
+        seen = vectors[first:]
+        return x, jnp.stack(seen + seen[-1:] * (longest - len(seen))), logits
 
     segments = [partial(run_segment, number) for number in range(last + 1)]
 
@@ -207,12 +220,20 @@ def _early_exit(
         start = state.tile * tile
         part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), pool)
         stream = unstored(part.hidden, cfg.residual_dtype)
-        hidden, mixed, logits = lax.switch(segment, segments, stream, part.mixed, part.mask)
+        hidden, seen, logits = lax.switch(
+            segment, segments, stream, part.mask, part.row, state.pooled
+        )
         score, agreed = score_exit(rule, logits, temperatures[segment], part.agreed, last + 1)
         needed = thresholds.at[part.row, segment].get(mode="clip")
         leave = (score >= needed) | (segment == last)
 
         real = start + jnp.arange(tile) < state.alive
+        pooled = state.pooled
+        if mixes:
+            layer = jnp.asarray(firsts)[segment] + jnp.arange(longest)
+            layer = jnp.where(layer < jnp.asarray(exits.layers)[segment], layer, exits.num_layers)
+            place = jnp.where(real, part.row, total)
+            pooled = pooled.at[layer[:, None], place[None]].set(seen, mode="drop")
         target = jnp.where(real & leave, part.row, total)  # past the end: dropped
         out = Decision(
             out.logits.at[target].set(logits, mode="drop"),
@@ -223,7 +244,7 @@ def _early_exit(
         # those that stayed before. What follows them there has been run already.
         stay = real & ~leave
         order = jnp.argsort(~stay, stable=True)
-        written = Pool(stored(hidden), mixed, part.mask, part.row, agreed)
+        written = Pool(stored(hidden), part.mask, part.row, agreed)
         packed = jax.tree.map(lambda leaf: leaf[order], written)
         pool = jax.tree.map(
             lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, state.stayed, 0),
@@ -234,6 +255,7 @@ def _early_exit(
         done = start + tile >= state.alive
         return State(
             pool,
+            pooled,
             out,
             segment + done.astype(jnp.int32),
             jnp.where(done, 0, state.tile + 1),
@@ -243,7 +265,8 @@ def _early_exit(
 
     zero = jnp.zeros((), jnp.int32)
     state = State(
-        _first_pool(cfg, len(exits.layers), weights.bert, batch, tile),
+        _first_pool(cfg, weights.bert, batch, tile),
+        jnp.zeros((exits.num_layers if mixes else 0, total, cfg.hidden_size), jnp.float32),
         Decision(
             jnp.zeros((total, exits.num_labels), jnp.float32),
             jnp.zeros((total,), jnp.int32),
@@ -257,29 +280,31 @@ def _early_exit(
     return lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state).out
 
 
-def run_layer(
-    cfg: Any, weights: Prepared, i: int, exits: Any, x: Array, mixed: Array, mask: Array
-) -> tuple[Array, Array]:
-    """Layer i, from 0: its output [B, T, D], and the mixes with it [B, E, D]."""
+def run_layer(cfg: Any, weights: Prepared, i: int, x: Array, mask: Array) -> Array:
+    """The output of layer i, from 0: [B, T, D]."""
     out: Any = EncoderLayer(cfg).apply({"params": weights.layers[i]}, x, mask)
-    return out, mix_in(mixed, weights.columns[i], out, mask, exits)
+    return out
 
 
-def run_head(cfg: Any, weights: Prepared, number: int, exits: Any, mixed: Array) -> Array:
-    """Logits [B, C] of one exit."""
+def run_head(
+    cfg: Any, weights: Prepared, number: int, exits: Any, vectors: Sequence[Array]
+) -> Array:
+    """Logits [B, C] of one exit, from the pooled vectors [B, D] of the layers up to its own."""
+    mixed = jnp.zeros_like(vectors[-1])
+    for i, vector in enumerate(vectors):
+        mixed = mixed + weights.columns[i, number] * vector
     head = ExitHead(cfg, exits.num_labels)
-    logits: Any = head.apply({"params": weights.heads[number]}, mixed[:, number])
+    logits: Any = head.apply({"params": weights.heads[number]}, mixed)
     return logits
 
 
-def _first_pool(cfg: Any, exits: int, bert: Any, batch: Batch, tile: int) -> Pool:
+def _first_pool(cfg: Any, bert: Any, batch: Batch, tile: int) -> Pool:
     """The embedded rows, padded to whole tiles so that no slice is ever clamped."""
     batch = _pad_to_tiles(batch, tile)
     rows = batch.ids.shape[0]
     hidden: Any = BertModel(cfg).apply({"params": bert}, batch, method="embed")
-    mixed = jnp.zeros((rows, exits, cfg.hidden_size), jnp.float32)
     row = jnp.arange(rows, dtype=jnp.int32)
-    return Pool(stored(hidden), mixed, batch.mask, row, nothing_agreed((rows,)))
+    return Pool(stored(hidden), batch.mask, row, nothing_agreed((rows,)))
 
 
 def stored(x: Array) -> Array:
@@ -316,17 +341,17 @@ def _full_depth(
     model: EarlyExitBert, weights: Prepared, batch: Batch, rows: Array, tile: int
 ) -> Array:
     cfg, exits = cut(model.cfg, model.exits), model.exits
-    weights = weights._replace(columns=weights.columns[:, -1:], heads=weights.heads[-1:])
     total = batch.ids.shape[0]
     batch = _pad_to_tiles(batch, tile)
 
     def run(i: Array, logits: Array) -> Array:
         part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, i * tile, tile), batch)
         x: Any = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
-        mixed = jnp.zeros((tile, 1, cfg.hidden_size), jnp.float32)
+        vectors = []
         for layer in range(exits.num_layers):
-            x, mixed = run_layer(cfg, weights, layer, exits, x, mixed, part.mask)
-        found = run_head(cfg, weights, 0, exits, mixed)
+            x = run_layer(cfg, weights, layer, x, part.mask)
+            vectors.append(pool_tokens(x, part.mask, exits))
+        found = run_head(cfg, weights, len(exits.layers) - 1, exits, vectors)
         return lax.dynamic_update_slice_in_dim(logits, found, i * tile, 0)
 
     logits = jnp.zeros((batch.ids.shape[0], exits.num_labels), jnp.float32)
