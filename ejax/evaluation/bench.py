@@ -1,7 +1,8 @@
 """This bundle beside what a user would run instead, on the same rows, in one run.
 
 Every repeat runs each contender in turn, after a pass that compiles and warms up and a
-small sweep that finds each one's best batch size and threads. Scenarios follow MLPerf's
+small sweep that finds each one's best batch size (offline, on all cores) and number of
+threads (single stream). Scenarios follow MLPerf's
 LoadGen: offline (all rows at once), single stream (one text at a time), and requests of
 a fixed number of texts.
 """
@@ -63,11 +64,12 @@ def bench(
       full depth, with its paired 95 % interval), `logit_difference` (largest, to this model
       in float32, first 64 rows), `setting` (batch and threads from the sweep), `offline`,
       `end_to_end` (with tokenisation, timed once for all), `single_stream` (seconds: mean,
-      p50, p90, p99) and `requests` (texts per second by texts per request). `left_out`: the
+      p50, p90, p99) and `requests` (texts per second by texts per request, the better
+      of two passes). `left_out`: the
       contenders whose libraries are missing.
 
     Raises:
-      ValueError: for an unknown contender or a threshold per exit.
+      ValueError: for an unknown contender.
     """
     unknown = [name for name in against if name not in AGAINST]
     if unknown:

@@ -11,6 +11,7 @@ C classes.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -171,7 +172,7 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
 
     def unstacked(tree: Any, count: int) -> tuple[Any, ...]:
         tree = jax.tree_util.tree_map_with_path(cast, tree)
-        return tuple(jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count))  # noqa: B023
+        return tuple(jax.tree.map(operator.itemgetter(i), tree) for i in range(count))
 
     return Prepared(
         {"embeddings": jax.tree.map(jnp.asarray, params["bert"]["embeddings"])},
