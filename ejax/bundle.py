@@ -3,7 +3,7 @@
 model.safetensors   the encoder under Hugging Face names, the heads under `heads.`
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
-exits.json          exits, temperatures, threshold, and how they were chosen
+exits.json          exits, temperatures, thresholds, and how they were chosen
 README.md           the model card
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Bundle:
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     temperatures: tuple[float, ...]  # one per exit
-    threshold: float  # above 1: full depth
+    thresholds: tuple[float, ...]  # one per exit; above 1 nobody leaves there
     max_length: int = 128
     buckets: tuple[int, ...] = BUCKETS
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -152,7 +152,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             load_tokenizer(folder),
             labels,
             tuple(float(t) for t in meta["temperatures"]),
-            float(meta["threshold"]),
+            tuple(float(t) for t in meta["thresholds"]),
             int(meta["max_length"]),
             tuple(meta["buckets"]),
             meta["provenance"],
@@ -163,6 +163,11 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
+    if len(bundle.thresholds) != len(exits.layers) or np.isnan(bundle.thresholds).any():
+        raise ValueError(
+            f"{folder / 'exits.json'} must hold {len(exits.layers)} thresholds, one per exit. "
+            f"Got {list(bundle.thresholds)}."
+        )
     if len(bundle.temperatures) != len(exits.layers) or not all(
         np.isfinite(t) and t > 0 for t in bundle.temperatures
     ):
@@ -239,7 +244,7 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         "pooling": bundle.exits.pooling,
         "mix": bundle.exits.mix,
         "temperatures": list(bundle.temperatures),
-        "threshold": bundle.threshold,
+        "thresholds": list(bundle.thresholds),
         "max_length": bundle.max_length,
         "buckets": list(bundle.buckets),
         "dtype": bundle.cfg.dtype,
@@ -263,10 +268,19 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def describe_thresholds(thresholds: Sequence[float]) -> str:
+    """In words: the last exit, which takes everyone, left out."""
+    early = sorted(set(thresholds[:-1]))
+    if not early or early[0] > 1:
+        return "full depth"
+    if len(early) == 1:
+        return f"{early[0]:g}"
+    return ", ".join(f"{t:.2f}" if t <= 1 else "none" for t in thresholds[:-1])
+
+
 def model_card(bundle: Bundle) -> str:
-    """What the bundle is, how its threshold came about, and how to run it."""
+    """What the bundle is, how its thresholds came about, and how to run it."""
     p = bundle.provenance
-    threshold = "full depth" if bundle.threshold > 1 else f"{bundle.threshold:g}"
     lines = [
         "---",
         "library_name: ejax",
@@ -280,7 +294,8 @@ def model_card(bundle: Bundle) -> str:
         "",
         f"- Started from: {p.get('model', 'not recorded')}",
         f"- Trained on: {p.get('data', 'not recorded')}",
-        f"- Default threshold: {threshold}. {p.get('threshold_from', '')}".rstrip(),
+        f"- Default thresholds: {describe_thresholds(bundle.thresholds)}. "
+        f"{p.get('thresholds_from', '')}".rstrip(),
         f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
         f"{bundle.max_length} tokens.",
         "",

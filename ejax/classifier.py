@@ -13,8 +13,18 @@ import numpy as np
 from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded
-from ejax.inference.engine import early_exit, full_depth, prepare, replicate
+from ejax.hardware import native_dtype
+from ejax.inference.cost import Profile, load_profile, profile_path
+from ejax.inference.engine import (
+    SMALL_TILE,
+    Prepared,
+    early_exit,
+    full_depth,
+    prepare,
+    replicate,
+)
 from ejax.inference.policy import Decision
+from ejax.models.early_exit import EarlyExitBert
 
 Text = str | tuple[str, str]
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # of a stream, tokenised and classified together
@@ -30,17 +40,28 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The fixed, small set of program shapes: about constant tokens per tile and pool."""
+    """The fixed, small set of program shapes: about constant tokens per pool, tiles as measured.
+
+    Without a profile of this machine a tile holds about `tile_tokens`.
+    """
 
     tile_tokens: int = 1024
     pool_tokens: int = 65536
-    min_tile: int = 8
+    min_tile: int = SMALL_TILE
+    profile: Profile | None = None
 
     def tile(self, length: int) -> int:
-        return max(self.min_tile, self.tile_tokens // length)
+        measured = self.profile.tile.get(length) if self.profile else None
+        return measured or max(self.min_tile, self.tile_tokens // length)
 
     def pool(self, length: int) -> int:
         return max(self.tile(length), self.pool_tokens // length)
+
+    def singles(self, length: int) -> int:
+        """So many rows or fewer run one by one: sooner done than a tile filled with padding."""
+        seconds = self.profile.seconds if self.profile else {}
+        one, few = seconds.get((1, length)), seconds.get((self.min_tile, length))
+        return int(few.layer / one.layer) if one and few else self.min_tile // 2
 
     def of(self, rows: int, length: int) -> Shape:
         """The smallest shape that holds `rows`: one row, a small tile, 1 or 8 tiles, a pool."""
@@ -56,10 +77,15 @@ class Running:
 
     total: int  # N
     classes: int  # C
+    first: int = 0  # the number of the first text, in a stream
     pools: list[tuple[np.ndarray, Decision]] = dataclasses.field(default_factory=list)
 
     def finish(self) -> Decision:
-        """Waits; a `Decision` of numpy arrays, in the order of the input."""
+        """Waits; a `Decision` of numpy arrays, in the order of the input.
+
+        Raises:
+          ValueError: naming a text whose logits are not finite.
+        """
         out = Decision(
             np.zeros((self.total, self.classes), np.float32),
             np.zeros(self.total, np.int32),
@@ -68,6 +94,13 @@ class Running:
         for rows, found in self.pools:
             for whole, piece in zip(out, found, strict=True):
                 whole[rows] = np.asarray(piece)[: len(rows)]
+        bad = np.flatnonzero(~np.isfinite(out.logits).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"text {self.first + bad[0]} (counted from 0) has logits that are not finite, "
+                f"{out.logits[bad[0]].tolist()}: the weights of this bundle are damaged, or "
+                f"its training diverged."
+            )
         return out
 
 
@@ -91,9 +124,18 @@ class EarlyExitClassifier:
         self.shapes = shapes
         self.devices = tuple(devices or jax.local_devices())
         self.model = bundle.model
-        self._weights = jax.device_put(prepare(self.model, bundle.variables), self.devices[0])
+        self._weights = self._prepared(self.model)
         many = len(self.devices) > 1
         self._copies = replicate(self._weights, self.devices) if many else self._weights
+        self._single = self.model, self._weights
+        profile = shapes.profile
+        if profile and profile.single_dtype != bundle.cfg.dtype == profile.dtype:
+            cfg = dataclasses.replace(bundle.cfg, dtype=profile.single_dtype)
+            model = dataclasses.replace(bundle, cfg=cfg).model
+            self._single = model, self._prepared(model)
+
+    def _prepared(self, model: EarlyExitBert) -> Prepared:
+        return jax.device_put(prepare(model, self.bundle.variables), self.devices[0])
 
     def on_one_device(self, shapes: Shapes | None = None) -> "EarlyExitClassifier":
         """The same on its first device, where times are compared."""
@@ -103,8 +145,20 @@ class EarlyExitClassifier:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "EarlyExitClassifier":
-        """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32"."""
-        return cls(load_bundle(folder, **overrides))
+        """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32".
+
+        Without a dtype it computes in what is fastest here: by `ejax profile` where that ran,
+        which also chooses the tiles, or else bfloat16 where the device has it natively.
+        """
+        bundle = load_bundle(folder, **overrides)
+        profile = load_profile(profile_path(bundle.cfg))
+        if "dtype" not in overrides:
+            dtype = profile.dtype if profile else native_dtype()
+            cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
+            bundle = dataclasses.replace(bundle, cfg=cfg)
+        elif profile and profile.dtype != bundle.cfg.dtype:
+            profile = None
+        return cls(bundle, shapes=Shapes(profile=profile))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         return save_bundle(self.bundle, folder)
@@ -156,15 +210,22 @@ class EarlyExitClassifier:
             )
         tokenised: deque[Future[Encoded]] = deque()
         running: deque[Running] = deque()
+        started = 0
+
+        def start(future: Future[Encoded]) -> None:
+            nonlocal started
+            running.append(self.start(future.result(), threshold, first=started))
+            started += running[-1].total
+
         with ThreadPoolExecutor(1) as thread:
             for chunk in chunks(texts):
                 tokenised.append(thread.submit(self.encode, chunk))
                 if len(tokenised) > 1:
-                    running.append(self.start(tokenised.popleft().result(), threshold))
+                    start(tokenised.popleft())
                 if len(running) > 1:
                     yield from self.answers(running.popleft().finish(), top_k)
             for last in tokenised:
-                running.append(self.start(last.result(), threshold))
+                start(last)
             for left in running:
                 yield from self.answers(left.finish(), top_k)
 
@@ -222,17 +283,17 @@ class EarlyExitClassifier:
         """`decide` on texts that are tokenised already."""
         return self.start(encoded, threshold).finish()
 
-    def start(self, encoded: Encoded, threshold: Any = None) -> "Running":
+    def start(self, encoded: Encoded, threshold: Any = None, *, first: int = 0) -> "Running":
         """Hands the rows to the device and does not wait for it."""
         total, exits = len(encoded), len(self.bundle.exits.layers)
-        thresholds = self.bundle.threshold if threshold is None else threshold
+        thresholds = self.bundle.thresholds if threshold is None else threshold
         per_row = np.ndim(thresholds) == 2
         if per_row and np.shape(thresholds) != (total, exits):
             raise ValueError(
                 f"threshold must have shape ({total}, {exits}), texts by exits. "
                 f"Got {np.shape(thresholds)}."
             )
-        running = Running(total, len(self.bundle.labels))
+        running = Running(total, len(self.bundle.labels), first)
         for rows, shape in self.pools(encoded.lengths, len(self.devices)):
             alone = len(rows) == 1
             size = shape.pool if alone else shape.pool * len(self.devices)
@@ -240,9 +301,10 @@ class EarlyExitClassifier:
             if per_row:
                 part = np.full((size, exits), 2.0, np.float32)
                 part[: len(rows)] = np.asarray(thresholds)[rows]
+            model, weights = self._single if alone else (self.model, self._copies)
             found = early_exit(
-                self.model,
-                self._weights if alone else self._copies,
+                model,
+                weights,
                 pad(encoded, padded(rows, size), shape.length),
                 part,
                 temperatures=self.bundle.temperatures,
@@ -270,7 +332,9 @@ class EarlyExitClassifier:
             size = self.shapes.pool(int(length)) * devices
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
-                yield part, self.shapes.of(-(-len(part) // devices), int(length))
+                whole = len(part) > self.shapes.singles(int(length))
+                for some in [part] if whole else part[:, None]:
+                    yield some, self.shapes.of(-(-len(some) // devices), int(length))
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:

@@ -4,7 +4,6 @@ import dis
 import errno
 import hashlib
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,16 +47,10 @@ def keep_programs() -> None:
     What is set already stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     from ejax.assets import cache_dir
+    from ejax.hardware import cpu_type
 
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-        kind = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
-    except OSError:
-        kind = []
-    cpu = hashlib.sha256(repr((platform.machine(), platform.processor(), kind)).encode())
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / cpu.hexdigest()[:12])
-    )
+    kind = hashlib.sha256(cpu_type().encode()).hexdigest()[:12]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / kind))
 
 
 def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
@@ -260,7 +253,11 @@ def evaluate(
     data: Data,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     thresholds: Annotated[
-        str, typer.Option(help="Else the bundle's own and a ladder.", show_default=False)
+        str,
+        typer.Option(
+            help="Numbers, full, default (the bundle's own); else all and a ladder.",
+            show_default=False,
+        ),
     ] = "",
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
     output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path(
@@ -279,16 +276,19 @@ def evaluate(
     from ejax.training.finetune import encode
 
     check_json(output)
-    levels = [parse_threshold(text) for text in thresholds.split(",")] if thresholds else []
+    levels = [
+        None if text.strip() == "default" else parse_threshold(text)
+        for text in thresholds.split(",")
+        if thresholds
+    ] or [*LADDER, None, FULL]
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(
         clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
     )
     with Console(stderr=True).status("tokenising") as status:
         task = encode(rows, clf.bundle.tokenizer, clf.bundle.max_length)
-        levels = levels or [*LADDER, clf.bundle.threshold, FULL]
         result = evaluate(
-            clf, task.encoded, task.labels, sorted(set(levels)), repeats=repeats,
+            clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
             progress=status.update,
         )  # fmt: skip
     recorded = clf.bundle.provenance.get("rows", {})
@@ -298,7 +298,7 @@ def evaluate(
     save(result, output)
     show(table(result))
     if seen:
-        note(f"{seen} of these rows also chose this bundle's threshold: figures may flatter it.")
+        note(f"{seen} of these rows also chose this bundle's thresholds: figures may flatter them.")
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
@@ -317,7 +317,16 @@ def bench(
             show_default=False,
         ),
     ] = "",
-    limit: Annotated[int, typer.Option(help="At most so many rows; 0 is all.", min=0)] = 0,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another bundle for the same labels, at full depth; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(help="At most so many rows, evenly over all; 0 is all.", min=0)
+    ] = 0,
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
     output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
     text_column: TextColumns = None,
@@ -330,7 +339,7 @@ def bench(
     from rich.console import Console
 
     from ejax.classifier import EarlyExitClassifier
-    from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench
+    from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
     from ejax.evaluation.describe import show
     from ejax.evaluation.labelled import labelled_rows
 
@@ -339,21 +348,53 @@ def bench(
     rows = labelled_rows(
         clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
     )
-    chosen = list(rows)[: limit or None]
+    every = list(rows)
+    chosen = [every[i] for i in spread(len(every), limit or len(every))]
     texts = [row.text if row.pair is None else (row.text, row.pair) for row in chosen]
     with Console(stderr=True).status("") as status:
         result = bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
+            beside={path.name: EarlyExitClassifier.from_pretrained(path) for path in beside or ()},
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     result |= {"bundle": bundle.name, "data": rows.origin}
     save_bench(result, output)
     show(bench_table(result))
     for name, why in result["left_out"].items():
-        note(f"left out: {name} ({why}); see `pip install ejax[bench]`")
+        note(f"left out: {name} ({why})")
     note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(epilog="Example: `ejax profile sentiment`")
+def profile(
+    bundle: Bundle,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the JSON here.", show_default=False)
+    ] = None,
+) -> None:
+    """Time the pieces of the engine on this machine, and keep the result for this user.
+
+    From then on every bundle with an encoder of this shape takes its compute type and its
+    tiles from it, and `ejax evaluate` prints the cost it predicts.
+    """
+    from rich.console import Console
+
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.profile import measure, profile_table
+    from ejax.inference.cost import profile_path, save_profile
+
+    if output:
+        check_json(output)
+    loaded = load_bundle(bundle)
+    with Console(stderr=True).status("") as status:
+        found = measure(loaded, progress=status.update)
+    for path in [profile_path(loaded.cfg), *([output] if output else [])]:
+        save_profile(found, path)
+        note(f"written: {path}")
+    show(profile_table(found))
 
 
 @app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
@@ -382,7 +423,7 @@ def calibrate(
     data: Data,
     split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
     max_drop: Annotated[
-        float, typer.Option(help="Points of accuracy the threshold may lose.")
+        float, typer.Option(help="Points of accuracy the thresholds may lose.")
     ] = 0.5,
     output: Annotated[
         Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
@@ -390,7 +431,7 @@ def calibrate(
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
 ) -> None:
-    """Fit temperatures and the default threshold again, on other labelled rows.
+    """Fit temperatures and the default thresholds again, on other labelled rows.
 
     The weights stay. Rows of the bundle's dev-B, which is for reports, are left out.
     """

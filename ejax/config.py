@@ -210,6 +210,7 @@ class TrainConfig:
     mix: Mix = "softmax"
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
+    distillation: float = 0.0  # loss weight of KL(last exit || exit); 0 = none
     epochs: int = 2
     batch_size: int = 32  # rows over all devices
     learning_rate: float = 5e-5
@@ -217,12 +218,12 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     dropout: float = 0.1
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what the device does natively
     residual_dtype: Dtype = "float32"
     seed: int = 0
     evals_per_epoch: int = 2
     checkpoint_steps: int = 500  # steps between saves for resuming
-    max_drop: float = 0.5  # points of dev-A accuracy the default threshold may lose
+    max_drop: float = 0.5  # points of dev-A accuracy the default thresholds may lose
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -237,7 +238,7 @@ class TrainConfig:
         for name in ("warmup_fraction", "dropout"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1). Got {value}.")
-        for name in ("weight_decay", "max_drop", "seed"):
+        for name in ("weight_decay", "max_drop", "seed", "distillation"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
         for name in ("exit_weights", "class_weights"):

@@ -1,4 +1,4 @@
-"""The harness of the whole suite: four CPU devices, a cache of its own, strict numerics."""
+"""The harness of the whole suite: eight CPU devices, a cache of its own, strict numerics."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ import tempfile
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 _cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
 os.environ.setdefault("EJAX_CACHE", _cache.name)

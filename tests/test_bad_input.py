@@ -142,7 +142,11 @@ def _half(path: Path) -> None:
 
 
 def _odd_threshold(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": "high"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"thresholds": ["high", 0]}))
+
+
+def _few_thresholds(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"thresholds": [0.9]}))
 
 
 def _other_layers(path: Path) -> None:
@@ -163,6 +167,7 @@ def _other_layers(path: Path) -> None:
         ("exits.json", _newer, "format_version of at most 1. Got 99: update ejax"),
         ("exits.json", _without_temperature, "must hold 2 positive temperatures"),
         ("exits.json", _odd_threshold, "could not convert string to float: 'high'"),
+        ("exits.json", _few_thresholds, "must hold 2 thresholds, one per exit. Got [0.9]"),
         ("exits.json", _other_layers, "exit layers must be ascending"),
     ],
 )

@@ -1,7 +1,9 @@
 """The benchmark's own arithmetic, and the contenders' logits where their libraries are there."""
 
+import dataclasses
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,16 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
         importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
     )
     monkeypatch.setattr(bench_module, "STREAM_ROWS", 5)
-    result = bench(clf(), TEXTS, LABELS, threshold=0.7, repeats=2)
+    result = bench(clf(), TEXTS, LABELS, threshold=0.7, beside={"again": clf()}, repeats=2)
     assert set(result["left_out"]) == set(AGAINST)
     assert "torch" in result["left_out"]["torch-float32"]
-    full, early = result["contenders"]
-    assert (full["name"], early["name"]) == ("ejax full depth", "ejax, threshold 0.7")
+    full, early, again = result["contenders"]
+    assert again["name"] == "ejax, again"
+    assert again["accuracy"] == full["accuracy"] == result["exit_accuracy"][-1]
+    assert full["agreement"] == again["agreement"] == 1
+    assert sum(result["early_exit"]["exit_share"]) == pytest.approx(1)
+    assert 1 <= result["early_exit"]["mean_depth"] < 3
+    assert (full["name"], early["name"]) == ("ejax full depth", "ejax early exit")
     labels = [clf().bundle.labels.index(row["label"]) for row in clf()(TEXTS, threshold=0.7)]
     assert early["accuracy"] == pytest.approx(np.mean(np.array(labels) == LABELS))
     assert early["drop"] == pytest.approx(100 * (full["accuracy"] - early["accuracy"]))
@@ -48,9 +55,31 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
         stream = one["single_stream"]
         assert 0 < stream["p50"] <= stream["p90"] <= stream["p99"]
         assert set(one["requests"]) == {"8", "32"}
+        assert one["peak_bytes"] is None or one["peak_bytes"] >= 0
     bench_module.save_bench(result, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == 30
     assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
+    """A trial decides, so that the whole ends in time."""
+
+    def slow(name, bundle, threshold):
+        return lambda rows, setting: time.sleep(0.5) or np.zeros((len(rows), 2), np.float32)
+
+    monkeypatch.setattr(bench_module, "build", slow)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(bench_module.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    result = bench(clf(), TEXTS, LABELS, threshold=0.7, against=("torch-bfloat16",), repeats=1)
+    assert len(result["contenders"]) == 2
+    assert "times slower than full depth here" in result["left_out"]["torch-bfloat16"]
+
+
+def test_a_model_beside_must_have_the_same_labels() -> None:
+    other = dataclasses.replace(clf().bundle, labels=("good", "bad"))
+    with pytest.raises(ValueError, match="--beside other must have the labels bad, good"):
+        bench(clf(), TEXTS, LABELS, beside={"other": EarlyExitClassifier(other)})
 
 
 def test_an_unknown_contender_is_refused(tmp_path: Path) -> None:
@@ -69,14 +98,14 @@ def test_a_contender_runs_the_same_model(name: str) -> None:
     encoded = clf().encode([*TEXTS, ""])
     wanted = clf().full_logits(encoded)
     for batch in (1, 8, 64):
-        found = build(name, clf().bundle, 0.7)(encoded, Setting(batch, 1))
+        found = build(name, clf().bundle, (0.7, 0.7))(encoded, Setting(batch, 1))
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_the_early_exit_of_pytorch_takes_the_same_exits() -> None:
     needs("torch-exit")
     encoded = clf().encode(TEXTS)
-    found = build("torch-exit", clf().bundle, 0.7)(encoded, Setting(1, 1))
+    found = build("torch-exit", clf().bundle, (0.7, 0.7))(encoded, Setting(1, 1))
     wanted = clf().decide_encoded(encoded, threshold=0.7).logits
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 

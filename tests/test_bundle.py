@@ -21,7 +21,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     save_bundle(first, tmp_path / "copy")
     second = load_bundle(tmp_path / "copy")
     jax.tree.map(np.testing.assert_array_equal, first.variables, second.variables)
-    for field in ("cfg", "exits", "labels", "temperatures", "threshold", "max_length", "buckets"):
+    for field in ("cfg", "exits", "labels", "temperatures", "thresholds", "max_length", "buckets"):
         assert getattr(first, field) == getattr(second, field), field
     assert first.provenance == second.provenance
     text = ["the film was great"]
@@ -38,7 +38,7 @@ def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mode & 0o044
     card = (folder / "README.md").read_text()
     assert "exits after layers 1, 3" in card
-    assert "loses at most 0.5 points" in card
+    assert "lose at most 0.5 points" in card
 
 
 def test_hugging_face_names_the_encoder_and_labels() -> None:
@@ -72,8 +72,8 @@ def test_an_encoder_above_the_last_exit_is_cut(tmp_path: Path) -> None:
 def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     bundle = load_bundle(tiny.trained()[0])
     save_bundle(bundle, tmp_path / "b")
-    save_bundle(dataclasses.replace(bundle, threshold=0.75), tmp_path / "b")
-    assert load_bundle(tmp_path / "b").threshold == 0.75
+    save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), tmp_path / "b")
+    assert load_bundle(tmp_path / "b").thresholds == (0.75, 0.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="exists and is not a bundle"):

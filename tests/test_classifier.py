@@ -10,6 +10,7 @@ import tiny
 import ejax
 from ejax.classifier import EarlyExitClassifier, Shapes
 from ejax.inference import engine
+from ejax.inference.cost import Profile, Seconds, profile_path, save_profile
 
 SMALL = Shapes(tile_tokens=256, pool_tokens=512, min_tile=2)
 ONE = jax.devices()[:1]
@@ -90,7 +91,7 @@ def test_many_rows_run_in_several_pools() -> None:
     np.testing.assert_array_equal(many.exit, one.exit)
 
 
-@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("devices", [2, 3, 8])
 def test_devices_share_the_rows(devices: int) -> None:
     """The same answers as on one (promise 1), thresholds per text included."""
     bundle = ejax.load_bundle(tiny.trained()[0])
@@ -108,10 +109,10 @@ def test_the_number_of_programs_is_bounded() -> None:
     """Per length at most five shapes, whatever the number of texts and the threshold."""
     bundle = ejax.load_bundle(tiny.trained()[0])
     clf = EarlyExitClassifier(bundle, shapes=SMALL, devices=ONE)
-    engine._early_exit.clear_cache()
+    engine.run_pool.clear_cache()
     for count in range(1, 60, 3):
         clf(TEXTS[:1] * count, threshold=count / 60)
-    assert engine._early_exit._cache_size() == 4  # 1, 2, 16 and 32 rows
+    assert engine.run_pool._cache_size() == 4  # 1, 2, 16 and 32 rows
 
 
 def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> None:
@@ -147,13 +148,65 @@ def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier) -> None:
 
 def test_after_a_warmup_nothing_compiles() -> None:
     clf = EarlyExitClassifier(ejax.load_bundle(tiny.trained()[0]), devices=ONE)
-    engine._early_exit.clear_cache()
+    engine.run_pool.clear_cache()
     clf.warmup(rows=(1, 20))
-    compiled = engine._early_exit._cache_size()
+    compiled = engine.run_pool._cache_size()
     assert compiled > 0
     for texts in (TEXTS[:1], TEXTS[:20], [" ".join(TEXTS)]):
         clf(texts, threshold=0.3)
-    assert engine._early_exit._cache_size() == compiled
+    assert engine.run_pool._cache_size() == compiled
+
+
+def test_few_texts_of_a_length_run_one_by_one() -> None:
+    """Rather than in a small tile filled up with padding; with a profile, as it measured."""
+    bundle = ejax.load_bundle(tiny.trained()[0])
+    clf = EarlyExitClassifier(bundle, devices=ONE)
+    lengths = clf.encode(TEXTS).lengths
+    assert [len(rows) for rows, _ in clf.pools(lengths[:4])] == [1] * 4
+    assert [len(rows) for rows, _ in clf.pools(lengths[:5])] == [5]
+    seconds = {(1, 16): Seconds(2.0, 1.0, 1.0), (8, 16): Seconds(5.0, 1.0, 1.0)}
+    profile = Profile("here", "today", "float32", "float32", {16: 24}, seconds)
+    measured = EarlyExitClassifier(bundle, shapes=Shapes(profile=profile), devices=ONE)
+    assert [len(rows) for rows, _ in measured.pools(lengths[:3])] == [3]
+    assert [shape.tile for _, shape in measured.pools(lengths)] == [24]
+    np.testing.assert_allclose(clf.decide(TEXTS[:4]).score, clf.decide(TEXTS).score[:4], atol=1e-5)
+
+
+def test_a_single_text_can_have_a_type_of_its_own(monkeypatch, tmp_path: Path) -> None:
+    """What `ejax profile` found fastest is what is loaded, unless a dtype is asked for."""
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path))
+    folder = tiny.trained()[0]
+    bundle = ejax.load_bundle(folder)
+    seconds = {(1, 16): Seconds(1.0, 0.0, 0.0), (8, 16): Seconds(3.0, 0.0, 0.0)}
+    profile = Profile("here", "today", "bfloat16", "float32", {16: 8}, seconds)
+    save_profile(profile, profile_path(bundle.cfg))
+    clf = EarlyExitClassifier.from_pretrained(folder)
+    assert clf.bundle.cfg.dtype == "bfloat16"
+    assert clf.shapes.profile == profile
+    exact = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
+    assert exact.shapes.profile is None
+    alone, together = clf.decide(TEXTS[:1]), clf.decide(TEXTS)
+    wanted = exact.decide(TEXTS)
+    np.testing.assert_allclose(alone.score, wanted.score[:1], atol=1e-5)
+    assert np.abs(together.logits - wanted.logits).max() > 1e-5
+    np.testing.assert_allclose(together.score, wanted.score, atol=5e-3)
+
+
+def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:
+    bundle = ejax.load_bundle(tiny.trained()[0])
+    word = tiny.WORDS.index("music")
+    bundle.variables["params"]["bert"]["embeddings"]["word"]["embedding"][word] = np.nan
+    clf = EarlyExitClassifier(bundle, devices=ONE)
+    texts = ["the film was great"] * 9
+    assert len(clf(texts)) == 9
+    texts[7] = "the music was great"
+    with pytest.raises(
+        ValueError, match=r"text 7 \(counted from 0\) has logits that are not finite"
+    ):
+        clf(texts)
+    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 4)
+    with pytest.raises(ValueError, match="text 7 "):
+        list(clf.stream(texts))
 
 
 def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:

@@ -21,11 +21,15 @@ from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli import run
 from ejax.data.files import read_rows
+from ejax.inference.cost import load_profile
 from train.__main__ import app as train_program
 
 # Forty rows are few: a temperature may stop at its bound, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
 REPOSITORY = Path(__file__).parent.parent
+VERBS = (
+    "train", "predict", "evaluate", "profile", "bench", "export", "calibrate", "info", "quickstart",
+)  # fmt: skip
 
 
 def answers(text: str) -> list[dict]:
@@ -44,10 +48,7 @@ def test_help_and_version_are_quick_and_load_no_jax():
     assert tiny.ejax().out == tiny.ejax("--help").out
 
 
-@pytest.mark.parametrize(
-    "verb",
-    ["train", "predict", "evaluate", "bench", "export", "calibrate", "info", "quickstart"],
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb):
     shown = tiny.ejax(verb, "--help")
     assert shown.code == 0
@@ -181,11 +182,29 @@ def test_evaluate_measures_and_writes(tmp_path):
     assert written["rows"] == 41
     assert [point["threshold"] for point in written["thresholds"]] == [0.7, 2.0]
     assert written["thresholds"][1]["accuracy"] == written["full"]["accuracy"] > 0.7
+    assert written["exit_accuracy"][-1] == written["full"]["accuracy"]
+    assert written["thresholds"][0]["predicted_seconds"] is None
     assert written["rows_fitted_on"] == 21
     assert "21 of these rows also chose this bundle's threshold" in result.err
     assert "speed-up" in result.out
     assert "full model" in result.out
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_is_what_evaluate_predicts_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
+    result = tiny.ejax("profile", tiny.trained()[0], "--output", tmp_path / "profile.json")
+    assert result.code == 0, result.err
+    assert "fastest type: " in result.out
+    profile = load_profile(tmp_path / "profile.json")
+    assert {length for _, length in profile.seconds} == set(profile.tile) == {16}
+    assert all(part.layer > 0 and part.head > 0 for part in profile.seconds.values())
+    output = tmp_path / "result.json"
+    args = ("--data", tiny.data(), "--thresholds", "0,full", "--repeats", 1, "--output", output)
+    assert tiny.ejax("evaluate", tiny.trained()[0], *args).code == 0
+    first, full = json.loads(output.read_text())["thresholds"]
+    assert 0 < first["predicted_seconds"] < full["predicted_seconds"]
+    assert 1 <= first["tile_rounding"] < 2
 
 
 def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path):
@@ -217,8 +236,8 @@ def test_calibrate_in_place_on_other_rows(tmp_path):
     after = load_bundle(folder)
     # Half the labels are wrong: it must become far less sure.
     assert min(after.temperatures) > 2 * max(before.temperatures)
-    assert after.threshold == 0.5
-    assert "mixed.tsv (48 rows)" in after.provenance["threshold_from"]
+    assert after.provenance["operating_points"]["calibration"]["exit_share"] == [1, 0]
+    assert "mixed.tsv (48 rows)" in after.provenance["thresholds_from"]
     assert "mixed.tsv" in tiny.ejax("info", folder).out
 
 

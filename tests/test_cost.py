@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from ejax.config import BertConfig, ExitConfig
-from ejax.inference.cost import exit_flops, head_flops, ideal_speedup, layer_flops
+from ejax.inference.cost import (
+    Profile,
+    Seconds,
+    exit_flops,
+    head_flops,
+    ideal_speedup,
+    layer_flops,
+    load_profile,
+    save_profile,
+    tile_rows,
+)
+from ejax.inference.engine import tiles
 from ejax.models.bert import EncoderLayer
 
 CFG = BertConfig(hidden_size=128, num_attention_heads=4, intermediate_size=512, num_hidden_layers=4)
@@ -42,3 +53,40 @@ def test_heads_on_the_way_are_paid_for():
     # Full depth through all exits is a little dearer than the full model with one head.
     assert 0.98 < ideal_speedup(CFG, EXITS, tokens, [2, 2]) < 1
     assert 3.9 < ideal_speedup(CFG, EXITS, tokens, [0, 0]) <= 4
+
+
+def test_rows_that_fill_no_tile_go_in_small_ones():
+    assert tiles(64, 32) == [(32, 2)]
+    assert tiles(70, 32) == [(32, 2), (8, 1)]
+    assert tiles(88, 32) == [(32, 2), (8, 3)]
+    assert tiles(89, 32) == [(32, 3)]
+    assert tiles(9, 8) == [(8, 2)]
+    assert tiles(0, 8) == [(8, 0)]
+    assert tile_rows([0, 2, 2, 1], 8, 3).tolist() == [8, 8, 8]
+    assert tile_rows([0] * 30 + [1] * 9, 32, 3).tolist() == [40, 16, 0]
+
+
+PROFILE = Profile(
+    "a machine", "2026-01-01", "bfloat16", "float32", {16: 32},
+    {(32, 16): Seconds(10.0, 2.0, 1.0), (8, 16): Seconds(3.0, 0.5, 0.25)},
+)  # fmt: skip
+
+
+def test_a_profile_predicts_any_exits():
+    """40 rows after layer 1, 9 of them on to layer 3 and none to layer 4."""
+    left = np.array([0] * 31 + [1] * 9)
+    first = (10 + 2 + 1) + (3 + 0.5 + 0.25)  # a tile and a small one, one layer
+    second = 2 * (2 * 3 + 0.5 + 0.25)  # two small ones, two layers
+    assert PROFILE.predict(EXITS, left, 32, 16) == pytest.approx(first + second)
+    with pytest.raises(ValueError, match="no tile of 8 rows of 24 tokens: run `ejax profile`"):
+        PROFILE.predict(EXITS, left, 8, 24)
+
+
+def test_a_profile_is_read_back(tmp_path):
+    path = tmp_path / "new" / "profile.json"
+    assert load_profile(path) is None
+    save_profile(PROFILE, path)
+    assert load_profile(path) == PROFILE
+    path.write_text(path.read_text().replace("gather", "father"))
+    with pytest.raises(ValueError, match=r"profile.json is damaged: KeyError.*run `ejax profile`"):
+        load_profile(path)

@@ -67,6 +67,7 @@ CASES = {
     ),
     "one row at a time": Case(CFG, ExitConfig((1, 4, 6), 2, "cls", "last"), 7, 10, 1),
     "one exit, tile larger than the pool": Case(CFG, ExitConfig((3,), 4), 10, 8, 50),
+    "small tiles for the rest": Case(CFG, ExitConfig((2, 3, 5), 3), 45, 6, 32),
     "bfloat16 operands": Case(NARROW, ExitConfig((1, 3, 6), 3), 23, 9, 8),
     "bfloat16 stream": Case(NARROWER, ExitConfig((1, 3, 6), 3), 23, 9, 8),
 }
@@ -340,7 +341,7 @@ def test_temperature_moves_exits_the_right_way():
 
 
 def arguments(case, variables, batch, thresholds=0.5):
-    """What `_early_exit` takes."""
+    """What `run_pool` takes."""
     exits = len(case.exits.layers)
     return (
         case.model, prepare(case.model, variables), batch.arrays(),
@@ -357,28 +358,40 @@ def count_steps(case, variables, batch, thresholds, monkeypatch):
         body = jax.jit(body)
         while cond(state):
             state = body(state)
-            steps.append((int(state.segment), int(state.tile)))
+            steps.append((int(state.segment), int(state.start)))
         return state
 
     with monkeypatch.context() as patch:
         patch.setattr(lax, "while_loop", counted)
-        found = engine._early_exit.__wrapped__(*arguments(case, variables, batch, thresholds))
+        found = engine.run_pool.__wrapped__(*arguments(case, variables, batch, thresholds))
     return Decision(*map(np.asarray, found)), len(steps)
 
 
-def test_the_tiles_run_are_those_of_the_rows_alive(monkeypatch):
-    """Sum over segments of ceil(alive / B): rows that left cost nothing, nobody runs twice."""
-    variables, batch = inputs(FIRST, 7)
+def tiles_of(alive, tile):
+    """Whole tiles; what is left goes in small tiles where they are fewer rows."""
+    whole, rest = divmod(int(alive), tile)
+    small = max(8, tile // 4)
+    if 0 < rest <= (tile // small - 1) * small:
+        return whole + -(-rest // small)
+    return whole + (rest > 0)
+
+
+@pytest.mark.parametrize("name", ["ragged last tile", "small tiles for the rest"])
+def test_the_tiles_run_are_those_of_the_rows_alive(name, monkeypatch):
+    """Rows that left cost nothing, nobody runs twice."""
+    case = CASES[name]
+    variables, batch = inputs(case, 7)
+    exits = len(case.exits.layers)
     for thresholds in (0.0, 0.6):
-        found, steps = count_steps(FIRST, variables, batch, thresholds, monkeypatch)
-        alive = [(found.exit >= e).sum() for e in range(4)]
-        assert steps == sum(-(-int(rows) // FIRST.tile) for rows in alive)
+        found, steps = count_steps(case, variables, batch, thresholds, monkeypatch)
+        alive = [(found.exit >= e).sum() for e in range(exits)]
+        assert steps == sum(tiles_of(rows, case.tile) for rows in alive)
         if thresholds == 0:
-            assert steps == 3
-        compiled = FIRST.run(variables, batch, thresholds)
+            assert steps == tiles_of(case.rows, case.tile) == 3
+        compiled = case.run(variables, batch, thresholds)
         np.testing.assert_array_equal(found.exit, compiled.exit)
         np.testing.assert_allclose(found.logits, compiled.logits, rtol=0, atol=F32)
-    assert 3 < steps < 12
+    assert tiles_of(case.rows, case.tile) < steps < exits * tiles_of(case.rows, case.tile)
 
 
 def test_layers_above_an_exit_are_not_read_by_who_left():
@@ -420,9 +433,9 @@ def test_full_depth_is_the_last_exit_of_the_plain_model(name):
 def test_new_values_never_compile_and_a_new_shape_once():
     case = FIRST._replace(rows=21)  # a shape of its own
     variables, batch = inputs(case, 0)
-    before = engine._early_exit._cache_size()
+    before = engine.run_pool._cache_size()
     case.run(variables, batch, 0.5)
-    assert engine._early_exit._cache_size() == before + 1
+    assert engine.run_pool._cache_size() == before + 1
     others, other_batch = inputs(case, 1)
     for thresholds in (0, 1, 0.7, np.float64(0.3), [0.1, 0.2, 0.3, 0.4], np.full((21, 4), 0.5)):
         case.run(variables, batch, thresholds)
@@ -431,9 +444,9 @@ def test_new_values_never_compile_and_a_new_shape_once():
     case.run(others, Batch(other_batch.ids.tolist()), 0.5, rows=jnp.int32(9))
     case.run(others, other_batch.arrays(), 0.5)
     # An equal module is the same module; a tile above N is N.
-    assert engine._early_exit._cache_size() == before + 1
+    assert engine.run_pool._cache_size() == before + 1
     case.run(variables, of_rows(batch, np.arange(19)), 0.5)
-    assert engine._early_exit._cache_size() == before + 2
+    assert engine.run_pool._cache_size() == before + 2
 
 
 def primitives(jaxpr):
@@ -444,7 +457,7 @@ def primitives(jaxpr):
 
 
 def test_one_program_without_the_host():
-    jaxpr = jax.make_jaxpr(engine._early_exit, static_argnums=(0, 6, 7))(
+    jaxpr = jax.make_jaxpr(engine.run_pool, static_argnums=(0, 6, 7))(
         *arguments(FIRST, *inputs(FIRST, 0))
     )
     (program,) = jaxpr.eqns
@@ -459,13 +472,28 @@ def test_one_program_without_the_host():
 def test_the_pool_is_written_in_place(name):
     """A tile's step costs the tile: it does not copy or widen the hidden [N', T, D]."""
     case = CASES[name]
-    text = engine._early_exit.lower(*arguments(case, *inputs(case, 0))).compile().as_text()
+    text = engine.run_pool.lower(*arguments(case, *inputs(case, 0))).compile().as_text()
     whole = r"\[24,9,12\]"
     assert re.search(rf" = \w+{whole}\S* dynamic-update-slice\(", text)
     assert not re.findall(rf" = (?:\w+{whole}\S* copy|f32{whole}\S* convert)\(", text)
 
 
 # Wrong input
+
+
+def test_a_pool_that_cannot_fit_says_what_it_needs(monkeypatch):
+    variables, batch = inputs(FIRST, 0)
+    needed = engine.pool_bytes(FIRST.model, FIRST.rows, FIRST.length, FIRST.tile)
+    # The state of the loop, as compiled, is most of it.
+    compiled = engine.run_pool.lower(*arguments(FIRST, variables, batch)).compile()
+    assert needed > compiled.memory_analysis().temp_size_in_bytes / 2
+    monkeypatch.setattr(engine, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: needed)
+    FIRST.run(variables, batch, 0.5)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: needed - 1)
+    text = r"pool of 23 rows of 9 tokens needs 0.0 GB and .* has 0.0 GB free: lower the rows"
+    with pytest.raises(ValueError, match=text):
+        FIRST.run(variables, batch, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Default thresholds against hand-made rows, `select_exit` and a search over every candidate."""
+"""Thresholds against hand-made rows, `select_exit`, and scipy's minimum of the same fit."""
 
 import json
 import math
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 
+from ejax.calibration import thresholds
 from ejax.calibration.metrics import softmax
-from ejax.calibration.thresholds import CANDIDATES, FULL, default_threshold, operating_point
+from ejax.calibration.thresholds import FULL, default_thresholds, operating_point
 from ejax.inference.policy import select_exit
 
 EXITS, ROWS, CLASSES = 3, 17, 5
@@ -63,102 +65,115 @@ def test_limits_of_the_threshold():
     assert full["drop_low"] < 0 < full["drop_high"]
 
 
-def chosen(max_drop):
-    return default_threshold(HAND, HAND_LABELS, [1, 1], HAND_LAYERS, HAND_TOKENS, max_drop=max_drop)
+def same_everywhere(exits, count=200):
+    """Every row alike: probabilities of class 0, one per exit."""
+    return binary(np.repeat(np.array(exits)[:, None], count, axis=1))
 
 
-def test_default_threshold_by_hand():
-    # Above 0.805 row 2 goes on and nothing is lost; row 0 leaves up to 0.905. Of the equal
-    # candidates 0.81 to 0.9 the highest.
-    safe = chosen(0.5)
-    assert safe["threshold"] == 0.9
-    assert safe["drop"] == 0
-    assert safe["mean_depth"] == pytest.approx((10 * 2 + 90 * 6) / 100)
-    # A third of the rows may be lost: everyone leaves at once, up to 0.605.
-    bold = chosen(34)
-    assert bold["threshold"] == 0.6
-    assert bold["mean_depth"] == 2
+def default(logits, labels, layers, **settings):
+    exits, count, _ = logits.shape
+    return default_thresholds(logits, labels, [1] * exits, layers, np.full(count, 7), **settings)
+
+
+def test_per_exit_by_hand():
+    """One number does for all exits too."""
+    assert hand([0.7, 0.0]) == hand(0.7) | {"threshold": [0.7, 0.0]}
 
 
 def test_a_drop_of_exactly_max_drop_is_allowed():
     # One row of 200 is 0.5 points, which floating point must not push over the edge.
-    p = np.full((2, 200), 0.99)
+    logits = same_everywhere([0.99, 0.999])
+    logits[1, -1] = logits[1, -1, ::-1]
     labels = np.zeros(200, np.int64)
-    p[1, :] = 0.999
-    labels[-1], p[1, -1] = 1, 0.001
-    point = default_threshold(binary(p), labels, [1, 1], (1, 2), np.full(200, 7), max_drop=0.5)
+    labels[-1] = 1
+    point = default(logits, labels, (1, 2), max_drop=0.5)
     assert point["drop"] == pytest.approx(0.5)
     assert point["mean_depth"] == 1
-    stricter = default_threshold(binary(p), labels, [1, 1], (1, 2), np.full(200, 7), max_drop=0.4)
-    assert stricter["threshold"] == FULL
+    stricter = default(logits, labels, (1, 2), max_drop=0.4)
+    assert stricter["threshold"] == [FULL, FULL]
 
 
 def test_errors_that_happen_to_cancel_out_do_not_choose():
-    # Leaving at once, up to 0.8, wins row 0 and loses row 1: no drop by the labels. But full
-    # depth is 90 % sure of both rows, and so expects to lose (0.9 - 0.1) * 2 of 3 rows.
-    logits = binary([[0.805, 0.195, 0.905], [0.1, 0.9, 0.9]])
-    point = default_threshold(logits, [0, 0, 0], [1, 1], (1, 2), [5, 6, 7], max_drop=50)
-    assert point["threshold"] == 0.9
-    assert (point["drop"], point["expected_drop"]) == (0, 0)
-    bold = default_threshold(logits, [0, 0, 0], [1, 1], (1, 2), [5, 6, 7], max_drop=54)
-    assert bold["threshold"] == 0.8
-    assert bold["drop"] == 0
-    assert bold["expected_drop"] == pytest.approx(100 * 1.6 / 3, rel=1e-6)
+    """An exit that changes two rows in ten, one for the better, has no drop by the labels."""
+    logits = same_everywhere([0.8, 0.9], 10)
+    logits[0, :2] = logits[0, :2, ::-1]
+    labels = [0, 1, *[0] * 8]
+    point = default(logits, labels, (1, 2), max_drop=15)
+    assert point["threshold"] == [FULL, FULL]
+    bold = default(logits, labels, (1, 2), max_drop=17)  # (0.9 - 0.1) * 2 of 10 rows
+    assert bold["exit_share"] == [1, 0]
+    assert (bold["drop"], bold["expected_drop"]) == (0, pytest.approx(16, rel=1e-6))
+
+
+def test_unsure_rows_leave_where_more_layers_would_not_help():
+    """Exit 2 answers as the last one does, exit 1 differs where it is unsure."""
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.5, 1, 400)
+    first = np.where((p < 0.8) & (rng.random(400) < 0.4), 1 - p, p)
+    labels = (rng.random(400) > p).astype(np.int64)
+    point = default(binary([first, p, p]), labels, (1, 2, 9), max_drop=1.0)
+    one, two, _ = point["threshold"]
+    assert 0.75 < one < 1
+    assert two <= 0.5
+    assert point["exit_share"][2] == 0
+    assert 0 < point["exit_share"][0] < 1
+    # One number for all exits would have kept the unsure ones to the end.
+    single = operating_point(
+        binary([first, p, p]), labels, [1] * 3, (1, 2, 9), np.full(400, 7), one
+    )
+    assert single["mean_depth"] > 2 * point["mean_depth"]
 
 
 def test_full_model_where_every_early_exit_loses():
-    logits = binary([[0.9999] * 4, [0.001] * 4])
-    point = default_threshold(logits, [1, 1, 1, 1], [1, 1], (3, 12), [5, 6, 7, 8])
-    assert point["threshold"] == FULL
+    point = default(same_everywhere([0.9999, 0.001], 4), [1, 1, 1, 1], (3, 12))
+    assert point["threshold"] == [FULL, FULL]
     assert point["mean_depth"] == 12
     assert point["drop"] == 0
 
 
-def test_full_model_is_preferred_to_a_threshold_nobody_reaches():
-    labels = [1, 2, 1, 2]
-    # Exit 1 scores 1/3 and is wrong everywhere.
-    logits = np.stack([np.zeros((4, 3), np.float32), np.eye(3, dtype=np.float32)[labels]])
-    point = default_threshold(logits, labels, [1, 1], (1, 2), [5, 6, 7, 8])
-    assert point["threshold"] == FULL
-    assert point["exit_share"] == [0, 1]
-
-
-def test_a_score_equal_to_the_threshold_leaves():
-    logits = np.zeros((2, 4, 2), np.float32)  # every score is exactly 0.5
-    point = default_threshold(logits, [0, 0, 1, 1], [1, 1], (1, 2), [5, 6, 7, 8])
-    assert point["threshold"] == 0.5
-    assert point["exit_share"] == [1, 0]
-
-
-# Against the plain way
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 6.0, 30.0]))
-def test_no_candidate_is_faster_or_as_fast_and_surer(seed, max_drop):
+def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
     logits, labels, temperatures, tokens = rows(seed)
-    point = default_threshold(logits, labels, temperatures, LAYERS, tokens, max_drop=max_drop)
+    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=max_drop)
     assert max(point["drop"], point["expected_drop"]) <= max_drop + 1e-9
-    taken = {t: np.asarray(select_exit(logits, t, temperatures).exit) for t in (*CANDIDATES, FULL)}
+    taken = np.asarray(select_exit(logits, point["threshold"], temperatures).exit)
     right = logits.argmax(axis=2) == labels
-    everyone = np.arange(ROWS)
-    depth = {t: (tokens * np.array(LAYERS)[exits]).sum() for t, exits in taken.items()}
-    lost = {t: right[-1].sum() - right[exits, everyone].sum() for t, exits in taken.items()}
     p = softmax(logits[-1], temperature=temperatures[-1])
-    label = logits.argmax(axis=2)
-    expected = {
-        t: (p[everyone, label[-1]] - p[everyone, label[exits, everyone]]).sum()
-        for t, exits in taken.items()
-    }
-    lost = {t: max(lost[t], expected[t]) for t in taken}
-    best = min((t for t in taken if 100 * lost[t] <= max_drop * ROWS), key=lambda t: (depth[t], -t))
-    assert point["threshold"] == best
+    label, row = logits.argmax(axis=2), np.arange(ROWS)
+    lost = right[-1].mean() - right[taken, row].mean()
+    expected = (p[row, label[-1]] - p[row, label[taken, row]]).mean()
+    assert point["drop"] == pytest.approx(100 * lost)
+    assert point["expected_drop"] == pytest.approx(100 * expected, abs=1e-5)
+    more = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=max_drop + 9)
+    assert more["mean_depth"] <= point["mean_depth"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
+def test_the_fit_is_the_minimum(share):
+    """Of the cross-entropy and its prior, as scipy finds it; also where nothing is lost."""
+    rng = np.random.default_rng(1)
+    scores = rng.uniform(0.5, 1, 300)
+    lost = np.where(rng.random(300) < share * (2 - 2 * scores), rng.uniform(0, 1, 300), 0)
+    x = np.log(scores) - np.log1p(-scores)
+
+    def objective(w):
+        z = w[0] + w[1] * x
+        return (np.logaddexp(0, z) - lost * z).sum() + 5e-4 * w[0] ** 2 + 0.5 * (w[1] + 1) ** 2
+
+    found = minimize(objective, [-3.0, -1.0], tol=1e-12)
+    ours = thresholds._fit_loss(scores, lost)
+    assert objective(ours) <= found.fun + 1e-9
+    at = thresholds._score_at(ours, 0.01)
+    if 0 < at < 1:
+        z = ours[0] + ours[1] * (np.log(at) - np.log1p(-at))
+        assert 1 / (1 + np.exp(-z)) == pytest.approx(0.01, rel=0.02)  # four decimals of a score
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_default_threshold_is_an_operating_point(seed):
+def test_the_default_is_an_operating_point(seed):
     logits, labels, temperatures, tokens = rows(seed, n=211)
-    point = default_threshold(logits, labels, temperatures, LAYERS, tokens, max_drop=15)
+    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=15)
     max_drop = point.pop("max_drop")
     assert max_drop == 15
     assert 0 < point["exit_share"][0] < 1
@@ -179,16 +194,16 @@ def test_long_rows_weigh_more():
 
 def test_one_exit_is_the_full_model():
     logits, labels, temperatures, tokens = rows(5, exits=1)
-    point = default_threshold(logits, labels, temperatures, (6,), tokens)
-    assert point["threshold"] == FULL
+    point = default_thresholds(logits, labels, temperatures, (6,), tokens)
+    assert point["threshold"] == [FULL]
     assert point["mean_depth"] == 6
 
 
 def test_result_goes_into_json():
     logits, labels, temperatures, tokens = rows(7)
-    point = default_threshold(logits, labels, temperatures, LAYERS, tokens)
+    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens)
     assert json.loads(json.dumps(point, allow_nan=False)) == point
-    assert type(point["threshold"]) is float
+    assert [type(one) for one in point["threshold"]] == [float] * EXITS
     assert all(math.isfinite(value) for value in point.values() if isinstance(value, float))
 
 
@@ -213,7 +228,7 @@ def test_wrong_input_is_one_clear_sentence(change, message):
     given = {"labels": labels, "temperatures": temperatures, "layers": LAYERS, "tokens": tokens}
     given |= change
     with pytest.raises(ValueError, match=message):
-        default_threshold(logits, **given)
+        default_thresholds(logits, **given)
     with pytest.raises(ValueError, match=message):
         operating_point(logits, **given, threshold=0.9)
 
@@ -221,8 +236,8 @@ def test_wrong_input_is_one_clear_sentence(change, message):
 def test_wrong_settings_are_one_clear_sentence():
     args = *rows(0)[:3], LAYERS, rows(0)[3]
     with pytest.raises(ValueError, match=r"max_drop must be 0 points or above\. Got -1"):
-        default_threshold(*args, max_drop=-1)
-    with pytest.raises(ValueError, match="threshold must be one number"):
-        operating_point(*args, [0.9, 0.9, 0.9])
+        default_thresholds(*args, max_drop=-1)
+    with pytest.raises(ValueError, match="threshold must be one number, or one per exit"):
+        operating_point(*args, [[0.9, 0.9, 0.9]])
     with pytest.raises(ValueError, match="thresholds must be numbers"):
         operating_point(*args, math.nan)

@@ -85,6 +85,24 @@ def test_joint_loss_by_hand() -> None:
     np.testing.assert_allclose(loss, 2 * (-np.log(0.5) - 3 * np.log(0.1)), rtol=1e-6)
 
 
+def test_distillation_by_hand() -> None:
+    """KL(last || exit) on top, with no gradient to the last exit's logits."""
+    logits = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
+    labels, weights = jnp.array([0]), jnp.array([1.0])
+    distance = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    plain = -np.log(0.5) - np.log(0.25)
+    loss, _ = joint_loss(logits, labels, weights, distillation=2.0)
+    np.testing.assert_allclose(loss, plain + 2 * distance, rtol=1e-6)
+
+    def gradient(distillation: float) -> jax.Array:
+        return jax.grad(lambda x: joint_loss(x, labels, weights, distillation=distillation)[0])(
+            logits
+        )
+
+    np.testing.assert_allclose(gradient(2.0)[1], gradient(0.0)[1], atol=1e-7)
+    np.testing.assert_allclose(gradient(2.0)[0, 0], [-0.5 + 0.5, 0.5 - 0.5], atol=1e-6)
+
+
 def test_padding_gives_no_gradient() -> None:
     logits = jnp.ones((2, 3, 4))
     weights = jnp.array([1.0, 0.0, 1.0])

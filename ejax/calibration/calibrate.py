@@ -1,4 +1,4 @@
-"""Temperatures and the default threshold from one set of rows, a report on all of them."""
+"""Temperatures and the default thresholds from one set of rows, a report on all of them."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from ejax.calibration.metrics import report
 from ejax.calibration.temperature import fit_temperatures
-from ejax.calibration.thresholds import default_threshold, operating_point
+from ejax.calibration.thresholds import default_thresholds, operating_point
 
 
 class Answers(NamedTuple):
@@ -27,29 +27,29 @@ def calibrate(
 
     Args:
       parts: sets of rows by name, such as "dev_a", "dev_b" and "test".
-      fit: the one that temperatures and threshold are fitted on.
+      fit: the one that temperatures and thresholds are fitted on.
       layers: the exits' layers, 1-based.
-      max_drop: points of accuracy on the fitting rows that the threshold may lose.
+      max_drop: points of accuracy on the fitting rows that the thresholds may lose.
       where: the fitting rows in words, for people.
 
     Returns:
-      Ready for JSON: `temperatures` [E], `threshold`, `threshold_from` (a sentence),
+      Ready for JSON: `temperatures` [E], `thresholds` [E], `thresholds_from` (a sentence),
       and per set `operating_points` and `metrics` (a list per exit).
     """
     rows = parts[fit]
     temperatures = fit_temperatures(rows.logits, rows.labels)
-    threshold = default_threshold(
+    thresholds = default_thresholds(
         rows.logits, rows.labels, temperatures, layers, rows.tokens, max_drop=max_drop
     )["threshold"]
     return {
         "temperatures": [float(t) for t in temperatures],
-        "threshold": threshold,
-        "threshold_from": f"The fastest that loses at most {max_drop:g} points of full depth's "
+        "thresholds": thresholds,
+        "thresholds_from": f"The fastest that lose at most {max_drop:g} points of full depth's "
         f"accuracy on {where} ({len(rows.labels)} rows), by the labels and by calibrated "
         f"probabilities.",
         "operating_points": {
             name: operating_point(
-                part.logits, part.labels, temperatures, layers, part.tokens, threshold
+                part.logits, part.labels, temperatures, layers, part.tokens, thresholds
             )
             for name, part in parts.items()
         },

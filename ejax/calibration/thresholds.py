@@ -1,4 +1,4 @@
-"""What a threshold costs and loses on labelled rows, and the default one.
+"""What thresholds cost and lose on labelled rows, and the default ones.
 
 Axes: E exits, N rows, C classes.
 """
@@ -15,10 +15,9 @@ from ejax.config import check_layers
 from ejax.inference.policy import check_rule, check_temperatures, exit_scores, select_exit
 
 FULL = 2.0  # above every score: nobody leaves early
-CANDIDATES = (
-    *(percent / 100 for percent in range(1, 100)),
-    *(mille / 1000 for mille in range(991, 1000)),
-)
+BOUNDS = tuple(np.geomspace(5e-4, 0.5, 61).tolist())  # on the loss of a row that leaves
+
+Thresholds = float | tuple[float, ...]  # one for all exits, or one per exit
 
 
 def operating_point(
@@ -27,11 +26,11 @@ def operating_point(
     temperatures: Any,
     layers: tuple[int, ...],
     tokens: Any,
-    threshold: float,
+    threshold: Thresholds,
     *,
     rule: str = "confidence",
 ) -> dict[str, Any]:
-    """What one threshold costs and loses on these rows, against the full model.
+    """What a threshold costs and loses on these rows, against the full model.
 
     Args:
       logits: <float>[E, N, C], every exit's, before temperature.
@@ -39,7 +38,7 @@ def operating_point(
       temperatures: <float>[E], positive.
       layers: the exits' layers, 1-based, ascending, E of them.
       tokens: <int>[N], real tokens per row, at least 1.
-      threshold: one number; above 1 is the full model.
+      threshold: one number, or one per exit [E]; above 1 is the full model.
       rule: a name in `ejax.inference.policy.RULE_NAMES`.
 
     Returns:
@@ -54,14 +53,16 @@ def operating_point(
       ValueError: on a wrong shape, label, token count, layer, threshold or rule.
     """
     correct, layers_, counts = _check(logits, labels, layers, tokens)
-    if np.ndim(threshold) != 0:
-        raise ValueError(f"threshold must be one number. Got shape {np.shape(threshold)}.")
+    if np.ndim(threshold) > 1:
+        raise ValueError(
+            f"threshold must be one number, or one per exit. Got shape {np.shape(threshold)}."
+        )
     taken = np.asarray(select_exit(logits, threshold, temperatures, rule=rule).exit)
     expected_lost = _expected_lost(logits, temperatures)
-    return _describe(correct, expected_lost, layers_, counts, taken, float(threshold), rule)
+    return _describe(correct, expected_lost, layers_, counts, taken, threshold, rule)
 
 
-def default_threshold(
+def default_thresholds(
     logits: Any,
     labels: Any,
     temperatures: Any,
@@ -71,26 +72,26 @@ def default_threshold(
     max_drop: float = 0.5,
     rule: str = "confidence",
 ) -> dict[str, Any]:
-    """The fastest threshold that loses at most `max_drop` points of accuracy on these rows.
+    """The fastest thresholds, one per exit, that lose at most `max_drop` points on these rows.
 
-    Both `drop` and `expected_drop` have to keep within `max_drop`: on few rows the
-    measured drop alone is a poor guide, since the fastest of many thresholds is then the
-    one whose errors happened to cancel out. On random draws of 436 of SST-2's dev and
-    test rows (two models), choosing by the measured drop alone lost 0.9 points (standard
-    deviation 0.8 to 1.0) on other rows where 0.5 was asked, choosing by both 0.3 to 0.6
-    (0.2 to 0.3).
+    What leaving at an exit would lose of full depth's accuracy is fitted from the score
+    there, by full depth's calibrated probabilities: a logistic curve of two numbers per
+    exit (as Platt, 1999, maps scores to probabilities). One bound on that loss, the same
+    for all exits, then gives each exit its threshold: an exit that agrees with full depth
+    lets unsure rows go too, since the layers above would not make them surer. The bound is
+    one of `BOUNDS`, or else nobody leaves early.
 
-    One of `CANDIDATES` (0.01 to 0.99 by 0.01, 0.991 to 0.999 by 0.001) or else 2.0, the full
-    model. Fastest is the least `mean_depth`; of equal ones the highest threshold. The choice
-    fits these rows, so its drop there is optimistic: report `operating_point` at the chosen
-    threshold on other rows.
+    Both `drop` and `expected_drop` have to keep within `max_drop`: on few rows the measured
+    drop alone is a poor guide, since the fastest of many choices is then the one whose
+    errors happened to cancel out. The choice fits these rows, so its drop there is
+    optimistic: report `operating_point` on other rows.
 
     Args:
       max_drop: in points, 0 or above.
       logits, labels, temperatures, layers, tokens, rule: as in `operating_point`.
 
     Returns:
-      The dict of `operating_point` at the threshold chosen, and `max_drop`.
+      The dict of `operating_point` at the thresholds chosen, and `max_drop`.
 
     Raises:
       ValueError: as `operating_point`, or on a `max_drop` below 0.
@@ -99,22 +100,57 @@ def default_threshold(
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ValueError(f"max_drop must be 0 points or above. Got {max_drop}.")
     per_exit = check_temperatures(temperatures, len(layers_))
-    scores = exit_scores(jnp.asarray(logits, jnp.float32), per_exit, check_rule(rule))
-    # A row passes exit e by when every score so far is below the threshold.
-    best_so_far = np.maximum.accumulate(np.asarray(scores)[:-1], axis=0)
-    rows = np.arange(counts.size)
+    scores = np.asarray(
+        exit_scores(jnp.asarray(logits, jnp.float32), per_exit, check_rule(rule)), np.float64
+    )
     expected_lost = _expected_lost(logits, temperatures)
-    threshold, taken = FULL, np.full(counts.size, len(layers_) - 1)
+    curves = [_fit_loss(*pair) for pair in zip(scores[:-1], expected_lost[:-1], strict=True)]
+    rows, exits = np.arange(counts.size), len(layers_)
+    chosen, taken = (FULL,) * exits, np.full(counts.size, exits - 1)
     least = int(counts.sum()) * layers_[-1]
-    for candidate in reversed(CANDIDATES):
-        leaves = (best_so_far < np.float32(candidate)).sum(axis=0)
+    for bound in BOUNDS:
+        candidate = (*(_score_at(curve, bound) for curve in curves), 0.0)
+        reached = scores.astype(np.float32) >= np.asarray(candidate, np.float32)[:, None]
+        leaves = reached.argmax(axis=0)
         lost = int(correct[-1].sum()) - int(correct[leaves, rows].sum())
         expected = expected_lost[leaves, rows].sum()
         work = (counts * layers_[leaves]).sum()
         if work < least and 100 * max(lost, expected) <= max_drop * counts.size:
-            threshold, taken, least = candidate, leaves, work
-    point = _describe(correct, expected_lost, layers_, counts, taken, threshold, rule)
+            chosen, taken, least = candidate, leaves, work
+    point = _describe(correct, expected_lost, layers_, counts, taken, chosen, rule)
     return point | {"max_drop": float(max_drop)}
+
+
+def _fit_loss(scores: Float, lost: Float) -> Float:
+    """(intercept, slope) of loss ~ logistic(intercept + slope * logit(score)), by Newton.
+
+    A weak prior, a slope of -1 and an intercept of 0, keeps it finite where nothing is lost.
+    """
+    x = np.stack([np.ones_like(scores), _logit(scores)], axis=1)
+    middle, precision = np.array([0.0, -1.0]), np.array([1e-3, 1.0])
+    weights = np.array([-2.0, -0.5])
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+        gradient = x.T @ (p - lost) + precision * (weights - middle)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(precision)
+        step = np.linalg.solve(curvature, gradient)
+        weights = weights - np.clip(step, -1, 1)  # far from the end Newton may overshoot
+        if np.abs(step).max() < 1e-9:
+            break
+    return weights
+
+
+def _score_at(curve: Float, bound: float) -> float:
+    """The score at which a row is expected to lose `bound`; a curve that rises has none."""
+    intercept, slope = curve
+    if slope >= 0:
+        return 0.0 if intercept <= _logit(bound) else FULL
+    return round(float(1 / (1 + np.exp(-(_logit(bound) - intercept) / slope))), 4)
+
+
+def _logit(p: Any) -> Any:
+    p = np.clip(p, 1e-6, 1 - 1e-6)  # a saturated score is as sure as one row in a million
+    return np.log(p) - np.log1p(-p)
 
 
 def _check(
@@ -158,14 +194,14 @@ def _describe(
     layers: Int,
     tokens: Int,
     taken: npt.NDArray[Any],
-    threshold: float,
+    threshold: Thresholds,
     rule: str,
 ) -> dict[str, Any]:
     early = correct[taken, np.arange(tokens.size)]
     drop, low, high = paired_interval(correct[-1], early)
     mean_depth = float((tokens * layers[taken]).sum() / tokens.sum())
     return {
-        "threshold": threshold,
+        "threshold": np.asarray(threshold, np.float64).tolist(),
         "rule": rule,
         "rows": tokens.size,
         "accuracy": float(early.mean()),

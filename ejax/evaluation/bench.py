@@ -1,18 +1,18 @@
 """This bundle beside what a user would run instead, on the same rows, in one run.
 
-Every repeat runs each contender in turn, after a pass that compiles and warms up and a
-small sweep that finds each one's best batch size (offline, on all cores) and number of
-threads (single stream). Scenarios follow MLPerf's
-LoadGen: offline (all rows at once), single stream (one text at a time), and requests of
-a fixed number of texts.
+Each contender is built, compiled and warmed up, and a small sweep finds its best batch size
+and number of threads; then every repeat runs each of them in turn. Scenarios follow MLPerf's
+LoadGen: offline (all rows at once), single stream (one text at a time), and requests of a
+fixed number of texts.
 """
 
 import dataclasses
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,47 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation import contenders
 from ejax.evaluation.contenders import CORES, Run, Setting
-from ejax.evaluation.evaluate import best_full_depth, save_png, timing, write_json
-from ejax.training.finetune import environment
+from ejax.evaluation.evaluate import (
+    best_full_depth,
+    exit_accuracy,
+    quality,
+    save_png,
+    timing,
+    write_json,
+)
+from ejax.hardware import environment
+from ejax.inference.cost import ideal_speedup
 
 BATCHES = (16, 64, 128)
 REQUESTS = (8, 32)
-STREAM_ROWS, REQUEST_ROWS, SWEEP_ROWS = 200, 512, 256
+STREAM_ROWS, REQUEST_ROWS, SWEEP_ROWS, TRIAL_ROWS = 200, 256, 128, 8
+SLOWEST = 20.0  # times slower than our full depth in a trial: left out, and said so
+LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+LIBRARIES = ("torch", "transformers", "onnx", "onnxruntime")
 AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
-    "torch-float32": (("torch", "transformers"), "transformers in PyTorch, full depth, float32"),
-    "torch-bfloat16": (("torch", "transformers"), "the same under bfloat16 autocast"),
-    "onnx-float32": (("torch", "transformers", "onnx", "onnxruntime"), "ONNX Runtime, float32"),
-    "onnx-int8": (("torch", "transformers", "onnx", "onnxruntime"), "the same, dynamic INT8"),
-    "torch-exit": (("torch", "transformers"), "early exit in PyTorch, one text at a time"),
+    "torch-float32": (LIBRARIES[:2], "transformers in PyTorch, full depth, float32"),
+    "torch-bfloat16": (LIBRARIES[:2], "the same under bfloat16 autocast"),
+    "onnx-float32": (LIBRARIES, "ONNX Runtime, float32"),
+    "onnx-int8": (LIBRARIES, "the same, dynamic INT8"),
+    "torch-exit": (LIBRARIES[:2], "early exit in PyTorch, one text at a time"),
 }
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to run a model on the rows."""
+
+    name: str
+    run: Run
+    encoded: Encoded
+    settings: Sequence[Setting]  # to choose from, for all rows at once
+    setting: Setting
+    logits: np.ndarray  # float32 [N, C], of all rows
+    peak_bytes: int | None  # resident memory from before it was built to its peak
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def offline(self) -> None:
+        self.run(self.encoded, self.setting)
 
 
 def bench(
@@ -47,6 +75,7 @@ def bench(
     *,
     threshold: float | None = None,
     against: Sequence[str] = tuple(AGAINST),
+    beside: Mapping[str, EarlyExitClassifier] | None = None,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -55,93 +84,133 @@ def bench(
     Args:
       texts: strings or pairs, N of them.
       labels: int [N].
-      threshold: of the early exits, one number; None means the bundle's.
+      threshold: of the early exits, one number; None means the bundle's, one per exit.
       against: names in `AGAINST`.
+      beside: other models for the same labels, by name, such as smaller ones: each runs at
+        full depth here and, where that is among `against`, in ONNX Runtime INT8.
       repeats: timed passes of the offline scenario.
 
     Returns:
       Ready for JSON. `contenders`: for each `accuracy`, `drop` (points below this model's
-      full depth, with its paired 95 % interval), `logit_difference` (largest, to this model
-      in float32, first 64 rows), `setting` (batch and threads from the sweep), `offline`,
-      `end_to_end` (with tokenisation, timed once for all), `single_stream` (seconds: mean,
-      p50, p90, p99) and `requests` (texts per second by texts per request, the better
-      of two passes). `left_out`: the
-      contenders whose libraries are missing.
+      full depth, with its paired 95 % interval), `agreement` with its labels, `setting`
+      (batch and threads from the sweep), `peak_bytes`, `offline`, `end_to_end` (with
+      tokenisation, timed once for all), `single_stream` (seconds: mean, p50, p90, p99) and
+      `requests` (texts per second by texts per request, the better of two passes); for full
+      depth and those that run its weights also `logit_difference`, to this model in float32.
+      `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`. `exit_accuracy`: of every
+      exit on all rows. `curve`: accuracy and speed at other thresholds. `left_out`: who did
+      not run, and why.
 
     Raises:
-      ValueError: for an unknown contender.
+      ValueError: for an unknown contender, or a model beside with other labels.
     """
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
         raise ValueError(f"--against must be among {', '.join(AGAINST)}. Got {unknown[0]!r}.")
-    level = clf.bundle.threshold if threshold is None else float(threshold)
+    for name, other in (beside or {}).items():
+        if other.bundle.labels != clf.bundle.labels:
+            raise ValueError(
+                f"--beside {name} must have the labels {', '.join(clf.bundle.labels)}, in this "
+                f"order. Got {', '.join(other.bundle.labels)}."
+            )
+    levels = clf.bundle.thresholds
+    if threshold is not None:
+        levels = (float(threshold),) * len(levels)
+    clf, truth = clf.on_one_device(), np.asarray(labels)
     start = time.perf_counter()
     encoded = clf.encode(texts)
     tokenising = time.perf_counter() - start
-    progress("choosing tiles")
-    clf = best_full_depth(clf, encoded)
+    all_cores = [Setting(0, CORES)]  # ours chooses tiles instead of batches
+    left_out: dict[str, str] = {}
+    field: list[Contender] = []
 
-    runs: dict[str, Run] = {
-        "ejax full depth": lambda rows, _: clf.full_logits(rows),
-        f"ejax, threshold {level:g}": lambda rows, _: (
-            clf.decide_encoded(rows, threshold=level).logits
-        ),
-    }
-    left_out = {}
+    def enter(name: str, make: Callable[[], Run], rows: Encoded, settings: Any) -> None:
+        progress(f"building and trying {name}")
+        found = entered(name, make, rows, settings, field[0] if field else None)
+        if isinstance(found, str):
+            left_out[name] = found
+        else:
+            field.append(found)
+
+    def full_run(model: EarlyExitClassifier, rows: Encoded) -> Run:
+        best = best_full_depth(model, rows)
+        return lambda rows, _: best.full_logits(rows)
+
+    def early_run() -> Run:
+        return lambda rows, _: clf.decide_encoded(rows, threshold=levels).logits
+
+    enter("ejax full depth", lambda: full_run(clf, encoded), encoded, all_cores)
+    enter("ejax early exit", early_run, encoded, all_cores)
+    installed = []
     for name in against:
         missing = [lib for lib in AGAINST[name][0] if importlib.util.find_spec(lib) is None]
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
             continue
-        progress(f"building {name}")
-        runs[name] = build(name, clf.bundle, level)
+        installed.append(name)
+        enter(name, partial(build, name, clf.bundle, levels), encoded, settings_of(name))
+    for name, model in (beside or {}).items():
+        other, rows = model.on_one_device(), model.encode(texts)
+        enter(f"ejax, {name}", partial(full_run, other, rows), rows, all_cores)
+        if "onnx-int8" in installed:
+            make = partial(build, "onnx-int8", other.bundle, levels)
+            enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
 
-    sample = encoded.subset(np.linspace(0, len(encoded) - 1, SWEEP_ROWS).astype(int))
-    offline = {name: best_setting(run, sample, name, progress) for name, run in runs.items()}
-    logits: dict[str, np.ndarray] = {}
-    for name, run in runs.items():
-        progress(f"first pass, {name}")
-        logits[name] = run(encoded, offline[name])
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        for name, run in runs.items():
-            progress(f"offline, pass {repeat + 1} of {repeats}, {name}")
-            seconds[name].append(timed(partial(run, encoded, offline[name])))
-    stream = single_stream(runs, encoded, progress)
-    by_request = {size: requests(runs, encoded, size, progress) for size in REQUESTS}
+        for one in field:
+            progress(f"offline, pass {repeat + 1} of {repeats}, {one.name}")
+            one.seconds.append(timed(one.offline))
+    stream = {one.name: single_stream(one, progress) for one in field}
+    by_request = {one.name: requests(one, progress) for one in field}
 
     first = encoded.subset(np.arange(min(64, len(encoded))))
     exact = in_float32(clf).full_logits(first)
-    truth = np.asarray(labels)
-    full = logits["ejax full depth"].argmax(axis=1) == truth
+    full = field[0].logits
+    right = full.argmax(axis=1) == truth
+    decision = clf.decide_encoded(encoded, threshold=levels)
+    early = quality(clf, encoded.lengths, truth, decision, full, right)
     measured = []
-    for name in runs:
-        right = logits[name].argmax(axis=1) == truth
-        drop, low, high = paired_interval(full, right)
-        time_of = timing(seconds[name], len(encoded))
-        whole = time_of["seconds"]["median"] + tokenising
+    for one in field:
+        answers = one.logits.argmax(axis=1)
+        drop, low, high = paired_interval(right, answers == truth)
+        time_of = timing(one.seconds, len(encoded))
+        same = one.name in (field[0].name, *against)
         measured.append(
             {
-                "name": name,
-                "accuracy": accuracy(logits[name].argmax(axis=1), truth),
+                "name": one.name,
+                "accuracy": accuracy(answers, truth),
                 "drop": drop,
                 "drop_low": low,
                 "drop_high": high,
-                "logit_difference": float(np.abs(logits[name][: len(first)] - exact).max()),
-                "setting": offline[name]._asdict() if not name.startswith("ejax") else None,
+                "agreement": float(np.mean(answers == full.argmax(axis=1))),
+                "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
+                if same
+                else None,
+                "setting": one.setting._asdict() if one.setting.batch else None,
+                "peak_bytes": one.peak_bytes,
                 "offline": time_of,
-                "end_to_end": {"texts_per_second": len(encoded) / whole},
-                "single_stream": stream[name],
-                "requests": {str(size): by_request[size][name] for size in REQUESTS},
+                "end_to_end": {
+                    "texts_per_second": len(encoded) / (time_of["seconds"]["median"] + tokenising)
+                },
+                "single_stream": stream[one.name],
+                "requests": by_request[one.name],
             }
         )
     return {
         "rows": len(encoded),
         "tokens": int(encoded.lengths.sum()),
         "layers": list(clf.bundle.exits.layers),
-        "threshold": level,
+        "thresholds": list(levels),
+        "early_exit": {key: early[key] for key in ("mean_depth", "exit_share")}
+        | {
+            "ideal_speedup": ideal_speedup(
+                clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
+            )
+        },
+        "exit_accuracy": exit_accuracy(clf, encoded, truth),
+        "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.cfg.dtype,
-        "tile_tokens": clf.shapes.tile_tokens,
+        "profiled": clf.shapes.profile is not None,
         "tokenising_seconds": tokenising,
         "repeats": repeats,
         "cores": CORES,
@@ -149,32 +218,64 @@ def bench(
         "left_out": left_out,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
-        "libraries": libraries(),
+        "libraries": {
+            name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)
+        },
     }
 
 
-def build(name: str, bundle: Bundle, threshold: float) -> Run:
+def build(name: str, bundle: Bundle, thresholds: Sequence[float]) -> Run:
     library, _, kind = name.partition("-")
     if kind == "exit":
-        return contenders.torch_early_exit(bundle, threshold)
+        return contenders.torch_early_exit(bundle, thresholds)
     make = contenders.torch_full if library == "torch" else contenders.onnx_full
     return make(bundle, kind)
 
 
-def best_setting(run: Run, sample: Encoded, name: str, progress: Callable[[str], None]) -> Setting:
-    """The fastest batch size on a sample, on all cores; ours choose tiles instead."""
-    settings = [Setting(batch, CORES) for batch in BATCHES]
-    if name.startswith("ejax") or name == "torch-exit":
-        settings = settings[:1] if name.startswith("ejax") else thread_settings()
-    if len(settings) == 1:
-        return settings[0]
-    progress(f"choosing a setting, {name}")
-    run(sample, settings[0])
-    return min(settings, key=lambda setting: timed(partial(run, sample, setting)))
+def settings_of(name: str) -> list[Setting]:
+    """All batch sizes on all cores; the best of them is then tried on one core too."""
+    if name == "torch-exit":
+        return [Setting(1, CORES)]
+    return [Setting(batch, CORES) for batch in BATCHES]
 
 
-def thread_settings() -> list[Setting]:
-    return [Setting(1, threads) for threads in sorted({1, CORES})]
+def entered(
+    name: str,
+    make: Callable[[], Run],
+    encoded: Encoded,
+    settings: Sequence[Setting],
+    ours: Contender | None,
+) -> Contender | str:
+    """The contender at its best setting after one pass over all rows; or why not."""
+    before = contenders.restart_peak()
+    run = make()
+    trial = encoded.subset(spread(len(encoded), TRIAL_ROWS))
+    run(trial, settings[0])
+    if ours is not None:
+        ratio = timed(partial(run, trial, settings[0])) / timed(
+            partial(ours.run, trial, ours.setting)
+        )
+        if ratio > SLOWEST:
+            return (
+                f"{ratio:.0f} times slower than full depth here, in a trial of {len(trial)} texts"
+            )
+    sample = encoded.subset(spread(len(encoded), SWEEP_ROWS))
+
+    def seconds(setting: Setting) -> float:
+        return timed(partial(run, sample, setting))
+
+    best = settings[0]
+    if best.batch:
+        run(sample, best)
+        best = min(settings, key=seconds)
+        best = min(dict.fromkeys((best, best._replace(threads=1))), key=seconds)
+    logits = run(encoded, best)
+    return Contender(name, run, encoded, settings, best, logits, contenders.peak_since(before))
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """`count` row numbers evenly over all, or all."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -183,71 +284,90 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def single_stream(
-    runs: dict[str, Run], encoded: Encoded, progress: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
+def single_stream(one: Contender, progress: Callable[[str], None]) -> dict[str, float]:
     """Seconds per text, one at a time, by the better number of threads."""
-    rows = np.linspace(0, len(encoded) - 1, min(STREAM_ROWS, len(encoded))).astype(int)
-    single = [encoded.subset(np.array([row])) for row in rows]
-    found: dict[str, dict[str, float]] = {}
-    for name, run in runs.items():
-        progress(f"single stream, {name}")
-        for setting in thread_settings()[-1 if name.startswith("ejax") else 0 :]:
-            for one in single:
-                run(one, setting)
-            taken = [timed(partial(run, one, setting)) for one in single]
-            summary = {
-                "mean": statistics.fmean(taken),
-                **{f"p{p}": float(np.percentile(taken, p)) for p in (50, 90, 99)},
-                "threads": setting.threads,
-            }
-            if name not in found or summary["mean"] < found[name]["mean"]:
-                found[name] = summary
+    progress(f"single stream, {one.name}")
+    rows = spread(len(one.encoded), STREAM_ROWS)
+    single = [one.encoded.subset(np.array([row])) for row in rows]
+    found: dict[str, float] = {}
+    for threads in sorted({1, CORES}) if one.setting.batch else (CORES,):
+        setting = Setting(1, threads)
+        for text in single:
+            one.run(text, setting)
+        taken = [timed(partial(one.run, text, setting)) for text in single]
+        summary = {
+            "mean": statistics.fmean(taken),
+            **{f"p{p}": float(np.percentile(taken, p)) for p in (50, 90, 99)},
+            "threads": threads,
+        }
+        if not found or summary["mean"] < found["mean"]:
+            found = summary
     return found
 
 
-def requests(
-    runs: dict[str, Run], encoded: Encoded, size: int, progress: Callable[[str], None]
-) -> dict[str, float]:
-    """Texts per second where `size` texts arrive together, in the order of the rows."""
-    count = min(REQUEST_ROWS, len(encoded)) // size
-    parts = [encoded.subset(np.arange(i * size, (i + 1) * size)) for i in range(count)]
+def requests(one: Contender, progress: Callable[[str], None]) -> dict[str, float]:
+    """Texts per second where so many texts arrive together, in the order of the rows."""
     found = {}
-    for name, run in runs.items():
-        progress(f"requests of {size}, {name}")
+    for size in REQUESTS:
+        progress(f"requests of {size}, {one.name}")
+        count = min(REQUEST_ROWS, len(one.encoded)) // size
+        parts = [one.encoded.subset(np.arange(i * size, (i + 1) * size)) for i in range(count)]
 
-        def all_parts(run: Run = run) -> None:
+        def all_parts(parts: list[Encoded] = parts, size: int = size) -> None:
             for part in parts:
-                run(part, Setting(size, CORES))
+                one.run(part, Setting(size, CORES))
 
         all_parts()
-        found[name] = count * size / min(timed(all_parts) for _ in range(2)) if count else 0.0
+        taken = min(timed(all_parts) for _ in range(2))
+        found[str(size)] = count * size / taken if count else 0.0
     return found
+
+
+def curve(
+    clf: EarlyExitClassifier,
+    encoded: Encoded,
+    truth: np.ndarray,
+    progress: Callable[[str], None],
+) -> list[dict[str, float]]:
+    """Accuracy and texts per second of one pass at each threshold of a ladder."""
+    points = []
+    for threshold in LADDER:
+        progress(f"threshold {threshold:g}")
+        start = time.perf_counter()
+        decision = clf.decide_encoded(encoded, threshold=threshold)
+        speed = len(encoded) / (time.perf_counter() - start)
+        answers = decision.logits.argmax(axis=1)
+        points.append(
+            {
+                "threshold": threshold,
+                "accuracy": accuracy(answers, truth),
+                "texts_per_second": speed,
+            }
+        )
+    return points
 
 
 def in_float32(clf: EarlyExitClassifier) -> EarlyExitClassifier:
     cfg = dataclasses.replace(clf.bundle.cfg, dtype="float32", residual_dtype="float32")
-    bundle = dataclasses.replace(clf.bundle, cfg=cfg)
-    return EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices)
-
-
-def libraries() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("torch", "transformers", "onnx", "onnxruntime")
-    return {name: metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    return EarlyExitClassifier(dataclasses.replace(clf.bundle, cfg=cfg), devices=clf.devices)
 
 
 def bench_table(result: dict[str, Any]) -> Table:
     """The result as people read it."""
     made = Table(
-        title=f"{result['rows']} texts, {result['layers'][-1]} layers, {result['cores']} cores, "
-        f"{result['hardware']}, {result['date']}"
+        title=f"{result['rows']} texts, {result['layers'][-1]} layers, {result['hardware']}, "
+        f"{result['date']}",
+        caption="accuracy per exit: "
+        + ", ".join(
+            f"{k}: {v:.4f}" for k, v in zip(result["layers"], result["exit_accuracy"], strict=True)
+        )
+        + f"; mean depth {result['early_exit']['mean_depth']:.2f}, ideal speed-up "
+        f"{result['early_exit']['ideal_speedup']:.2f}",
     )
     made.add_column("")
     for heading in (
-        "accuracy", "points lost (95 %)", "offline texts/s", "spread", "from text", "p50 ms",
-        "p99 ms", *(f"by {size}" for size in REQUESTS),
+        "accuracy", "points lost (95 %)", "offline texts/s", "spread", "from text",
+        "mean ms", "p50", "p99", *(f"by {size}" for size in REQUESTS), "peak MB",
     ):  # fmt: skip
         made.add_column(heading, justify="right")
     for one in result["contenders"]:
@@ -259,8 +379,9 @@ def bench_table(result: dict[str, Any]) -> Table:
             f"{offline['texts_per_second']:.0f}",
             f"{result['rows'] / high:.0f} to {result['rows'] / low:.0f}",
             f"{one['end_to_end']['texts_per_second']:.0f}",
-            f"{1000 * stream['p50']:.1f}", f"{1000 * stream['p99']:.1f}",
+            *(f"{1000 * stream[key]:.1f}" for key in ("mean", "p50", "p99")),
             *(f"{one['requests'][str(size)]:.0f}" for size in REQUESTS),
+            f"{one['peak_bytes'] / 1e6:.0f}" if one["peak_bytes"] is not None else "",
         )  # fmt: skip
     return made
 
@@ -272,9 +393,15 @@ def save_bench(result: dict[str, Any], path: Path) -> None:
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
+    points = sorted(result["curve"], key=lambda p: p["texts_per_second"])
+    axes.plot(
+        [p["texts_per_second"] for p in points], [100 * p["accuracy"] for p in points],
+        ".-", color="tab:blue", label="ejax, other thresholds",
+    )  # fmt: skip
     for one in result["contenders"]:
         x, y = one["offline"]["texts_per_second"], 100 * one["accuracy"]
         axes.plot([x], [y], "s" if one["name"].startswith("ejax") else "o")
         axes.annotate(one["name"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xlabel="texts per second, offline", ylabel="accuracy, %", xlim=(0, None))
-    axes.set_title(f"{result['rows']} texts, {result['hardware']}, {result['date']}", fontsize=10)
+    axes.set_title(f"{result['rows']} texts, {result['hardware']}, {result['date']}", fontsize=9)
+    axes.legend(loc="lower right", fontsize=8)

@@ -6,7 +6,7 @@ Rows of a batch are padded to the longest of them; a pool is sorted by length fi
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,27 @@ class Setting(NamedTuple):
 
 
 Run = Callable[[Encoded, Setting], np.ndarray]  # -> logits float32 [N, C]
+
+
+def restart_peak() -> int | None:
+    """Resident bytes now, from which the peak is counted again; None where nobody counts."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def peak_since(before: int | None) -> int | None:
+    """How far above `before` resident memory has been since `restart_peak`."""
+    return None if before is None else max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field}")
 
 
 def batches(encoded: Encoded, size: int) -> Iterator[tuple[np.ndarray, Any]]:
@@ -131,7 +152,7 @@ def torch_full(bundle: Bundle, dtype: str) -> Run:
     return run
 
 
-def torch_early_exit(bundle: Bundle, threshold: float) -> Run:
+def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
     """One text at a time, leaving the layers' loop as soon as an exit is sure."""
     import torch
 
@@ -151,7 +172,7 @@ def torch_early_exit(bundle: Bundle, threshold: float) -> Run:
                     e = exits[number]
                     logits = model.exit_logits(pooled, e)
                     score = torch.softmax(logits / bundle.temperatures[e], -1).max()
-                    if score >= threshold:
+                    if score >= thresholds[e]:
                         break
             assert logits is not None
             return logits.numpy()

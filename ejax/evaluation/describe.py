@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ejax.bundle import Bundle
+from ejax.bundle import Bundle, describe_thresholds
 from ejax.config import BertConfig
 
 PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
@@ -22,9 +22,9 @@ def show(*things: Any) -> None:
 
 
 def facts(bundle: Bundle) -> Table:
-    """What the bundle is and how its threshold came about."""
+    """What the bundle is and how its thresholds came about."""
     p = bundle.provenance
-    threshold = "full depth" if bundle.threshold > 1 else f"{bundle.threshold:g}"
+    thresholds = describe_thresholds(bundle.thresholds)
     versions = p.get("versions", {})
     return grid(
         {
@@ -33,7 +33,7 @@ def facts(bundle: Bundle) -> Table:
             "exits": "after layers " + ", ".join(map(str, bundle.exits.layers)),
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
             "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
-            "threshold": f"{threshold}. {p.get('threshold_from', '')}".strip(),
+            "thresholds": f"{thresholds}. {p.get('thresholds_from', '')}".strip(),
             "tokens": f"at most {bundle.max_length}",
             "pooling, mix": f"{bundle.exits.pooling}, {bundle.exits.mix}",
             "numerics": f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}",
@@ -77,7 +77,7 @@ def exit_tables(bundle: Bundle) -> list[Table]:
             table.add_row(str(layer), *(f"{value:.4f}" for value in values), f"{100 * share:.1f} %")
         if point:
             table.caption = (
-                f"at the default threshold: accuracy {point['accuracy']:.4f}, full depth "
+                f"at the default thresholds: accuracy {point['accuracy']:.4f}, full depth "
                 f"{point['full_accuracy']:.4f}, mean depth {point['mean_depth']:.2f} of "
                 f"{bundle.exits.num_layers} layers"
             )

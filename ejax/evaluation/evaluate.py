@@ -17,20 +17,23 @@ import numpy as np
 from rich.table import Table
 
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
-from ejax.classifier import EarlyExitClassifier
+from ejax.classifier import EarlyExitClassifier, Shape
+from ejax.data.batches import eval_plan
 from ejax.data.tokenizer import Encoded
-from ejax.inference.cost import ideal_speedup
+from ejax.hardware import environment
+from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
-from ejax.training.finetune import environment
+from ejax.training.parallel import make_all_logits
 
 TILE_TOKENS = (512, 1024, 2048, 4096)
+Level = float | str | None  # a threshold, "full" for the baseline, None for the bundle's own
 
 
 def evaluate(
     clf: EarlyExitClassifier,
     encoded: Encoded,
     labels: np.ndarray,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float | None],
     *,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
@@ -40,7 +43,8 @@ def evaluate(
     Args:
       encoded: the rows' tokens, N of them.
       labels: int [N].
-      thresholds: above 1 stands for full depth through the early-exit program.
+      thresholds: above 1 stands for full depth through the early-exit program, None for
+        the bundle's own, one per exit.
       repeats: timed passes; the median and the extremes are reported.
 
     Returns:
@@ -48,8 +52,11 @@ def evaluate(
       best tile. `thresholds`: for each `accuracy`, `macro_f1`, `drop` (points below
       full depth, with its paired 95 % interval), `agreement` (share of rows with full
       depth's label), `mean_depth` (layers, weighted by tokens), `exit_share`,
-      `seconds` (median, min, max), `texts_per_second`, `speedup` (measured) and
-      `ideal_speedup` (by operations on real tokens, heads counted, no packing).
+      `seconds` (median, min, max), `texts_per_second`, `speedup` (measured),
+      `ideal_speedup` (by operations on real tokens, heads counted, no packing),
+      `tile_rounding` (tokens run over those of rows alive at their padded length) and,
+      where this machine has a profile, `predicted_seconds`. `exit_accuracy`: of every
+      exit on all rows.
     """
     rows = len(encoded)
     if rows == 0:
@@ -57,11 +64,12 @@ def evaluate(
     progress("choosing the baseline's tile")
     clf = clf.on_one_device()
     baseline = best_full_depth(clf, encoded)
-    runs: dict[float | str, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
+    pools = list(clf.pools(encoded.lengths))
+    runs: dict[Level, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
         runs[threshold] = partial(clf.decide_encoded, encoded, threshold=threshold)
-    results: dict[float | str, Any] = {}
-    seconds: dict[float | str, list[float]] = {name: [] for name in runs}
+    results: dict[Level, Any] = {}
+    seconds: dict[Level, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         progress(f"compiling, {describe(name)}")
         results[name] = run()
@@ -86,13 +94,15 @@ def evaluate(
         time_of = timing(seconds[threshold], rows)
         points.append(
             {
-                "threshold": threshold,
+                "threshold": list(clf.bundle.thresholds) if threshold is None else threshold,
                 **point,
                 **time_of,
                 "speedup": full["seconds"]["median"] / time_of["seconds"]["median"],
                 "ideal_speedup": ideal_speedup(
                     clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
                 ),
+                "tile_rounding": tile_rounding(clf, pools, decision.exit),
+                "predicted_seconds": predicted(clf, pools, decision.exit),
             }
         )
     return {
@@ -100,6 +110,7 @@ def evaluate(
         "layers": list(clf.bundle.exits.layers),
         "dtype": clf.bundle.cfg.dtype,
         "repeats": repeats,
+        "exit_accuracy": exit_accuracy(clf, encoded, labels),
         "full": full,
         "thresholds": points,
         "date": time.strftime("%Y-%m-%d"),
@@ -107,10 +118,45 @@ def evaluate(
     }
 
 
+Pools = Sequence[tuple[np.ndarray, Shape]]
+
+
+def exit_accuracy(clf: EarlyExitClassifier, encoded: Encoded, labels: np.ndarray) -> list[float]:
+    """Of every exit on all rows."""
+    bundle = clf.bundle
+    plan = eval_plan(
+        encoded.lengths, buckets=bundle.buckets, max_length=bundle.max_length, batch_size=64
+    )
+    logits = make_all_logits(clf.model, list(clf.devices))(bundle.variables, encoded, plan)
+    return [accuracy(one.argmax(axis=1), labels) for one in logits]
+
+
+def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float:
+    """Tokens that the engine's tiles hold over those of the rows alive, weighted by layers."""
+    exits = clf.bundle.exits.layers
+    layers = np.diff((0, *exits))
+    run = alive = 0
+    for rows, shape in pools:
+        run += shape.length * int(layers @ tile_rows(exit[rows], shape.tile, len(exits)))
+        alive += shape.length * int(layers @ tile_rows(exit[rows], 1, len(exits)))
+    return run / alive
+
+
+def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float | None:
+    """Seconds by the profile of this machine; None where there is none."""
+    profile = clf.shapes.profile
+    if profile is None:
+        return None
+    return sum(
+        profile.predict(clf.bundle.exits, exit[rows], shape.tile, shape.length)
+        for rows, shape in pools
+    )
+
+
 def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
-    """The classifier whose tile size runs rows of the commonest length fastest at full depth."""
+    """The classifier whose tiles run rows of the commonest length fastest at full depth."""
     candidates = [
-        clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens))
+        clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=None))
         for tokens in TILE_TOKENS
     ]
     rows, _ = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
@@ -158,7 +204,10 @@ def timing(seconds: list[float], rows: int) -> dict[str, Any]:
     }
 
 
-def describe(threshold: float | str) -> str:
+def describe(threshold: Any) -> str:
+    """A number, one per exit, None for a bundle's own, or "full"."""
+    if threshold is None or np.ndim(threshold):
+        return "threshold per exit"
     full = threshold == "full" or float(threshold) > 1
     return "full depth" if full else f"threshold {threshold:g}"
 
@@ -168,12 +217,12 @@ def table(result: dict[str, Any]) -> Table:
     layers = result["layers"][-1]
     made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
     headings = ("threshold", "accuracy", "macro-F1", "drop, points (95 %)", f"depth of {layers}")
-    for heading in (*headings, "texts/s", "speed-up", "ideal"):
+    for heading in (*headings, "texts/s", "predicted", "speed-up", "ideal", "rounding"):
         made.add_column(heading, justify="right")
     full = result["full"]
     made.add_row(
         "full model", f"{full['accuracy']:.4f}", f"{full['macro_f1']:.4f}", "", f"{layers:.2f}",
-        f"{full['texts_per_second']:.0f}", "1.00", "1.00",
+        f"{full['texts_per_second']:.0f}", "", "1.00", "1.00", "",
     )  # fmt: skip
     for p in result["thresholds"]:
         made.add_row(
@@ -183,9 +232,13 @@ def table(result: dict[str, Any]) -> Table:
             f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
             f"{p['mean_depth']:.2f}",
             f"{p['texts_per_second']:.0f}",
+            f"{result['rows'] / p['predicted_seconds']:.0f}" if p["predicted_seconds"] else "",
             f"{p['speedup']:.2f}",
             f"{p['ideal_speedup']:.2f}",
+            f"{p['tile_rounding']:.3f}",
         )
+    shares = zip(result["layers"], result["exit_accuracy"], strict=True)
+    made.caption = "accuracy per exit: " + ", ".join(f"{k}: {v:.4f}" for k, v in shares)
     return made
 
 

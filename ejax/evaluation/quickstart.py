@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ejax import assets
+from ejax.bundle import describe_thresholds
 from ejax.calibration.metrics import accuracy
 from ejax.calibration.thresholds import FULL
 from ejax.classifier import EarlyExitClassifier
@@ -62,14 +63,15 @@ def quickstart(
     split = rows_to_report_on(config, clf.bundle.labels)
     task = encode(split, clf.bundle.tokenizer, clf.bundle.max_length)
     check_exits(clf, task.encoded, task.labels)
-    points = sorted({*THRESHOLDS, clf.bundle.threshold, FULL})
+    points = (*THRESHOLDS, None, FULL)
     with console.status("measuring") as status:
         result = evaluate(clf, task.encoded, task.labels, points, progress=status.update)
-    result |= {"split": f"{split.name}: {split.origin}", "default": clf.bundle.threshold}
+    result |= {"split": f"{split.name}: {split.origin}", "default": list(clf.bundle.thresholds)}
     save(result, workdir / "evaluation.json")
     show(
         table(result),
-        f"default threshold, from dev-A: {clf.bundle.threshold:g}",
+        f"thresholds per exit, the default, from dev-A: "
+        f"{describe_thresholds(clf.bundle.thresholds)}",
         examples(clf, list(split)),
         f"{time.time() - started:.0f} s; bundle in {folder}, numbers in "
         f"{workdir / 'evaluation.json'}, plot in {workdir / 'evaluation.png'}",

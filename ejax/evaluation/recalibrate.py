@@ -1,4 +1,4 @@
-"""New temperatures and a new default threshold for a trained bundle, from other rows."""
+"""New temperatures and new default thresholds for a trained bundle, from other rows."""
 
 import dataclasses
 import time
@@ -18,14 +18,14 @@ FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
 def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundle:
-    """The bundle with temperatures and threshold fitted on these rows; weights as they are.
+    """The bundle with temperatures and thresholds fitted on these rows; weights as they are.
 
     Rows that the bundle's provenance records as dev-B are never fitted on: where the
     split holds some, they are reported on as "dev_b". All figures of the former
     calibration are dropped from the provenance, since they no longer hold.
 
     Args:
-      max_drop: points of accuracy on these rows that the threshold may lose against
+      max_drop: points of accuracy on these rows that the thresholds may lose against
         full depth.
 
     Raises:
@@ -54,7 +54,7 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
         parts, "calibration", bundle.exits.layers, max_drop=max_drop, where=split.origin
     )
     changed: dict[str, Any] = {
-        **{name: chosen[name] for name in ("threshold_from", "operating_points", "metrics")},
+        **{name: chosen[name] for name in ("thresholds_from", "operating_points", "metrics")},
         "calibrated": {
             "data": split.origin,
             "date": time.strftime("%Y-%m-%d"),
@@ -66,6 +66,6 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
     return dataclasses.replace(
         bundle,
         temperatures=tuple(chosen["temperatures"]),
-        threshold=chosen["threshold"],
+        thresholds=tuple(chosen["thresholds"]),
         provenance=bundle.provenance | changed,
     )

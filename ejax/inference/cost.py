@@ -1,14 +1,23 @@
-"""What rows cost in floating-point operations, from shapes alone.
+"""What rows cost: floating-point operations from shapes alone, seconds from a profile.
 
-A product of [m, k] and [k, n] counts 2 m k n; norms, activations and softmax, some percent
-of the time of a layer, are left out. Axes: T tokens, D width, F feed-forward, C classes.
+Operations: a product of [m, k] and [k, n] counts 2 m k n; norms, activations and softmax,
+some percent of the time of a layer, are left out.
+
+Axes: N rows, B rows of a tile, T tokens, D width, F feed-forward, L layers, E exits, C classes.
 """
 
-from typing import Any
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ejax.config import BertConfig, ExitConfig
+from ejax.assets import cache_dir
+from ejax.config import BertConfig, Dtype, ExitConfig, to_json
+from ejax.hardware import cpu_type, describe
+from ejax.inference.engine import tiles
 
 
 def layer_flops(cfg: BertConfig, tokens: Any) -> Any:
@@ -44,3 +53,101 @@ def ideal_speedup(cfg: BertConfig, exits: ExitConfig, tokens: Any, exit: Any) ->
     spent = flops[np.asarray(exit), np.arange(flops.shape[1])].sum()
     unused = (len(exits.layers) - 1) * head_flops(cfg, exits.num_labels)
     return float((flops[-1] - unused).sum() / spent)
+
+
+def tile_rows(exit: Any, tile: int, exits: int) -> np.ndarray:
+    """Rows that the engine runs in each segment, those of padding in its tiles counted: int [E].
+
+    Args:
+      exit: int [N], where the rows of one pool leave.
+    """
+    alive = (np.asarray(exit)[None] >= np.arange(exits)[:, None]).sum(axis=1)
+    return np.array([sum(size * count for size, count in tiles(n, tile)) for n in alive.tolist()])
+
+
+class Seconds(NamedTuple):
+    """What the parts of one tile take."""
+
+    layer: float  # one encoder layer
+    head: float  # pooling, mix and head of one exit
+    gather: float  # the rest of a step: rows read and written, scores, order
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Seconds per tile [B, T] on one kind of machine, for encoders of one shape."""
+
+    machine: str
+    date: str
+    dtype: Dtype  # the fastest for tiles
+    single_dtype: Dtype  # and for one row alone
+    tile: dict[int, int]  # T -> the fastest B
+    seconds: dict[tuple[int, int], Seconds]  # (B, T)
+
+    def predict(self, exits: ExitConfig, exit: Any, tile: int, length: int) -> float:
+        """Seconds of one pool of `length` tokens whose rows leave at `exit`, int [N].
+
+        Raises:
+          ValueError: when these tiles were not measured.
+        """
+        layers = np.diff((0, *exits.layers))
+        alive = (np.asarray(exit)[None] >= np.arange(len(layers))[:, None]).sum(axis=1)
+        total = 0.0
+        for rows, run in zip(alive.tolist(), layers.tolist(), strict=True):
+            for size, count in tiles(rows, tile):
+                if (size, length) not in self.seconds:
+                    raise ValueError(
+                        f"the profile of this machine holds no tile of {size} rows of {length} "
+                        f"tokens: run `ejax profile` again for this bundle."
+                    )
+                part = self.seconds[size, length]
+                total += count * (run * part.layer + part.head + part.gather)
+        return total
+
+
+def profile_path(cfg: BertConfig) -> Path:
+    """Where the profile of this kind of machine and shape of encoder is kept."""
+    import jax
+
+    shape = to_json(cfg)
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
+    parts = [cpu_type(), describe(), jax.__version__, *(shape[name] for name in names)]
+    return (
+        cache_dir() / "profiles" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
+    )
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """As JSON, whole or not at all."""
+    values = dataclasses.asdict(profile) | {
+        "seconds": [
+            {"rows": size, "tokens": length, **part._asdict()}
+            for (size, length), part in sorted(profile.seconds.items())
+        ]
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def load_profile(path: Path) -> Profile | None:
+    """What `save_profile` wrote; None where there is none.
+
+    Raises:
+      ValueError: for a damaged file.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {
+            (row["rows"], row["tokens"]): Seconds(row["layer"], row["head"], row["gather"])
+            for row in values.pop("seconds")
+        }
+        tile = {int(length): rows for length, rows in values.pop("tile").items()}
+        return Profile(**values, tile=tile, seconds=seconds)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}. Delete it, or run `ejax profile`."
+        ) from None

@@ -1,10 +1,9 @@
 """Early exit for a whole batch as one compiled `lax.while_loop`.
 
 N rows wait on the device; tiles of B rows run through one segment (the layers
-between one exit and the next) at a time. Rows that stay are written back packed
-together, so that the work done is the sum over segments of ceil(alive / B) tiles:
-nobody waits for the slowest row, no shape changes, nothing returns to the host
-before the end.
+between one exit and the next) at a time. A tile is gathered from where its rows stood
+and written to the front, so that the work done is that of the rows still alive: nobody
+waits for the slowest row, no shape changes, nothing returns to the host before the end.
 
 Axes: N rows of the pool, B rows of a tile, T tokens, D width, L layers, E exits,
 C classes.
@@ -22,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ejax.hardware import free_bytes
 from ejax.inference.policy import (
     Agreed,
     Decision,
@@ -39,23 +39,29 @@ from ejax.models.heads import pool as pool_tokens
 Array = jax.Array
 
 
-class Pool(NamedTuple):
-    """The rows still alive, packed to the front; padded to whole tiles (N')."""
+SMALL_TILE = 8  # rows; below it a row's score would depend on the tile
+CHECKED_BYTES = 1 << 28  # smaller pools are not asked whether they fit
 
-    hidden: Array  # `stored` <residual dtype>[N', T, D]
-    mask: Array  # int32 [N', T]
+
+class Rows(NamedTuple):
+    """What is known of the rows still alive, packed to the front; whole tiles (N')."""
+
     row: Array  # int32 [N'], the row's place in the input
+    places: Array  # int32 [N', E], where the row stood in each segment so far
     agreed: Agreed  # int32 [N'] each
 
 
 class State(NamedTuple):
-    pool: Pool
-    pooled: Array  # float32 [L, N, D], every layer's vector of a row, in the order of the input
-    out: Decision  # [N, ...], filled as rows leave
+    hidden: Array  # `stored` <residual dtype>[N', T, D], in the order of the segment before
+    pooled: Array  # float32 [L or more, N', D], each layer's vectors in its segment's order
+    pool: Rows
+    left: Array  # int32 [N' + B], the rows that `out` speaks of; N' stands for nobody
+    out: Decision  # [N' + B, ...], in the order in which rows leave
     segment: Array  # int32, the exit being worked towards
-    tile: Array  # int32, next tile of this segment
+    start: Array  # int32, rows of this segment already run
     alive: Array  # int32, rows to run in this segment
     stayed: Array  # int32, rows of this segment already packed for the next
+    gone: Array  # int32, rows that have left
 
 
 def early_exit(
@@ -94,14 +100,16 @@ def early_exit(
       A `Decision`: logits [N, C], exit [N], score [N], in the order of the input.
 
     Raises:
-      ValueError: on a wrong shape, threshold, temperature, rule or tile.
+      ValueError: on a wrong shape, threshold, temperature, rule or tile, and for a pool
+        that does not fit into the device's memory.
     """
     batch, tile, rows = _checked(batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
     weights, levels = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
     temperatures, rule = check_temperatures(temperatures, exits), check_rule(rule)
+    check_memory(model, total, batch.ids.shape[1], tile, devices or jax.local_devices()[:1])
     if devices is None or len(devices) == 1:
-        return _early_exit(model, weights, batch, levels, temperatures, rows, rule, tile)
+        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile)
     count = len(devices)
     run = _on_devices(model, rule, min(tile, -(-total // count)), tuple(devices))
     shares = np.maximum(np.asarray(rows) - np.arange(count) + count - 1, 0) // count
@@ -119,9 +127,24 @@ def _on_devices(
     def one(
         weights: Prepared, batch: Batch, levels: Array, temperatures: Array, rows: Array
     ) -> Any:
-        return _early_exit(model, weights, batch, levels, temperatures, rows, rule, tile)
+        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile)
 
     return jax.pmap(one, "devices", in_axes=(None, 0, 0, None, 0), devices=devices)
+
+
+def tile_sizes(tile: int) -> tuple[int, ...]:
+    """B, and where it is large enough a smaller size for the rows that fill no whole tile."""
+    small = max(SMALL_TILE, tile // 4)
+    return (tile, small) if 2 * small <= tile else (tile,)
+
+
+def tiles(rows: int, tile: int) -> list[tuple[int, int]]:
+    """The (size, count) of the tiles that one segment runs for so many rows."""
+    whole, rest = divmod(rows, tile)
+    small = tile_sizes(tile)[-1]
+    if 0 < rest <= (tile // small - 1) * small:
+        return [(tile, whole), (small, -(-rest // small))]
+    return [(tile, whole + (rest > 0))]
 
 
 def _deal(leaf: Array, count: int) -> np.ndarray:
@@ -129,6 +152,35 @@ def _deal(leaf: Array, count: int) -> np.ndarray:
     values = np.asarray(leaf)
     values = np.pad(values, [(0, -len(values) % count)] + [(0, 0)] * (values.ndim - 1))
     return values.reshape(-1, count, *values.shape[1:]).swapaxes(0, 1)
+
+
+def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
+    """Memory that the pool [N, T] and one tile at work take, weights apart."""
+    cfg, exits = model.cfg, model.exits
+    d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
+    stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * length * d
+    vectors = 4 * exits.num_layers * d if exits.mix == "softmax" else 0
+    row = stream + vectors + 4 * (3 * length + 3 * len(exits.layers) + 3 * exits.num_labels + 6)
+    at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
+    return (rows + tile) * row + tile * at_work
+
+
+def check_memory(
+    model: EarlyExitBert, rows: int, length: int, tile: int, devices: Sequence[jax.Device]
+) -> None:
+    """Raises ValueError where a pool shared by these devices cannot fit."""
+    needed = pool_bytes(model, -(-rows // len(devices)), length, tile)
+    if needed < CHECKED_BYTES:
+        return
+    if devices[0].platform == "cpu":
+        needed *= len(devices)  # which share one memory
+    free = free_bytes(devices[0])
+    if free is not None and needed > free:
+        raise ValueError(
+            f"a pool of {rows} rows of {length} tokens needs {needed / 1e9:.1f} GB and "
+            f"{devices[0]} has {free / 1e9:.1f} GB free: lower the rows of the pool (of a "
+            f"classifier, Shapes.pool_tokens), or residual_dtype to bfloat16."
+        )
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
@@ -182,8 +234,8 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     )
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7))
-def _early_exit(
+@partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def run_pool(
     model: EarlyExitBert,
     weights: Prepared,
     batch: Batch,
@@ -192,93 +244,142 @@ def _early_exit(
     rows: Array,
     rule: str,
     tile: int,
+    layer: "RunLayer | None" = None,
 ) -> Decision:
+    """`early_exit`'s program, on checked arguments; `layer` stands in for `run_layer`."""
+    run_one = layer or run_layer
     cfg, exits = cut(model.cfg, model.exits), model.exits
     total, last, mixes = batch.ids.shape[0], len(exits.layers) - 1, exits.mix == "softmax"
-
+    batch = _pad_to_tiles(batch, tile)
+    size, length = batch.ids.shape
     firsts = (0, *exits.layers[:-1])
     longest = max(b - a for a, b in zip(firsts, exits.layers, strict=True))
+    widths = tile_sizes(tile)
+    small = widths[-1]
 
     def run_segment(
-        number: int, x: Array, mask: Array, row: Array, pooled: Array
+        number: int, width: int, start: Array, pool: Rows, hidden: Array, pooled: Array
     ) -> tuple[Array, Array, Array]:
-        """The stream after the segment, its layers' vectors [longest, B, D], the logits."""
-        first = firsts[number]
-        vectors = [pooled.at[i, row].get(mode="clip") for i in range(first if mixes else 0)]
-        if not mixes:
-            vectors = [jnp.zeros((tile, cfg.hidden_size))] * first
-        for i in range(first, exits.layers[number]):
-            x = run_layer(cfg, weights, i, x, mask)
-            vectors.append(pool_tokens(x, mask, exits))
-        logits = run_head(cfg, weights, number, exits, vectors)
-        seen = vectors[first:]
-        return x, jnp.stack(seen + seen[-1:] * (longest - len(seen))), logits
+        """The first `width` rows of a tile through one segment.
 
-    segments = [partial(run_segment, number) for number in range(last + 1)]
+        Returns the tile's stream [B, T, D], its layers' vectors [longest, B, D] and the
+        logits [B, C]; the rows that were not run keep their stream.
+        """
+        old = lax.dynamic_slice_in_dim(hidden, start, tile)
+        pool = jax.tree.map(lambda leaf: leaf[:width], pool)
+        part = jax.tree.map(lambda leaf: leaf[pool.row], batch)
+        x: Any
+        if number == 0:
+            x = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
+        else:
+            x = unstored(hidden[pool.places[:, number - 1]], cfg.residual_dtype)
+        vectors = [jnp.zeros((width, cfg.hidden_size))] * firsts[number]
+        if mixes:
+            vectors = [
+                pooled[i, pool.places[:, segment]]
+                for segment in range(number)
+                for i in range(firsts[segment], exits.layers[segment])
+            ]
+        for i in range(firsts[number], exits.layers[number]):
+            x = run_one(cfg, weights, i, x, part.mask)
+            vectors.append(pool_tokens(x, part.mask, exits))
+        logits = run_head(cfg, weights, number, exits, vectors)
+        own = vectors[firsts[number] :]
+        seen = jnp.stack(own + own[-1:] * (longest - len(own)))
+        rest = tile - width
+        return (
+            jnp.concatenate([stored(x), old[width:]]),
+            jnp.pad(seen, ((0, 0), (0, rest), (0, 0))),
+            jnp.pad(logits, ((0, rest), (0, 0))),
+        )
+
+    segments = [partial(run_segment, n, width) for width in widths for n in range(last + 1)]
 
     def step(state: State) -> State:
-        pool, out, segment = state.pool, state.out, state.segment
-        start = state.tile * tile
-        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), pool)
-        stream = unstored(part.hidden, cfg.residual_dtype)
-        hidden, seen, logits = lax.switch(
-            segment, segments, stream, part.mask, part.row, state.pooled
-        )
-        score, agreed = score_exit(rule, logits, temperatures[segment], part.agreed, last + 1)
-        needed = thresholds.at[part.row, segment].get(mode="clip")
-        leave = (score >= needed) | (segment == last)
+        segment, start, rest = state.segment, state.start, state.alive - state.start
+        # A rest that fills no whole tile goes in small ones, where they are fewer rows.
+        few = rest <= (tile // small - 1) * small
+        width = jnp.where(few, small, tile)
+        pool = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), state.pool)
+        stream, seen, logits = lax.switch(
+            segment + jnp.where(few, last + 1, 0),
+            segments, start, pool, state.hidden, state.pooled,
+        )  # fmt: skip
+        score, agreed = score_exit(rule, logits, temperatures[segment], pool.agreed, last + 1)
+        real = jnp.arange(tile) < jnp.minimum(width, rest)
+        leave = real & ((score >= thresholds[pool.row, segment]) | (segment == last))
+        stay = real & ~leave
 
-        real = start + jnp.arange(tile) < state.alive
+        # No row stands before its index: what is overwritten here has been read.
+        hidden = lax.dynamic_update_slice_in_dim(state.hidden, stream, start, 0)
         pooled = state.pooled
         if mixes:
-            layer = jnp.asarray(firsts)[segment] + jnp.arange(longest)
-            layer = jnp.where(layer < jnp.asarray(exits.layers)[segment], layer, exits.num_layers)
-            place = jnp.where(real, part.row, total)
-            pooled = pooled.at[layer[:, None], place[None]].set(seen, mode="drop")
-        target = jnp.where(real & leave, part.row, total)  # past the end: dropped
-        out = Decision(
-            out.logits.at[target].set(logits, mode="drop"),
-            out.exit.at[target].set(segment, mode="drop"),
-            out.score.at[target].set(score, mode="drop"),
-        )
-        # Rows that stay move to the front of the tile, and the tile is written behind
-        # those that stayed before. What follows them there has been run already.
-        stay = real & ~leave
-        order = jnp.argsort(~stay, stable=True)
-        written = Pool(stored(hidden), part.mask, part.row, agreed)
-        packed = jax.tree.map(lambda leaf: leaf[order], written)
-        pool = jax.tree.map(
-            lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, state.stayed, 0),
-            pool,
-            packed,
-        )
+            corner = (jnp.asarray(firsts)[segment], start, 0)
+            pooled = lax.dynamic_update_slice(pooled, seen, corner)
+        places = pool.places.at[:, segment].set(start + jnp.arange(tile))
+        found = Decision(logits, jnp.full((tile,), segment), score)
+        left, out = _append((state.left, state.out), (pool.row, found), leave, state.gone)
         stayed = state.stayed + stay.sum(dtype=jnp.int32)
-        done = start + tile >= state.alive
+        done = width >= rest
         return State(
-            pool,
+            hidden,
             pooled,
+            _append(state.pool, Rows(pool.row, places, agreed), stay, state.stayed),
+            left,
             out,
             segment + done.astype(jnp.int32),
-            jnp.where(done, 0, state.tile + 1),
+            jnp.where(done, 0, start + width),
             jnp.where(done, stayed, state.alive),
             jnp.where(done, 0, stayed),
+            state.gone + leave.sum(dtype=jnp.int32),
         )
 
-    zero = jnp.zeros((), jnp.int32)
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return jnp.zeros(shape, dtype)
+
     state = State(
-        _first_pool(cfg, weights.bert, batch, tile),
-        jnp.zeros((exits.num_layers if mixes else 0, total, cfg.hidden_size), jnp.float32),
-        Decision(
-            jnp.zeros((total, exits.num_labels), jnp.float32),
-            jnp.zeros((total,), jnp.int32),
-            jnp.zeros((total,), jnp.float32),
+        hidden=stored(zeros(size + tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)),
+        pooled=zeros(
+            firsts[-1] + longest if mixes else 0, size + tile, cfg.hidden_size, dtype=jnp.float32
         ),
-        zero,
-        zero,
-        jnp.minimum(rows, total),
-        zero,
+        pool=Rows(
+            jnp.minimum(jnp.arange(size + tile), size - 1),
+            zeros(size + tile, last + 1),
+            nothing_agreed((size + tile,)),
+        ),
+        left=jnp.full((size + tile,), size),
+        out=Decision(
+            zeros(size + tile, exits.num_labels, dtype=jnp.float32),
+            zeros(size + tile),
+            zeros(size + tile, dtype=jnp.float32),
+        ),
+        segment=zeros(),
+        start=zeros(),
+        alive=jnp.minimum(rows, total),
+        stayed=zeros(),
+        gone=zeros(),
     )
-    return lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state).out
+    state = lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state)
+    order = jnp.argsort(state.left)[:total]  # rows 0, 1, ... and then nobody
+    real = jnp.arange(total) < rows
+    return jax.tree.map(
+        lambda leaf: jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[order], 0), state.out
+    )
+
+
+def _append(whole: Any, piece: Any, chosen: Array, end: Array) -> Any:
+    """Writes the chosen rows of a tile [B, ...] behind the first `end` rows of `whole`."""
+    order, count = jnp.argsort(~chosen, stable=True), chosen.sum()
+
+    def write(old: Array, new: Array) -> Array:
+        kept = lax.dynamic_slice_in_dim(old, end, len(chosen))
+        fits = (jnp.arange(len(chosen)) < count).reshape(-1, *[1] * (new.ndim - 1))
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new[order], kept), end, 0)
+
+    return jax.tree.map(write, whole, piece)
+
+
+RunLayer = Callable[[Any, Prepared, int, Array, Array], Array]
 
 
 def run_layer(cfg: Any, weights: Prepared, i: int, x: Array, mask: Array) -> Array:
@@ -297,15 +398,6 @@ def run_head(
     head = ExitHead(cfg, exits.num_labels)
     logits: Any = head.apply({"params": weights.heads[number]}, mixed)
     return logits
-
-
-def _first_pool(cfg: Any, bert: Any, batch: Batch, tile: int) -> Pool:
-    """The embedded rows, padded to whole tiles so that no slice is ever clamped."""
-    batch = _pad_to_tiles(batch, tile)
-    rows = batch.ids.shape[0]
-    hidden: Any = BertModel(cfg).apply({"params": bert}, batch, method="embed")
-    row = jnp.arange(rows, dtype=jnp.int32)
-    return Pool(stored(hidden), batch.mask, row, nothing_agreed((rows,)))
 
 
 def stored(x: Array) -> Array:

@@ -1,18 +1,15 @@
 """Fine-tuning from a config to a bundle.
 
 Train all exits together, keep the best checkpoint by dev-A, fit temperatures and
-choose the default threshold on dev-A, report on dev-B and test.
+choose the default thresholds on dev-A, report on dev-B and test.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
 from ejax.data import sources
 from ejax.data.batches import eval_plan, take, train_plan
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.hardware import environment, native_dtype
 from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
@@ -141,10 +139,10 @@ def finetune(
         tokenizer,
         labels,
         tuple(chosen["temperatures"]),
-        chosen["threshold"],
+        tuple(chosen["thresholds"]),
         max_length,
         config.data.buckets,
-        {name: chosen[name] for name in ("threshold_from", "operating_points", "metrics")}
+        {name: chosen[name] for name in ("thresholds_from", "operating_points", "metrics")}
         | {
             "model": short_path(config.model),
             "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
@@ -164,7 +162,10 @@ def finetune(
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.time() - started, 1),
         "best_step": best,
-        **{name: chosen[name] for name in ("temperatures", "metrics", "operating_points")},
+        **{
+            name: chosen[name]
+            for name in ("temperatures", "thresholds", "metrics", "operating_points")
+        },
         **environment(),
     }
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -179,7 +180,7 @@ def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
         config.model,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
-        dtype=config.dtype,
+        dtype=native_dtype() if config.dtype == "auto" else config.dtype,
         residual_dtype=config.residual_dtype,
     )
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
@@ -306,24 +307,6 @@ def command() -> str:
     module = program.name == "__main__.py"
     name = f"python -m {program.parent.name}" if module else program.name
     return " ".join([name, *sys.argv[1:]])
-
-
-def environment() -> dict[str, Any]:
-    """What a reader needs to know about where a number came from."""
-    packages = ("ejax", "jax", "flax", "optax", "orbax-checkpoint")
-    return {
-        "hardware": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, "
-        f"{os.cpu_count()} cores of {processor()}",
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def progress_bar(console: Console) -> Progress:

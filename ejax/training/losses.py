@@ -17,6 +17,7 @@ def joint_loss(
     *,
     exit_weights: tuple[float, ...] = (),
     class_weights: tuple[float, ...] = (),
+    distillation: float = 0.0,
 ) -> tuple[Array, Array]:
     """The sum of the exits' cross-entropies, as a sum over rows and its count.
 
@@ -24,12 +25,18 @@ def joint_loss(
     masks stay exact. Schwartz et al. (ACL 2020), section 3.1; with class weights
     the mean is over the weights, as in scikit-learn and PyTorch.
 
+    With `distillation` each exit but the last also learns from the last one's probabilities,
+    as a teacher that is not taught back: that many times KL(last || exit) is added to its
+    loss. Liu et al., "FastBERT" (ACL 2020), section 3.2.2, here in the same training as the
+    rest, as in Geng et al., "RomeBERT" (2021).
+
     Args:
       logits: float32 [E, B, C].
       labels: int32 [B].
       weights: float32 [B], 1 for a real row and 0 for padding.
       exit_weights: one per exit; () means 1 each.
       class_weights: one per class; () means 1 each.
+      distillation: 0 means none.
 
     Returns:
       float32 scalars (loss, count).
@@ -44,6 +51,10 @@ def joint_loss(
     rows = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.broadcast_to(labels[None], logits.shape[:2])
     )
+    if distillation:
+        teacher = jax.nn.log_softmax(jax.lax.stop_gradient(logits[-1:]))
+        distances = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), teacher)
+        rows = rows + distillation * distances  # of the last exit: 0
     per_exit = (rows * weights[None]).sum(axis=1)
     scale = jnp.asarray(exit_weights or (1.0,) * logits.shape[0], jnp.float32)
     return (per_exit * scale).sum(), weights.sum()

@@ -60,6 +60,7 @@ def make_train_step(
                 rows.weights,
                 exit_weights=config.exit_weights,
                 class_weights=config.class_weights,
+                distillation=config.distillation,
             )
             return loss, (count, logits)
 
