@@ -16,8 +16,11 @@ config = TrainConfig(
     data=DataConfig(name="glue/sst2", max_length=128),
     layers=(1, 2, 3, 4, 5, 6),
     pooling="mean",
-    epochs=2,
+    distillation=1.0,
+    epochs=1,
     batch_size=64,
-    learning_rate=1e-4,
+    learning_rate=1.5e-4,
+    train_embeddings=False,
+    average_decay=0.998,
     evals_per_epoch=4,
 )

@@ -218,6 +218,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     dropout: float = 0.1
+    train_embeddings: bool = True
+    average_decay: float = 0.0  # of a running mean of the weights, which is what is kept; 0 = none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what the device does natively
     residual_dtype: Dtype = "float32"
     seed: int = 0
@@ -235,7 +237,7 @@ class TrainConfig:
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             _check(value > 0, f"{name} must be above 0. Got {value}.")
-        for name in ("warmup_fraction", "dropout"):
+        for name in ("warmup_fraction", "dropout", "average_decay"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1). Got {value}.")
         for name in ("weight_decay", "max_drop", "seed", "distillation"):

@@ -26,7 +26,7 @@ from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, shard
-from ejax.training.step import Rows, TrainState, make_train_step
+from ejax.training.step import Rows, TrainState, first_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 CFG = BertConfig(
@@ -54,7 +54,7 @@ def labelled(rows: int = 11, length: int = 7, seed: int = 0, padding: int = 3) -
 def fresh_state(config: TrainConfig = CONFIG) -> tuple[TrainState, optax.GradientTransformation]:
     params = jax.jit(MODEL.init)(jax.random.key(1), Batch([[0, 0]]))["params"]
     optimizer = make_optimizer(config, total_steps=10)
-    return TrainState(params, optimizer.init(params), np.int32(0)), optimizer
+    return jax.device_get(first_state(params, optimizer, config)), optimizer
 
 
 @functools.cache
@@ -154,23 +154,25 @@ def test_four_devices_equal_one_with_uneven_padding_and_dropout() -> None:
         np.testing.assert_allclose(metrics_one[name], metrics_four[name], rtol=1e-5)
 
 
+def one_step(rows: Rows):
+    return stepper()(replicate(fresh_state()[0], jax.devices()[:1]), rows)
+
+
 def test_padding_rows_change_nothing() -> None:
     """The same real rows with other padding: the same step, dropout included."""
-    state, step = replicate(fresh_state()[0], jax.devices()[:1]), stepper()
     rows, other = labelled(), labelled()
     other.batch.ids[8:] = 1
     other.labels[8:] = 2
-    (first, _), (second, _) = step(state, rows), step(state, other)
+    (first, _), (second, _) = one_step(rows), one_step(other)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
 def test_dropout_follows_the_row_not_its_place() -> None:
-    state, step = replicate(fresh_state()[0], jax.devices()[:1]), stepper()
     rows = labelled(padding=0)
     order = np.random.default_rng(3).permutation(len(rows.labels))
     shuffled = jax.tree.map(lambda leaf: leaf[order], rows)
     renumbered = rows._replace(numbers=rows.numbers + 1)
-    loss, same, other = (float(step(state, r)[1]["loss"]) for r in (rows, shuffled, renumbered))
+    loss, same, other = (float(one_step(r)[1]["loss"]) for r in (rows, shuffled, renumbered))
     assert same == pytest.approx(loss, rel=1e-6)
     assert abs(other - loss) > 1e-4
 
@@ -182,6 +184,31 @@ def test_mixing_weights_move_in_training() -> None:
     mix = state.params["heads"]["mix"]
     assert np.abs(mix[1]).min() > 10 * config.learning_rate
     assert not mix[0, 1:].any()  # layers above the exit are not read
+
+
+def test_embeddings_can_stay_as_they_are() -> None:
+    config = dataclasses.replace(CONFIG, train_embeddings=False)
+    before, after = fresh_state(config)[0], take_steps(1, config=config)[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    assert not any(jax.tree.leaves(moved["bert"]["embeddings"]))
+    assert all(jax.tree.leaves([moved["bert"]["layers"], moved["heads"]["exits"]]))
+    # Their moments take no memory.
+    sizes = [leaf.size for leaf in jax.tree.leaves(after.opt_state)]
+    assert CFG.vocab_size * CFG.hidden_size not in sizes
+
+
+def test_the_mean_of_the_weights_is_kept() -> None:
+    """Early on over few steps: after step t the new weights count 9 / (10 + t), from t = 0."""
+    config = dataclasses.replace(CONFIG, average_decay=0.15)
+    steps = [take_steps(1, count, config)[0] for count in (1, 2, 3)]
+    wanted = fresh_state(config)[0].params
+    for t, state in enumerate(steps):
+        decay = min(0.15, (1 + t) / (10 + t))
+        wanted = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, wanted, state.params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), state.kept, wanted)
+    plain = take_steps(1, 3)[0]
+    jax.tree.map(functools.partial(np.testing.assert_array_equal), plain.params, steps[-1].params)
+    assert plain.kept is plain.params
 
 
 def test_an_exit_of_weight_zero_is_not_trained() -> None:

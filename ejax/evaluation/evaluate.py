@@ -54,6 +54,7 @@ def evaluate(
       depth's label), `mean_depth` (layers, weighted by tokens), `exit_share`,
       `seconds` (median, min, max), `texts_per_second`, `speedup` (measured),
       `ideal_speedup` (by operations on real tokens, heads counted, no packing),
+      `efficiency` (the one over the other),
       `tile_rounding` (tokens run over those of rows alive at their padded length) and,
       where this machine has a profile, `predicted_seconds`. `exit_accuracy`: of every
       exit on all rows.
@@ -92,15 +93,16 @@ def evaluate(
         decision = results[threshold]
         point = quality(clf, encoded.lengths, labels, decision, full_logits, correct)
         time_of = timing(seconds[threshold], rows)
+        speedup = full["seconds"]["median"] / time_of["seconds"]["median"]
+        ideal = ideal_speedup(clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit)
         points.append(
             {
                 "threshold": list(clf.bundle.thresholds) if threshold is None else threshold,
                 **point,
                 **time_of,
-                "speedup": full["seconds"]["median"] / time_of["seconds"]["median"],
-                "ideal_speedup": ideal_speedup(
-                    clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
-                ),
+                "speedup": speedup,
+                "ideal_speedup": ideal,
+                "efficiency": speedup / ideal,
                 "tile_rounding": tile_rounding(clf, pools, decision.exit),
                 "predicted_seconds": predicted(clf, pools, decision.exit),
             }
@@ -217,12 +219,20 @@ def table(result: dict[str, Any]) -> Table:
     layers = result["layers"][-1]
     made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
     headings = ("threshold", "accuracy", "macro-F1", "drop, points (95 %)", f"depth of {layers}")
-    for heading in (*headings, "texts/s", "predicted", "speed-up", "ideal", "rounding"):
+    for heading in (
+        *headings,
+        "texts/s",
+        "predicted",
+        "speed-up",
+        "ideal",
+        "efficiency",
+        "rounding",
+    ):
         made.add_column(heading, justify="right")
     full = result["full"]
     made.add_row(
         "full model", f"{full['accuracy']:.4f}", f"{full['macro_f1']:.4f}", "", f"{layers:.2f}",
-        f"{full['texts_per_second']:.0f}", "", "1.00", "1.00", "",
+        f"{full['texts_per_second']:.0f}", "", "1.00", "1.00", "", "",
     )  # fmt: skip
     for p in result["thresholds"]:
         made.add_row(
@@ -235,6 +245,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{result['rows'] / p['predicted_seconds']:.0f}" if p["predicted_seconds"] else "",
             f"{p['speedup']:.2f}",
             f"{p['ideal_speedup']:.2f}",
+            f"{p['efficiency']:.2f}",
             f"{p['tile_rounding']:.3f}",
         )
     shares = zip(result["layers"], result["exit_accuracy"], strict=True)

@@ -34,7 +34,7 @@ from ejax.models.weights import load_bert, with_pretrained
 from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step
-from ejax.training.step import Rows, TrainState, make_train_step
+from ejax.training.step import Rows, first_state, make_train_step
 
 LOG_STEPS = 20
 
@@ -240,8 +240,7 @@ def train(
         -(-i * per_epoch // config.evals_per_epoch) for i in range(1, config.evals_per_epoch + 1)
     }
     optimizer = make_optimizer(config, total)
-    state = TrainState(params, optimizer.init(params), np.int32(0))
-    state = replicate(state)
+    state = replicate(first_state(params, optimizer, config))
     run_step = parallel_step(make_train_step(model, optimizer, config))
     with Checkpoints(workdir) as checkpoints, Log(workdir) as log, progress_bar(console) as bar:
         first = checkpoints.latest() or 0
@@ -265,7 +264,7 @@ def train(
                 bar.update(shown, description=f"training, loss {line['loss']:.3f}")
             bar.update(shown, completed=done)
             if evaluated:
-                scores = evaluate(state.params)
+                scores = evaluate(state.kept)
                 log.write(done, "dev_a", scores)
                 cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
                 console.print(f"step {done}: dev-A accuracy per exit {cells}")
@@ -273,7 +272,7 @@ def train(
             elif saved:
                 checkpoints.save(done, state)
         best = checkpoints.best()
-        return jax.device_get(checkpoints.restore(best, state).params), best
+        return jax.device_get(checkpoints.restore(best, state).kept), best
 
 
 def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:

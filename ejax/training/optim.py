@@ -42,10 +42,20 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
     about the learning rate, and a softmax over layers only changes when its scores move by
     about 1, which a rate made for weights near 0.02 would take 20,000 steps for.
     """
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, total_steps), weight_decay=config.weight_decay, mask=decayed
         ),
         optax.masked(optax.scale(MIX_RATE), is_mix),
+    )
+    if config.train_embeddings:
+        return optimizer
+    return optax.partition({"train": optimizer, "still": optax.set_to_zero()}, train_or_still)
+
+
+def train_or_still(params: Any) -> Any:
+    """ "still" for the embeddings and their norm."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "still" if "embeddings" in {key.key for key in path} else "train", params
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ejax.config import TrainConfig
@@ -23,6 +24,12 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: Any  # int32, steps taken
+    average: Any  # of the params over the steps; () where none is kept
+
+    @property
+    def kept(self) -> Any:
+        """The params to evaluate and to keep."""
+        return self.average or self.params
 
 
 class Rows(NamedTuple):
@@ -34,6 +41,14 @@ class Rows(NamedTuple):
     numbers: Any  # int32 [B], the row's place in the data set: what dropout depends on
 
 
+def first_state(
+    params: Any, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> TrainState:
+    """Before the first step, on the host."""
+    average = jax.tree.map(np.array, params) if config.average_decay else ()
+    return TrainState(params, optimizer.init(params), np.int32(0), average)
+
+
 def make_train_step(
     model: EarlyExitBert, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Array]]]:
@@ -41,7 +56,8 @@ def make_train_step(
 
     Gradients are the psum of sums over the psum of counts, so that the result does
     not depend on how rows and padding fall on the devices. Dropout keys are
-    `fold_in(fold_in(root, step), row)`.
+    `fold_in(fold_in(root, step), row)`. With `average_decay` the running mean of the weights
+    is kept beside them (Polyak and Juditsky, 1992; Izmailov et al., UAI 2018).
 
     Returns:
       A function (state, rows) -> (state, metrics), with metrics `loss` (joint, mean
@@ -53,6 +69,9 @@ def make_train_step(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows.numbers)
 
         def local_loss(params: Any) -> tuple[Array, tuple[Array, Array]]:
+            if not config.train_embeddings:
+                still = jax.lax.stop_gradient(params["bert"]["embeddings"])
+                params = params | {"bert": params["bert"] | {"embeddings": still}}
             logits: Any = model.apply({"params": params}, rows.batch, keys=keys)
             loss, count = joint_loss(
                 logits,
@@ -76,7 +95,13 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        average = state.average
+        if config.average_decay:
+            # Early on the mean is over few steps, as in TensorFlow's moving averages.
+            few = (1.0 + state.step) / (10.0 + state.step)
+            decay = jnp.minimum(config.average_decay, few)
+            average = optax.incremental_update(params, average, 1 - decay)
+        return TrainState(params, opt_state, state.step + 1, average), metrics
 
     return step
 
