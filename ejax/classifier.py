@@ -22,6 +22,7 @@ from ejax.inference.engine import (
     full_depth,
     prepare,
     replicate,
+    tile_sizes,
 )
 from ejax.inference.policy import Decision
 from ejax.models.early_exit import EarlyExitBert
@@ -60,13 +61,18 @@ class Shapes:
     def singles(self, length: int) -> int:
         """So many rows or fewer run one by one: sooner done than a tile filled with padding."""
         seconds = self.profile.seconds if self.profile else {}
-        one, few = seconds.get((1, length)), seconds.get((self.min_tile, length))
+        small = tile_sizes(self.tile(length))[-1]
+        one, few = seconds.get((1, length)), seconds.get((small, length))
         return int(few.layer / one.layer) if one and few else self.min_tile // 2
 
     def of(self, rows: int, length: int) -> Shape:
-        """The smallest shape that holds `rows`: one row, a small tile, 1 or 8 tiles, a pool."""
+        """The smallest shape that holds `rows`: one row, 2 or 16 tiles, a whole pool.
+
+        Rows of padding are not run, but their memory is laid out: on a CPU about the time
+        of a thirtieth of a layer.
+        """
         tile, pool = self.tile(length), self.pool(length)
-        sizes = (1, self.min_tile, tile, min(8 * tile, pool), pool)
+        sizes = (1, min(2 * tile, pool), min(16 * tile, pool), pool)
         size = next(n for n in sizes if n >= min(rows, pool))
         return Shape(size, length, min(size, tile))
 
@@ -320,7 +326,8 @@ class EarlyExitClassifier:
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
-            found = full_depth(self.model, self._weights, batch, tile=shape.tile, rows=len(rows))
+            tile = min(n for n in tile_sizes(shape.tile) if n >= min(len(rows), shape.tile))
+            found = full_depth(self.model, self._weights, batch, tile=tile, rows=len(rows))
             logits[rows] = np.asarray(found)[: len(rows)]
         return logits
 

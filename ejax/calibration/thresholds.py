@@ -79,7 +79,10 @@ def default_thresholds(
     exit (as Platt, 1999, maps scores to probabilities). One bound on that loss, the same
     for all exits, then gives each exit its threshold: an exit that agrees with full depth
     lets unsure rows go too, since the layers above would not make them surer. The bound is
-    one of `BOUNDS`, or else nobody leaves early.
+    one of `BOUNDS`, or else nobody leaves early. On 60 random draws of 436 of SST-2's dev and
+    test rows (MiniLM-L6) the fastest single number within 0.5 points lost 0.56 (standard
+    deviation 0.31) on the other rows at a mean depth of 3.35 layers, one per exit so chosen
+    0.59 (0.36) at 2.49.
 
     Both `drop` and `expected_drop` have to keep within `max_drop`: on few rows the measured
     drop alone is a poor guide, since the fastest of many choices is then the one whose

@@ -5,13 +5,14 @@ The engine takes its tiles from here, and `Profile.predict` the cost of any thre
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from rich.table import Table
 
 from ejax.bundle import Bundle
@@ -22,6 +23,7 @@ from ejax.inference.cost import Profile, Seconds
 from ejax.inference.engine import (
     SMALL_TILE,
     Prepared,
+    RunLayer,
     prepare,
     run_head,
     run_layer,
@@ -33,45 +35,66 @@ from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
 
 TILE_TOKENS = (512, 1024, 2048)
-SECONDS, LEAST_RUNS = 0.15, 5  # measured per piece: at least so long, and so often
+TURNS, TURN_SECONDS = 7, 0.05  # of a piece, compared with the others in turn
+LAYERS = 4
+Run = Callable[[], Any]
 PREFERENCE = 0.02  # a smaller tile that costs so little more wastes less at the ends of pools
-STEP_TILES = 4  # in the pool that shows what a step of the engine costs beside its layers
+STEP_TILES, POOL_TILES = 4, 8  # in the pools that show a step without layers, and the whole
 
 
 def measure(bundle: Bundle, *, progress: Callable[[str], None] = lambda _: None) -> Profile:
     """Times the pieces of the engine for every length that this bundle pads to.
 
-    One piece after the other runs alone, after a run that compiles; the median counts.
-    The compute dtype is chosen first, on a tile and on one row.
+    What is compared takes turns, after a run that compiles; the medians count. The compute
+    dtype is chosen first, on a tile and on one row.
     """
     lengths = reachable(bundle)
     middle = min(lengths, key=lambda length: abs(length - 32))
     best: dict[int, Dtype] = {}
     for rows in (max(SMALL_TILE, 1024 // middle), 1):
-        taken: dict[Dtype, float] = {}
-        for dtype in ("float32", "bfloat16"):
-            progress(f"choosing a type for {rows} rows: {dtype}")
-            taken[dtype] = Pieces(in_dtype(bundle, dtype)).layer(rows, middle)
-        best[rows] = min(taken, key=taken.__getitem__)
+        progress(f"choosing a type for {rows} rows")
+        kinds: tuple[Dtype, ...] = ("float32", "bfloat16")
+        by_kind = median_seconds(
+            {kind: Pieces(in_dtype(bundle, kind)).layer(rows, middle) for kind in kinds}
+        )
+        best[rows] = min(kinds, key=by_kind.__getitem__)
     dtype, single_dtype = best.values()
     many, single = (Pieces(in_dtype(bundle, kind)) for kind in (dtype, single_dtype))
-    seconds: dict[tuple[int, int], Seconds] = {}
+    progress("layers")
+    layer = median_seconds(
+        {
+            (rows, length): (single if rows == 1 else many).layer(rows, length)
+            for length in lengths
+            for rows in {1, *candidates(length)}
+        }
+    )
     tile: dict[int, int] = {}
     for length in lengths:
-        layer = {}
-        for rows in candidates(length):
-            progress(f"layers of {rows} rows of {length} tokens")
-            layer[rows] = many.layer(rows, length)
-        per_row = {rows: taken / rows for rows, taken in layer.items() if rows >= SMALL_TILE}
+        per_row = {rows: layer[rows, length] / rows for rows in candidates(length)}
         least = min(per_row.values())
         tile[length] = min(r for r, one in per_row.items() if one <= (1 + PREFERENCE) * least)
-        for rows in sorted({1, SMALL_TILE, *tile_sizes(tile[length])}):
-            progress(f"steps of {rows} rows of {length} tokens")
-            pieces = single if rows == 1 else many
-            one_layer = layer[rows] if rows in layer and rows > 1 else pieces.layer(rows, length)
-            head = pieces.head(rows, length)
-            seconds[rows, length] = Seconds(one_layer, head, pieces.step(rows, length) - head)
-    return Profile(describe(), time.strftime("%Y-%m-%d"), dtype, single_dtype, tile, seconds)
+    shapes = [(rows, length) for length in lengths for rows in (1, *tile_sizes(tile[length]))]
+    progress("heads and steps")
+    parts = ("layer", "head", "step")
+    taken = median_seconds(
+        {
+            (part, shape): getattr(single if shape[0] == 1 else many, part)(*shape)
+            for shape in shapes
+            for part in parts
+        }
+    )
+    seconds = {}
+    for shape in shapes:
+        one_layer, head, step = (taken[part, shape] for part in parts)
+        one_layer /= LAYERS
+        step /= STEP_TILES * len(bundle.exits.layers)
+        seconds[shape] = Seconds(one_layer, head, max(0.0, step - head))
+    found = Profile(describe(), time.strftime("%Y-%m-%d"), dtype, single_dtype, tile, seconds)
+    progress("the whole")
+    whole = median_seconds({"whole": many.pool(tile[middle], middle)})["whole"]
+    exit = np.full(POOL_TILES * tile[middle], len(bundle.exits.layers) - 1)
+    parts_of_it = found.predict(bundle.exits, exit, tile[middle], middle)
+    return dataclasses.replace(found, whole=whole / parts_of_it)
 
 
 def reachable(bundle: Bundle) -> list[int]:
@@ -82,7 +105,8 @@ def reachable(bundle: Bundle) -> list[int]:
 
 def candidates(length: int) -> list[int]:
     """Tiles to choose from, in rows."""
-    return sorted({max(SMALL_TILE, tokens // length) for tokens in TILE_TOKENS})
+    whole = (tokens // length // SMALL_TILE * SMALL_TILE for tokens in TILE_TOKENS)
+    return sorted({max(SMALL_TILE, rows) for rows in whole})
 
 
 def in_dtype(bundle: Bundle, dtype: Dtype) -> Bundle:
@@ -97,13 +121,18 @@ class Pieces:
         self.cfg = bundle.cfg
         self.weights = jax.device_put(prepare(self.model, bundle.variables), jax.devices()[0])
 
-    def layer(self, rows: int, length: int) -> float:
+    def layer(self, rows: int, length: int) -> Run:
+        """One layer `LAYERS` times over, its memory laid out once as in the engine."""
         x = self.stream(rows, length)
         mask = jnp.ones((rows, length), jnp.int32)
-        run = jax.jit(lambda weights, x: run_layer(self.cfg, weights, 0, x, mask))
-        return median_seconds(partial(run, self.weights, x))
 
-    def head(self, rows: int, length: int) -> float:
+        def layers(weights: Prepared, x: jax.Array) -> jax.Array:
+            one = partial(run_layer, self.cfg, weights, 0)
+            return lax.fori_loop(0, LAYERS, lambda _, x: one(x, mask), x)
+
+        return partial(jax.jit(layers), self.weights, x)
+
+    def head(self, rows: int, length: int) -> Run:
         """The last exit's, with the pooling of one layer; the mixes of fewer cost less."""
         x = self.stream(rows, length)
         mask = jnp.ones((rows, length), jnp.int32)
@@ -113,19 +142,24 @@ class Pieces:
             return run_head(self.cfg, weights, len(self.exits.layers) - 1, self.exits, vectors)
 
         before = jnp.zeros((self.exits.num_layers - 1, rows, self.cfg.hidden_size))
-        return median_seconds(partial(jax.jit(logits), self.weights, x, before))
+        return partial(jax.jit(logits), self.weights, x, before)
 
-    def step(self, rows: int, length: int) -> float:
-        """One of the engine, its layers left out."""
-        count = 1 if rows == 1 else STEP_TILES
-        ids = np.random.default_rng(0).integers(self.cfg.vocab_size, size=(count * rows, length))
+    def step(self, rows: int, length: int) -> Run:
+        """`STEP_TILES` tiles through all of the engine but its layers."""
+        return self.pool(rows, length, STEP_TILES, no_layer)
+
+    def pool(
+        self, rows: int, length: int, tiles: int = POOL_TILES, layer: RunLayer | None = None
+    ) -> Run:
+        """The engine at full depth."""
+        count = tiles * rows
+        ids = np.random.default_rng(0).integers(self.cfg.vocab_size, size=(count, length))
         exits = len(self.exits.layers)
-        run = partial(
+        return partial(
             run_pool, self.model, self.weights, Batch(ids.astype(np.int32)).arrays(),
-            broadcast_thresholds(2.0, count * rows, exits), check_temperatures(None, exits),
-            jnp.int32(count * rows), "confidence", rows, no_layer,
+            broadcast_thresholds(2.0, count, exits), check_temperatures(None, exits),
+            jnp.int32(count), "confidence", rows, layer,
         )  # fmt: skip
-        return median_seconds(run) / (count * exits)
 
     def stream(self, rows: int, length: int) -> jax.Array:
         shape = (rows, length, self.cfg.hidden_size)
@@ -136,15 +170,19 @@ def no_layer(cfg: Any, weights: Prepared, i: int, x: jax.Array, mask: jax.Array)
     return x
 
 
-def median_seconds(run: Callable[[], Any]) -> float:
-    """Of repeats, after one that compiles."""
-    jax.block_until_ready(run())
-    taken: list[float] = []
-    while len(taken) < LEAST_RUNS or sum(taken) < SECONDS:
-        start = time.perf_counter()
+def median_seconds(runs: Mapping[Any, Run]) -> dict[Any, float]:
+    """Of turns, after one run of each that compiles; a turn is as many runs as fill its time."""
+    taken: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         jax.block_until_ready(run())
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken))
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            count, start = 0, time.perf_counter()
+            while (spent := time.perf_counter() - start) < TURN_SECONDS or not count:
+                jax.block_until_ready(run())
+                count += 1
+            taken[name].append(spent / count)
+    return {name: float(np.median(values)) for name, values in taken.items()}
 
 
 def profile_table(profile: Profile) -> Table:

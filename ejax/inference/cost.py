@@ -83,6 +83,7 @@ class Profile:
     single_dtype: Dtype  # and for one row alone
     tile: dict[int, int]  # T -> the fastest B
     seconds: dict[tuple[int, int], Seconds]  # (B, T)
+    whole: float = 1.0  # what the engine takes over the sum of these parts, each timed alone
 
     def predict(self, exits: ExitConfig, exit: Any, tile: int, length: int) -> float:
         """Seconds of one pool of `length` tokens whose rows leave at `exit`, int [N].
@@ -102,7 +103,7 @@ class Profile:
                     )
                 part = self.seconds[size, length]
                 total += count * (run * part.layer + part.head + part.gather)
-        return total
+        return self.whole * total
 
 
 def profile_path(cfg: BertConfig) -> Path:
