@@ -5,8 +5,9 @@
 
 The second form reads FOLDER/{train,dev,test}.tsv.gz instead of the TFDS set.
 
-2 cores of an AMD EPYC without native bfloat16, 2026-11-24: 23 minutes, beside other work; full depth
-0.8911 on dev, 0.8995 on test; the default thresholds give 0.8957 on test at a mean depth of 2.57 layers.
+2 cores of an AMD EPYC without native bfloat16, 2026-11-24: 23 minutes, beside other work; full
+depth 0.8911 on dev, 0.8995 on test; the default thresholds give 0.8957 on test at a mean depth of
+2.57 layers.
 """
 
 from ejax.config import DataConfig, TrainConfig
