@@ -26,6 +26,7 @@ from ejax.inference.policy import Decision
 from ejax.training.parallel import make_all_logits
 
 TILE_TOKENS = (512, 1024, 2048, 4096)
+TRIAL_TOKENS = 4 * TILE_TOKENS[-1]
 Level = float | str | None  # a threshold, "full" for the baseline, None for the bundle's own
 
 
@@ -161,17 +162,17 @@ def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClas
         clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=None))
         for tokens in TILE_TOKENS
     ]
-    rows, _ = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
-    sample = encoded.subset(rows[:1024])
-
-    def seconds(candidate: EarlyExitClassifier) -> float:
-        start = time.perf_counter()
-        candidate.full_logits(sample)
-        return time.perf_counter() - start
-
+    rows, shape = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
+    sample = encoded.subset(rows[: TRIAL_TOKENS // shape.length])
     for candidate in candidates:
         candidate.full_logits(sample)  # compiles
-    return min(candidates, key=lambda candidate: min(seconds(candidate) for _ in range(3)))
+    best = dict.fromkeys(range(len(candidates)), float("inf"))
+    for _ in range(3):
+        for i, candidate in enumerate(candidates):
+            start = time.perf_counter()
+            candidate.full_logits(sample)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return candidates[min(best, key=best.__getitem__)]
 
 
 def quality(
