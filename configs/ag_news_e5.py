@@ -9,7 +9,7 @@ from ejax.config import DataConfig, TrainConfig
 
 config = TrainConfig(
     model="intfloat/e5-small",
-    data=DataConfig(name="ag_news_subset", max_length=128),
+    data=DataConfig(name="ag_news_subset", max_length=128, limit=12000),
     layers=(1, 2, 3, 4, 6, 9, 12),
     distillation=1.0,
     epochs=1,
