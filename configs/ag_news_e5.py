@@ -9,11 +9,11 @@ from ejax.config import DataConfig, TrainConfig
 
 config = TrainConfig(
     model="intfloat/e5-small",
-    data=DataConfig(name="ag_news_subset", max_length=128, limit=12000),
+    data=DataConfig(name="ag_news_subset", max_length=128, limit=8000),
     layers=(1, 2, 3, 4, 6, 9, 12),
     distillation=1.0,
     epochs=1,
-    batch_size=64,
+    batch_size=32,
     learning_rate=1.5e-4,
     train_embeddings=False,
     average_decay=0.998,
