@@ -435,12 +435,15 @@ def test_a_request_that_ends_is_made_again(queue, cloud):
 
 
 @needs_linux
-def test_a_run_that_was_told_to_stop_goes_on_on_the_same_slice(cloud):
+@pytest.mark.parametrize(
+    ("code", "why"), [(75, "was preempted"), (76, "lost one of its processes")]
+)
+def test_a_run_that_was_told_to_stop_goes_on_on_the_same_slice(code, why, cloud):
     cloud.with_repository()
-    cloud.training(1, "exit 75")
+    cloud.training(1, f"exit {code}")
     done = cloud("watch")
     assert done.returncode == 0, done.stderr
-    assert "the run was preempted: start 2" in done.stderr
+    assert f"the run {why}: start 2" in done.stderr
     assert len(cloud.lines("trainings")) == 2
     assert cloud.calls("queued-resources delete") == 0
 
