@@ -57,8 +57,9 @@ def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
     """Runs a command line and returns its exit code.
 
     0: done. 2: wrong usage, or what `explain` has words for, as one sentence on standard
-    error. 130: Ctrl-C. 141: nobody reads standard output any more. Every other exception
-    is a bug and passes through.
+    error. 75: stopped by SIGTERM, and 76: another process of the run is gone; both to be
+    repeated. 130: Ctrl-C. 141: nobody reads standard output any more. Every other exception is
+    a bug and passes through.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _say_warning
@@ -82,12 +83,12 @@ def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
             sentence = explain(error)
             if not sentence:
                 raise
-            return _say(name, sentence, 2)
+            return _say(name, sentence, getattr(error, "exit_code", 2))
 
 
 def explain(error: Exception) -> str:
     """What the user can mend, as a sentence; "" for a bug."""
-    if isinstance(error, ValueError) and _is_ours(error):
+    if hasattr(error, "exit_code") or (isinstance(error, ValueError) and _is_ours(error)):
         return str(error)
     if isinstance(error, OSError):
         return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
@@ -178,11 +179,15 @@ def train(
 
 def train_and_show(config: Any, workdir: Path, output: Path | None = None) -> None:
     """Fine-tunes, then prints the quality per exit."""
+    import jax
+
     from ejax.bundle import load_bundle
     from ejax.evaluation.describe import exit_tables, show
     from ejax.training.finetune import finetune
 
     folder = finetune(config, workdir, output=output)
+    if jax.process_index() > 0:
+        return
     show(*exit_tables(load_bundle(folder)))
     note(f"bundle: {folder}   logs and checkpoints: {workdir}")
 

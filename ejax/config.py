@@ -16,6 +16,7 @@ T = typing.TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 Mix = Literal["softmax", "last"]
+Parallel = Literal["pmap", "shard_map"]
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
@@ -223,6 +224,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what the device does natively
     residual_dtype: Dtype = "float32"
     seed: int = 0
+    parallel: Parallel = "pmap"
+    accumulate: int = 1  # micro-batches per device and step: less memory, the same numbers
+    remat: bool = False  # layers run again in the backward pass: less memory, more time
     evals_per_epoch: int = 2
     checkpoint_steps: int = 500  # steps between saves for resuming
     max_drop: float = 0.5  # points of dev-A accuracy the default thresholds may lose
@@ -231,7 +235,7 @@ class TrainConfig:
         _check_types(self)
         if self.layers:
             check_layers(self.layers)
-        for name in ("epochs", "batch_size", "evals_per_epoch", "checkpoint_steps"):
+        for name in ("epochs", "batch_size", "accumulate", "evals_per_epoch", "checkpoint_steps"):
             value = getattr(self, name)
             _check(value >= 1, f"{name} must be at least 1. Got {value}.")
         for name in ("learning_rate", "clip_norm"):

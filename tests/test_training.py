@@ -293,6 +293,11 @@ def test_bad_configs_leave_nothing_behind(tmp_path: Path, changes, message) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_object_storage_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a folder that all hosts share.*Got gs://b/run"):
+        finetune(tiny_config(), "gs://b/run")
+
+
 def test_a_killed_run_resumes_to_the_same_bundle(tmp_path: Path) -> None:
     """SIGKILL between two checkpoints; the rest must equal an uninterrupted run bit for bit."""
     config = tmp_path / "config.py"

@@ -1,7 +1,9 @@
 """python -m train --config configs/NAME.py --workdir DIR [--smoke] [field=value …]"""
 
+import os
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from ejax.cli import keep_programs, run, train_and_show
 from ejax.config import TrainConfig, override, smoke
+from ejax.training import processes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -22,13 +25,29 @@ def main(
     small: Annotated[bool, typer.Option("--smoke", help="A few steps: only whether it runs.")] = (
         False
     ),
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            envvar="EJAX_DISTRIBUTED",
+            help="One of several processes, each started with the same command: found on TPU "
+            "pods, Slurm and Kubernetes, or told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+            "and JAX_PROCESS_ID. All share the workdir.",
+        ),
+    ] = False,
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
     ] = None,
 ) -> None:
     """Run one experiment; the same command again resumes where it was stopped."""
     chosen = load_config(config)
-    train_and_show(override(smoke(chosen) if small else chosen, fields or ()), workdir)
+    chosen = override(smoke(chosen) if small else chosen, fields or ())
+    if not distributed:
+        train_and_show(chosen, workdir)
+    elif processes.CHILD not in os.environ:
+        raise typer.Exit(processes.supervise([sys.executable, "-m", "train", *sys.argv[1:]]))
+    else:
+        processes.join(partial(train_and_show, chosen, workdir))
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -52,4 +71,4 @@ def load_config(path: Path) -> TrainConfig:
 
 if __name__ == "__main__":
     keep_programs()
-    sys.exit(run(app, "train", sys.argv[1:]))
+    processes.leave(run(app, "train", sys.argv[1:]))

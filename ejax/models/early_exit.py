@@ -31,10 +31,11 @@ class EarlyExitBert(nn.Module):
 
     cfg: BertConfig
     exits: ExitConfig
+    remat: bool = False  # layers run again in a backward pass, which then holds less
 
     def setup(self) -> None:
         cfg = cut(self.cfg, self.exits)
-        self.bert = BertModel(cfg)
+        self.bert = BertModel(cfg, self.remat)
         self.heads = ExitHeads(cfg, self.exits)
 
     def __call__(self, batch: Batch, *, keys: Array | None = None) -> Array:

@@ -2,35 +2,48 @@
 
 import json
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    BestN,
-    LatestN,
-)
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ejax.config import TrainConfig, to_json
+from ejax.hardware import environment
 
 METRIC = "mean_accuracy"
+# How a run is carried, not what it computes: it may go on with others.
+CARRIED = ("parallel", "accumulate", "remat", "checkpoint_steps")
 
 
 class Checkpoints:
     """What a run saves under `workdir/checkpoints`; use as a context manager.
 
-    `save(step, state, metrics)` with metrics {"mean_accuracy": …} competes for the
-    best; of equal ones the later wins. Without metrics it counts as the worst.
+    Saving goes on in the background. `save(step, state, metrics)` with metrics
+    {"mean_accuracy": …} competes for the best; of equal ones the later wins. Without
+    metrics it counts as the worst. The two newest are kept beside the best, and each holds
+    a checksum of every array, so that a damaged one is known and set aside.
     """
 
     def __init__(self, workdir: Path) -> None:
-        policy = AnyPreservationPolicy([LatestN(1), BestN(get_metric_fn=_score, n=1)])
         self.workdir = workdir
+        self.folder = (workdir / "checkpoints").absolute()
+        for step in self._steps_on_disk():
+            try:
+                _score(json.loads((self.folder / str(step) / "metrics" / "metrics").read_text()))
+            except (OSError, ValueError, LookupError) as error:  # Orbax would open none of them
+                self._set_aside(step, error)
+        policy = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
         self.manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score),
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
+            ),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -41,6 +54,7 @@ class Checkpoints:
         self.manager.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Args: state: whole on every local device, and the same on every host."""
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.workdir).free
         if free < 1.1 * need:
@@ -48,8 +62,19 @@ class Checkpoints:
                 f"{self.workdir} has {free / 1e6:.0f} MB free and a checkpoint needs "
                 f"{need / 1e6:.0f} MB: make room and repeat the command, which resumes."
             )
+        metrics = metrics or {METRIC: -1.0}
+        about = {
+            "checksums": checksums(state),
+            "metrics": metrics,
+            "versions": environment()["versions"],
+        }
         self.manager.save(
-            step, args=ocp.args.StandardSave(state), metrics=metrics or {METRIC: -1.0}
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(to_global(state)),
+                about=ocp.args.JsonSave(about),
+            ),
+            metrics=metrics,
         )
 
     def latest(self) -> int | None:
@@ -63,9 +88,117 @@ class Checkpoints:
         return step
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state saved at `step`, with the shapes, types and placement of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        """The state saved at `step`, with the shapes, types and placement of `like`.
+
+        Raises:
+          ValueError: when it is not what was saved.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_global(like))
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
+            ),
+        )
+        state = to_local(found["state"], like)
+        wanted = found["about"]["checksums"] | found["about"]["metrics"]
+        read = checksums(state) | dict(self.manager.metrics(step))
+        differ = [name for name, value in read.items() if wanted.get(name) != value]
+        if differ:
+            raise ValueError(f"{differ[0]} is not what was saved")
+        return state
+
+    def restore_newest(self, like: Any) -> tuple[int, Any]:
+        """(step, state) of the newest that can be read, (0, `like`) where there is none.
+
+        Newer ones that cannot be read are moved to `workdir/damaged`, with a warning.
+
+        Raises:
+          ValueError: where there are some and none can be read; nothing is moved then.
+        """
+        problems: dict[int, Any] = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                state, problem = self.restore(step, like), None
+            except Exception as error:  # damage shows in many ways
+                problem = error
+            if _all_hosts(problem is None):
+                for newer, why in problems.items():
+                    self._set_aside(newer, why)
+                if problems:
+                    self.manager.reload()
+                return step, state
+            problems[step] = problem or "another host cannot read it"
+        if problems:
+            step, why = next(iter(problems.items()))
+            raise ValueError(
+                f"{self.folder} holds checkpoints that cannot be read "
+                f"(step {step}: {_short(why)}): mend it, or move it away to start anew."
+            )
+        return 0, like
+
+    def _steps_on_disk(self) -> list[int]:
+        names = [path.name for path in self.folder.glob("*")] if self.folder.exists() else []
+        return [int(name) for name in names if name.isdigit()]
+
+    def _set_aside(self, step: int, problem: Any) -> None:
+        source, target = self.folder / str(step), self.workdir / "damaged" / str(step)
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            source.replace(target)
+        barrier("set aside")
+        warnings.warn(
+            f"{source} is damaged ({_short(problem)}): moved to {target}, the run "
+            f"goes on from the one before.",
+            stacklevel=3,
+        )
+
+
+def _short(problem: Any) -> str:
+    return " ".join(str(problem).split())[:200]
+
+
+def checksums(state: Any) -> dict[str, int]:
+    """CRC-32 of every array, by its path; a scalar's bytes are its array's."""
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def to_global(state: Any) -> Any:
+    """Arrays of this host's devices -> arrays of all hosts' devices, as Orbax wants them."""
+    if jax.process_count() == 1:
+        return state
+    return multihost_utils.host_local_array_to_global_array(state, _all_devices(), _WHOLE)
+
+
+def to_local(state: Any, like: Any) -> Any:
+    """The inverse of `to_global`, placed as `like`."""
+    if jax.process_count() == 1 or not jax.tree.leaves(like)[0].is_fully_addressable:
+        return state
+    local = multihost_utils.global_array_to_host_local_array(state, _all_devices(), _WHOLE)
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), local, like)
+
+
+_WHOLE = jax.sharding.PartitionSpec()
+
+
+def _all_devices() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))
+
+
+def _all_hosts(yes: bool) -> bool:
+    if jax.process_count() == 1:
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
+def barrier(name: str) -> None:
+    """Waits for all hosts."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _score(metrics: Any) -> float:
@@ -83,16 +216,21 @@ def claim_workdir(workdir: Path, config: TrainConfig, data: dict[str, str]) -> N
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differ = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
-        if differ:
-            raise ValueError(
-                f"{workdir} belongs to another training config (it differs in "
-                f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
-            )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(mine, indent=2) + "\n")
-    fresh.replace(path)
+    theirs = json.loads(path.read_text()) if path.exists() else mine
+    differ = [
+        key for key in mine | theirs if key not in CARRIED and mine.get(key) != theirs.get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir} belongs to another training config (it differs in "
+            f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
+        )
+    barrier("claim")  # every host has looked before one writes
+    if jax.process_index() == 0 and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(mine, indent=2) + "\n")
+        fresh.replace(path)
+    barrier("claimed")
+    if not path.exists():
+        raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")

@@ -7,14 +7,17 @@ choose the default thresholds on dev-A, report on dev-B and test.
 import dataclasses
 import hashlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,16 +27,15 @@ from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
 from ejax.data import sources
-from ejax.data.batches import eval_plan, take, train_plan
+from ejax.data.batches import Step, eval_plan, take, train_plan
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.hardware import environment, native_dtype
-from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
-from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
+from ejax.training.checkpoint import METRIC, Checkpoints, barrier, claim_workdir
 from ejax.training.optim import make_optimizer
-from ejax.training.parallel import make_all_logits, parallel_step
+from ejax.training.parallel import make_all_logits, parallel_step, place
 from ejax.training.step import Rows, first_state, make_train_step
 
 LOG_STEPS = 20
@@ -75,8 +77,15 @@ def finetune(
 
     Raises:
       ValueError: on bad data, a bad config, or a workdir of another config.
+      Stopped: after SIGTERM, once all is saved.
     """
-    workdir, console = Path(workdir), console or Console(stderr=True)
+    if "://" in str(workdir):
+        raise ValueError(
+            f"workdir must be a folder that all hosts share, such as a mounted bucket. Got "
+            f"{workdir}: ejax does not write to object storage yet."
+        )
+    first_host = jax.process_index() == 0
+    workdir, console = Path(workdir), console or Console(stderr=True, quiet=not first_host)
     output = check_output(output or workdir / "bundle")
     started = time.time()
     splits = sources.load(config.data, seed=config.seed)
@@ -99,7 +108,7 @@ def finetune(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
         f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
     )
-    model = EarlyExitBert(cfg, exits)
+    model = EarlyExitBert(cfg, exits, config.remat)
     half_a, half_b = sources.split_dev(len(tasks["dev"].labels), config.seed)
     all_logits = make_all_logits(model)
 
@@ -155,6 +164,9 @@ def finetune(
             },
         },
     )
+    if not first_host:
+        barrier("the bundle is saved")
+        return output
     save_bundle(bundle, output)
     result = {
         "config": to_json(public(config)),
@@ -169,6 +181,7 @@ def finetune(
         **environment(),
     }
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    barrier("the bundle is saved")
     return output
 
 
@@ -240,26 +253,41 @@ def train(
         -(-i * per_epoch // config.evals_per_epoch) for i in range(1, config.evals_per_epoch + 1)
     }
     optimizer = make_optimizer(config, total)
-    state = replicate(first_state(params, optimizer, config))
-    run_step = parallel_step(make_train_step(model, optimizer, config))
-    with Checkpoints(workdir) as checkpoints, Log(workdir) as log, progress_bar(console) as bar:
-        first = checkpoints.latest() or 0
+    state = place(first_state(params, optimizer, config), config.parallel)
+    run_step = parallel_step(
+        make_train_step(model, optimizer, config),
+        parallel=config.parallel,
+        accumulate=config.accumulate,
+    )
+    with (
+        Checkpoints(workdir) as checkpoints,
+        Log(workdir) as log,
+        Terminated() as terminated,
+        progress_bar(console) as bar,
+    ):
+        first, state = checkpoints.restore_newest(state)
         log.cut(first)
         if first:
-            state = checkpoints.restore(first, state)
             console.print(f"resuming {workdir} from step {first} of {total}")
+        held: list[tuple[int, Step, dict[str, Any]]] = []
         shown = bar.add_task("training", total=total, completed=first)
         for step in range(first, total):
-            epoch, place = divmod(step, per_epoch)
-            if place == 0 or step == first:
+            epoch, place_in = divmod(step, per_epoch)
+            if place_in == 0 or step == first:
                 plan = plan_of(epoch)
-            batch, labels, weights = take(task.encoded, task.labels, plan[place])
-            numbers = np.maximum(plan[place].rows, 0).astype(np.int32)
+            batch, labels, weights = take(task.encoded, task.labels, plan[place_in])
+            numbers = np.maximum(plan[place_in].rows, 0).astype(np.int32)
             state, metrics = run_step(state, Rows(batch, labels, weights, numbers))
             done = step + 1
-            evaluated = place + 1 in evals
+            held.append((done, plan[place_in], metrics))
+            evaluated = place_in + 1 in evals
+            stop = terminated.at(done)
             saved = evaluated or done % config.checkpoint_steps == 0
-            if saved or done % LOG_STEPS == 0:  # nothing is saved that has diverged
+            logged = saved or done % LOG_STEPS == 0
+            if logged or stop:
+                check_finite(held, workdir)  # nothing is saved that has diverged
+                held.clear()
+            if logged:
                 line = log.write(done, "train", metrics)
                 bar.update(shown, description=f"training, loss {line['loss']:.3f}")
             bar.update(shown, completed=done)
@@ -269,8 +297,11 @@ def train(
                 cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
                 console.print(f"step {done}: dev-A accuracy per exit {cells}")
                 checkpoints.save(done, state, scores)
-            elif saved:
+            elif saved or stop:
                 checkpoints.save(done, state)
+            if stop and done < total:
+                checkpoints.manager.wait_until_finished()
+                raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best = checkpoints.best()
         return jax.device_get(checkpoints.restore(best, state).kept), best
 
@@ -325,15 +356,19 @@ class Log:
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
         self.path = workdir / "metrics.jsonl"
+        self.file: TextIO | None = None  # none but on the first host, which alone writes
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.file.close()
-        self.board.close()
+        if self.file:
+            self.file.close()
+            self.board.close()
 
     def cut(self, step: int) -> None:
+        if jax.process_index() > 0:
+            return
         from tensorboardX import SummaryWriter
 
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -345,13 +380,9 @@ class Log:
         self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        """One line; raises ValueError when a value is not finite: training has diverged."""
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        if not all(np.isfinite(value).all() for value in values.values()):
-            raise ValueError(
-                f"training diverged at step {step}: {values}. Lower learning_rate, in a new "
-                f"workdir; {self.workdir} keeps the last good checkpoint."
-            )
+        if not self.file:
+            return values
         self.file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
         self.file.flush()
         for name, value in values.items():
@@ -359,3 +390,44 @@ class Log:
                 suffix = f"/{i}" if np.ndim(value) else ""
                 self.board.add_scalar(f"{kind}/{name}{suffix}", item, step)
         return values
+
+
+def check_finite(held: list[tuple[int, Step, dict[str, Any]]], workdir: Path) -> None:
+    """Raises ValueError for the first step whose loss or gradient is not finite."""
+    for done, batch, metrics in held:
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
+        if not all(np.isfinite(list(values.values()))):
+            rows = sorted(int(row) for row in batch.rows if row >= 0)
+            shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+            raise ValueError(
+                f"training diverged at step {done} ({values}), on rows {shown} of train, counted "
+                f"from 0. Lower learning_rate, in a new workdir; {workdir} keeps the last good "
+                f"checkpoint."
+            )
+
+
+class Stopped(Exception):
+    """SIGTERM came and everything is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL: not done, repeat
+
+
+class Terminated:
+    """Whether to stop, asked after every step; hosts of one run agree on the step."""
+
+    def __enter__(self) -> "Terminated":
+        self.came = False
+        self.alone = jax.process_count() == 1  # else jax watches for SIGTERM itself
+        if self.alone and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+    def at(self, step: int) -> bool:
+        return self.came if self.alone else multihost_utils.reached_preemption_sync_point(step)

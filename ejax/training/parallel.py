@@ -1,11 +1,18 @@
-"""One program on every local device: `jax.pmap` around the per-device functions."""
+"""One program on every device of every host, around the per-device functions.
 
-from collections.abc import Callable, Iterator
+Every host goes through the same plan; the rows of a step are dealt to all devices in order,
+and a host takes the shares of its own. The state is whole on every device.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ejax.config import Parallel
 from ejax.data.batches import Step, take
 from ejax.data.tokenizer import Encoded
 from ejax.inference.engine import replicate
@@ -15,12 +22,12 @@ from ejax.training.step import AXIS, Rows, TrainState
 Array = jax.Array
 
 
-def shard(tree: Any, devices: int) -> Any:
-    """[B, ...] -> [devices, b, ...] for every leaf; rows of zeros fill up the last device."""
+def shard(tree: Any, devices: int, multiple: int = 1) -> Any:
+    """[B, ...] -> [devices, b, ...] for every leaf, b a multiple; zeros fill up the last ones."""
 
     def split(leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
-        extra = -len(leaf) % devices
+        extra = -len(leaf) % (devices * multiple)
         leaf = np.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1))
         return leaf.reshape(devices, -1, *leaf.shape[1:])
 
@@ -30,20 +37,61 @@ def shard(tree: Any, devices: int) -> Any:
 def parallel_step(
     step: Callable[[TrainState, Rows], tuple[TrainState, dict[str, Array]]],
     devices: list[jax.Device] | None = None,
+    *,
+    parallel: Parallel = "pmap",
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Array]]]:
-    """The per-device step on all local devices; the state is whole, the rows are [B, ...].
+    """The per-device step on all devices; the state is whole, the rows are [B, ...].
 
     The state that goes in is given away: the one that comes out takes its memory.
+
+    Args:
+      devices: of one host alone; None means all of all hosts.
+      parallel: "pmap" or "shard_map", which give the same numbers.
+      accumulate: micro-batches that `step` splits a device's rows into.
     """
-    devices = devices or jax.local_devices()
-    mapped = jax.pmap(
-        step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
+    count = len(devices or jax.devices())
+    local = len(devices or jax.local_devices())
+    first = 0 if devices else jax.process_index() * local
+
+    def mine(rows: Rows) -> Rows:
+        shares = shard(rows, count, accumulate)
+        return jax.tree.map(lambda leaf: leaf[first : first + local], shares)
+
+    if parallel == "pmap":
+        mapped = jax.pmap(
+            step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
+        )
+        return lambda state, rows: mapped(state, mine(rows))
+
+    mesh = Mesh(np.asarray(devices or jax.devices()), (AXIS,))
+    by_row = NamedSharding(mesh, PartitionSpec(AXIS))
+    jitted = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        ),
+        donate_argnums=0,
     )
 
     def run(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
-        return mapped(state, shard(rows, len(devices)))
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mine(rows))
+        placed = jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(by_row, leaf), flat
+        )
+        return jitted(state, placed)
 
     return run
+
+
+def place(state: TrainState, parallel: Parallel = "pmap") -> TrainState:
+    """A state on the host -> whole on every device, as `parallel_step` takes and returns it."""
+    if parallel == "pmap":
+        return replicate(state)
+    return replicate(state, jax.devices())
 
 
 def make_all_logits(
@@ -52,26 +100,31 @@ def make_all_logits(
     """A function (variables, encoded, plan) -> logits of every exit, float32 [E, N, C].
 
     Every row of `encoded` has to be in the plan exactly once; rows come back in the
-    order of `encoded`.
+    order of `encoded`. The hosts take turns with the steps, and all get all logits.
     """
     devices = devices or jax.local_devices()
     forward = jax.pmap(model.apply, in_axes=(None, 0), devices=devices)
 
     def run(variables: Any, encoded: Encoded, plan: list[Step]) -> np.ndarray:
-        shape = (len(model.exits.layers), len(encoded), model.exits.num_labels)
-        logits = np.full(shape, np.nan, np.float32)
+        exits, classes = len(model.exits.layers), model.exits.num_labels
+        logits = np.zeros((exits, len(encoded), classes), np.float32)
+        seen = np.zeros(len(encoded), np.int32)
+        if jax.process_count() > 1:
+            variables = jax.device_get(variables)
         variables = replicate(variables, devices)
-        for step, batch in batches(encoded, plan):
+        none = np.zeros(len(encoded), np.int32)
+        for step in plan[jax.process_index() :: jax.process_count()]:
+            batch = take(encoded, none, step)[0]
             out = np.asarray(forward(variables, shard(batch, len(devices))))
-            out = np.moveaxis(out, 1, 0).reshape(shape[0], -1, shape[2])
+            out = np.moveaxis(out, 1, 0).reshape(exits, -1, classes)
             real = step.rows >= 0
             logits[:, step.rows[real]] = out[:, : len(step.rows)][:, real]
+            seen[step.rows[real]] += 1
+        if jax.process_count() > 1:
+            parts = multihost_utils.process_allgather((logits, seen))
+            logits, seen = (np.asarray(part).sum(axis=0) for part in parts)
+        if not (seen == 1).all():
+            raise RuntimeError(f"rows not run exactly once: {np.flatnonzero(seen != 1)[:8]}")
         return logits
 
     return run
-
-
-def batches(encoded: Encoded, plan: list[Step]) -> Iterator[tuple[Step, Any]]:
-    none = np.zeros(len(encoded), np.int32)
-    for step in plan:
-        yield step, take(encoded, none, step)[0]

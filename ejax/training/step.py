@@ -55,7 +55,8 @@ def make_train_step(
     """The per-device step, to run under an axis named `AXIS`.
 
     Gradients are the psum of sums over the psum of counts, so that the result does
-    not depend on how rows and padding fall on the devices. Dropout keys are
+    not depend on how rows and padding fall on the devices, nor on the number of
+    micro-batches (`accumulate`). Dropout keys are
     `fold_in(fold_in(root, step), row)`. With `average_decay` the running mean of the weights
     is kept beside them (Polyak and Juditsky, 1992; Izmailov et al., UAI 2018).
 
@@ -64,8 +65,9 @@ def make_train_step(
       over rows), `exit_loss` and `exit_accuracy` [E], `gradient_norm`.
     """
 
-    def step(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
-        root = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    def sums(params: Any, step: Array, rows: Rows) -> Any:
+        """Of these rows: the gradient of their summed loss, that loss, its count, per exit."""
+        root = jax.random.fold_in(jax.random.key(config.seed), step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows.numbers)
 
         def local_loss(params: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -83,9 +85,24 @@ def make_train_step(
             )
             return loss, (count, logits)
 
-        (loss, (count, logits)), grads = jax.value_and_grad(local_loss, has_aux=True)(state.params)
-        sums = jax.lax.psum((grads, loss, count, exit_sums(logits, rows)), AXIS)
-        grads, loss, count, (exit_loss, exit_correct, real) = sums
+        (loss, (count, logits)), grads = jax.value_and_grad(local_loss, has_aux=True)(params)
+        return grads, loss, count, exit_sums(logits, rows)
+
+    def all_sums(params: Any, step: Array, rows: Rows) -> Any:
+        if config.accumulate == 1:
+            return sums(params, step, rows)
+        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), rows)
+        like = jax.eval_shape(sums, params, step, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+        def add(total: Any, part: Rows) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, sums(params, step, part)), None
+
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def step(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
+        total = jax.lax.psum(all_sums(state.params, state.step, rows), AXIS)
+        grads, loss, count, (exit_loss, exit_correct, real) = total
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1e-9), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {

@@ -1,0 +1,88 @@
+"""One process per host, and what becomes of a run when one of them dies.
+
+A process that has lost the first one is aborted from C++, without a word. So the training
+runs in a child, and the parent says what happened.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+CHILD = "EJAX_TRAINING_PROCESS"
+LOST = 76  # exit code: another process is gone, to be repeated
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+GONE = (
+    "another process of this run is gone. Start all of them again: they resume from the last "
+    "checkpoint."
+)
+LOST_WORDS = ("Gloo", "closed by peer", "heartbeat", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+
+
+class Lost(Exception):
+    """Another process of the run is gone."""
+
+    exit_code = LOST
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Runs the command as a child, hands SIGTERM on, and returns its exit code.
+
+    A child that jax has aborted because another process is gone gives `LOST`, and a line on
+    standard error.
+    """
+    child = subprocess.Popen(command, env=os.environ | {CHILD: "1"})
+    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code == -signal.SIGABRT:
+        print(f"train: {GONE}", file=sys.stderr)
+        return LOST
+    return code if code >= 0 else 128 - code
+
+
+def join(run: Callable[[], None]) -> None:
+    """`run` as one process of several.
+
+    `jax.distributed` finds the others by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID where they are set, or else by itself on TPU pods, Slurm and Kubernetes.
+
+    Raises:
+      ValueError: where neither says who the others are.
+      Lost: where a collective failed because a process is gone.
+    """
+    import jax
+
+    try:
+        numbers: dict[str, Any] = {
+            name.lower(): int(os.environ[f"JAX_{name}"])
+            for name in ("NUM_PROCESSES", "PROCESS_ID")
+            if f"JAX_{name}" in os.environ
+        }
+        jax.distributed.initialize(
+            **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
+            f"or a TPU pod, Slurm or Kubernetes that tell them. Got: {error}"
+        ) from error
+    try:
+        run()
+    except jax.errors.JaxRuntimeError as error:
+        if not any(word in str(error) for word in LOST_WORDS):
+            raise
+        raise Lost(f"{GONE} ({' '.join(str(error).split())[:200]})") from error
+
+
+def leave(code: int) -> None:
+    """Ends this process; after a failure at once, as jax would wait for the others."""
+    if code and CHILD in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
