@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_config(folder: Path, **changes: object) -> Path:
-    """27 uneven batches of at most 8 rows, with dropout."""
+    """Uneven batches of at most 11 rows, with dropout."""
     fields = {
-        "data": DataConfig(path=str(tiny.data()), max_length=16, buckets=(8, 16)),
+        "data": DataConfig(path=str(tiny.data()), max_length=16, buckets=(16,)),
         "model": str(tiny.model()), "layers": (1, 3), "epochs": 3, "batch_size": 11,
         "learning_rate": 0.01, "dropout": 0.1, "checkpoint_steps": 2, "evals_per_epoch": 1,
         "dtype": "float32",
@@ -109,37 +109,43 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return config, folder / "run"
 
 
-def test_processes_and_devices_change_nothing_but_rounding(whole, tmp_path: Path) -> None:
-    """Two processes of two devices, one of four, micro-batches, and shard_map, against one."""
-    config, run = whole
-    for process in start_two(config, tmp_path / "two"):
+@pytest.fixture(scope="module")
+def whole_two(whole, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes of two devices."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    for process in start_two(whole[0], workdir):
         finish(process)
+    return workdir
+
+
+def test_processes_and_devices_change_nothing_but_rounding(
+    whole, whole_two, tmp_path: Path
+) -> None:
+    """Two processes of two devices, and one of four otherwise carried, against one device."""
+    config, run = whole
     ways = ("parallel=shard_map", "accumulate=2", "remat=True")
     finish(start(config, tmp_path / "four", *ways, devices=4))
     wanted = weights(run)
-    for name in ("two", "four"):
-        found = weights(tmp_path / name)
+    for path in (whole_two, tmp_path / "four"):
+        found = weights(path)
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             # Sums in another order: see test_training's four devices. Here 27 steps of Adam at
             # 0.01, 100 times that for the mixing scores, where gradients are near zero.
             limit = 2e-2 if "mix" in key else 5e-4
-            np.testing.assert_allclose(found[key], value, atol=limit, err_msg=f"{name}, {key}")
+            np.testing.assert_allclose(found[key], value, atol=limit, err_msg=f"{path}, {key}")
         logs = [
-            [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-            for path in (run, tmp_path / name)
+            [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+            for one in (run, path)
         ]
         assert [(x["step"], x["kind"]) for x in logs[0]] == [
             (x["step"], x["kind"]) for x in logs[1]
         ]
 
 
-def test_two_processes_are_stopped_and_resume(tmp_path: Path) -> None:
+def test_two_processes_are_stopped_and_resume(whole, whole_two, tmp_path: Path) -> None:
     """SIGTERM to one stops both at one step; together they go on to the same weights."""
-    config = write_config(tmp_path)
-    whole = start_two(config, tmp_path / "whole")
-    for process in whole:
-        finish(process)
+    config, _ = whole
     first, second = start_two(config, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints", second)
     second.send_signal(signal.SIGTERM)
@@ -147,7 +153,7 @@ def test_two_processes_are_stopped_and_resume(tmp_path: Path) -> None:
     finish(second, 75)
     for process in start_two(config, tmp_path / "run"):
         finish(process)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole_two)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
