@@ -54,13 +54,13 @@ def start(config: Path, workdir: Path, *more: str, devices: int = 1, **env: str)
     )
 
 
-def start_two(config: Path, workdir: Path, *more: str):
+def start_two(config: Path, workdir: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
-            config, workdir, "--distributed", *more, devices=2, JAX_NUM_PROCESSES="2",
+            config, workdir, "--distributed", devices=2, JAX_NUM_PROCESSES="2",
             JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i),
         )
         for i in range(2)
@@ -153,6 +153,18 @@ def test_two_processes_are_stopped_and_resume(whole, whole_two, tmp_path: Path) 
     finish(second, 75)
     for process in start_two(config, tmp_path / "run"):
         finish(process)
+    assert_same_run(tmp_path / "run", whole_two)
+
+
+def test_two_processes_set_a_damaged_checkpoint_aside(whole, whole_two, tmp_path: Path) -> None:
+    """Both see the damage before one of them moves it."""
+    config, _ = whole
+    shutil.copytree(whole_two, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "bundle")
+    newest = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    damage(newest / "metrics" / "metrics", "truncate")
+    for process in start_two(config, tmp_path / "run"):
+        assert f"{newest} is damaged" in finish(process)
     assert_same_run(tmp_path / "run", whole_two)
 
 

@@ -164,15 +164,16 @@ def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClas
     ]
     rows, shape = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
     sample = encoded.subset(rows[: TRIAL_TOKENS // shape.length])
+
+    def clock(candidate: EarlyExitClassifier) -> float:
+        start = time.perf_counter()
+        candidate.full_logits(sample)
+        return time.perf_counter() - start
+
     for candidate in candidates:
         candidate.full_logits(sample)  # compiles
-    best = dict.fromkeys(range(len(candidates)), float("inf"))
-    for _ in range(3):
-        for i, candidate in enumerate(candidates):
-            start = time.perf_counter()
-            candidate.full_logits(sample)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return candidates[min(best, key=best.__getitem__)]
+    taken = [[clock(candidate) for candidate in candidates] for _ in range(3)]
+    return candidates[int(np.min(taken, axis=0).argmin())]
 
 
 def quality(

@@ -33,11 +33,15 @@ class Checkpoints:
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
         self.folder = (workdir / "checkpoints").absolute()
+        unscored: dict[int, Exception] = {}
         for step in self._steps_on_disk():
             try:
                 _score(json.loads((self.folder / str(step) / "metrics" / "metrics").read_text()))
             except (OSError, ValueError, LookupError) as error:  # Orbax would open none of them
-                self._set_aside(step, error)
+                unscored[step] = error
+        barrier("looked")  # every host before one moves anything
+        for step, problem in unscored.items():
+            self._set_aside(step, problem)
         policy = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
         self.manager = ocp.CheckpointManager(
             self.folder,
@@ -105,7 +109,7 @@ class Checkpoints:
         read = checksums(state) | dict(self.manager.metrics(step))
         differ = [name for name, value in read.items() if wanted.get(name) != value]
         if differ:
-            raise ValueError(f"{differ[0]} is not what was saved")
+            raise ValueError(f"checkpoint {step}: {differ[0]} is not what was saved")
         return state
 
     def restore_newest(self, like: Any) -> tuple[int, Any]:

@@ -7,17 +7,14 @@ choose the default thresholds on dev-A, report on dev-B and test.
 import dataclasses
 import hashlib
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,8 +31,10 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
 from ejax.training.checkpoint import METRIC, Checkpoints, barrier, claim_workdir
+from ejax.training.log import Log, check_finite
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
+from ejax.training.processes import Stopped, Terminated
 from ejax.training.step import Rows, first_state, make_train_step
 
 LOG_STEPS = 20
@@ -272,15 +271,15 @@ def train(
         held: list[tuple[int, Step, dict[str, Any]]] = []
         shown = bar.add_task("training", total=total, completed=first)
         for step in range(first, total):
-            epoch, place_in = divmod(step, per_epoch)
-            if place_in == 0 or step == first:
+            epoch, position = divmod(step, per_epoch)
+            if position == 0 or step == first:
                 plan = plan_of(epoch)
-            batch, labels, weights = take(task.encoded, task.labels, plan[place_in])
-            numbers = np.maximum(plan[place_in].rows, 0).astype(np.int32)
+            batch, labels, weights = take(task.encoded, task.labels, plan[position])
+            numbers = np.maximum(plan[position].rows, 0).astype(np.int32)
             state, metrics = run_step(state, Rows(batch, labels, weights, numbers))
             done = step + 1
-            held.append((done, plan[place_in], metrics))
-            evaluated = place_in + 1 in evals
+            held.append((done, plan[position], metrics))
+            evaluated = position + 1 in evals
             stop = terminated.at(done)
             saved = evaluated or done % config.checkpoint_steps == 0
             logged = saved or done % LOG_STEPS == 0
@@ -300,7 +299,6 @@ def train(
             elif saved or stop:
                 checkpoints.save(done, state)
             if stop and done < total:
-                checkpoints.manager.wait_until_finished()
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best = checkpoints.best()
         return jax.device_get(checkpoints.restore(best, state).kept), best
@@ -348,86 +346,3 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-class Log:
-    """metrics.jsonl and TensorBoard files; `cut(step)` forgets what came after a step."""
-
-    def __init__(self, workdir: Path) -> None:
-        self.workdir = workdir
-        self.path = workdir / "metrics.jsonl"
-        self.file: TextIO | None = None  # none but on the first host, which alone writes
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.file:
-            self.file.close()
-            self.board.close()
-
-    def cut(self, step: int) -> None:
-        if jax.process_index() > 0:
-            return
-        from tensorboardX import SummaryWriter
-
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in kept))
-        fresh.replace(self.path)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        if not self.file:
-            return values
-        self.file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            for i, item in enumerate(np.ravel(value)):
-                suffix = f"/{i}" if np.ndim(value) else ""
-                self.board.add_scalar(f"{kind}/{name}{suffix}", item, step)
-        return values
-
-
-def check_finite(held: list[tuple[int, Step, dict[str, Any]]], workdir: Path) -> None:
-    """Raises ValueError for the first step whose loss or gradient is not finite."""
-    for done, batch, metrics in held:
-        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
-        if not all(np.isfinite(list(values.values()))):
-            rows = sorted(int(row) for row in batch.rows if row >= 0)
-            shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-            raise ValueError(
-                f"training diverged at step {done} ({values}), on rows {shown} of train, counted "
-                f"from 0. Lower learning_rate, in a new workdir; {workdir} keeps the last good "
-                f"checkpoint."
-            )
-
-
-class Stopped(Exception):
-    """SIGTERM came and everything is saved."""
-
-    exit_code = 75  # EX_TEMPFAIL: not done, repeat
-
-
-class Terminated:
-    """Whether to stop, asked after every step; hosts of one run agree on the step."""
-
-    def __enter__(self) -> "Terminated":
-        self.came = False
-        self.alone = jax.process_count() == 1  # else jax watches for SIGTERM itself
-        if self.alone and threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if hasattr(self, "before"):
-            signal.signal(signal.SIGTERM, self.before)
-
-    def _note(self, *_: Any) -> None:
-        self.came = True
-
-    def at(self, step: int) -> bool:
-        return self.came if self.alone else multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""One process per host, and what becomes of a run when one of them dies.
+"""One process per host, and how a run ends before its end: told to stop, or a process is gone.
 
 A process that has lost the first one is aborted from C++, without a word. So the training
 runs in a child, and the parent says what happened.
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,10 +22,43 @@ GONE = (
 LOST_WORDS = ("Gloo", "closed by peer", "heartbeat", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
+class Stopped(Exception):
+    """SIGTERM came and everything is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL: not done, to be repeated
+
+
 class Lost(Exception):
     """Another process of the run is gone."""
 
     exit_code = LOST
+
+
+class Terminated:
+    """Whether to stop, asked after every step; hosts of one run agree on the step."""
+
+    def __enter__(self) -> "Terminated":
+        import jax
+
+        self.came = False
+        self.alone = jax.process_count() == 1  # else jax watches for SIGTERM itself
+        if self.alone and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+    def at(self, step: int) -> bool:
+        if self.alone:
+            return self.came
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        return reached_preemption_sync_point(step)
 
 
 def supervise(command: Sequence[str]) -> int:
