@@ -5,6 +5,9 @@ jax is imported late: a command reads `cpu_type` before jax may start.
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,25 @@ if TYPE_CHECKING:
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, x86 and Arm
+
+_TARGET: ContextVar[str] = ContextVar("_TARGET", default="")
+
+
+def target() -> str:
+    """What programs are compiled for: "cpu", "gpu" or "tpu"; the default backend."""
+    import jax
+
+    return _TARGET.get() or jax.default_backend()
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Another `target`, for programs that are compiled ahead and run elsewhere."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def native_dtype() -> Dtype:

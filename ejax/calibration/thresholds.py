@@ -102,7 +102,7 @@ def default_thresholds(
     correct, layers_, counts = _check(logits, labels, layers, tokens)
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise ValueError(f"max_drop must be 0 points or above. Got {max_drop}.")
-    per_exit = check_temperatures(temperatures, len(layers_))
+    per_exit = jnp.asarray(check_temperatures(temperatures, len(layers_)))
     scores = np.asarray(
         exit_scores(jnp.asarray(logits, jnp.float32), per_exit, check_rule(rule)), np.float64
     )

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ejax.hardware import free_bytes
+from ejax.hardware import free_bytes, target
 from ejax.inference.policy import (
     Agreed,
     Decision,
@@ -31,7 +31,7 @@ from ejax.inference.policy import (
     nothing_agreed,
     score_exit,
 )
-from ejax.models.bert import Batch, BertModel, EncoderLayer
+from ejax.models.bert import Batch, BertModel, EncoderLayer, turn
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import ExitHead, mix_columns
 from ejax.models.heads import pool as pool_tokens
@@ -189,14 +189,17 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Array]:
+def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
+    """Numpy stays numpy: an operation on the device before the program costs a single text more
+    than a layer."""
     if tile < 1:
         raise ValueError(f"tile must be at least 1 row. Got {tile}.")
     batch = batch.arrays()
     total = batch.ids.shape[0]
     if total == 0:
         raise ValueError("batch must hold at least one row. Got none.")
-    return batch, min(tile, total), jnp.asarray(total if rows is None else rows, jnp.int32)
+    rows = total if rows is None else rows
+    return batch, min(tile, total), np.int32(rows) if isinstance(rows, int) else rows
 
 
 class Prepared(NamedTuple):
@@ -218,13 +221,24 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     if isinstance(variables, Prepared):
         return variables
     params, dtype = variables["params"], jnp.dtype(model.cfg.dtype)
+    turns = target() == "cpu" and dtype == jnp.float32
 
-    def cast(path: Any, leaf: Any) -> Any:
-        return jnp.asarray(leaf, dtype if path[-1].key == "kernel" else None)
+    def ready(leaf: Any) -> Any:
+        """A projection, {"kernel", "bias"}, or an array."""
+        if not isinstance(leaf, dict):
+            return leaf
+        kernel = jnp.asarray(leaf["kernel"], dtype)
+        if turns:
+            return {"turned": turn(kernel, leaf["bias"].size), "bias": leaf["bias"]}
+        return {"kernel": kernel, "bias": leaf["bias"]}
+
+    def projection(leaf: Any) -> bool:
+        return isinstance(leaf, dict) and "kernel" in leaf
 
     def unstacked(tree: Any, count: int) -> tuple[Any, ...]:
-        tree = jax.tree_util.tree_map_with_path(cast, tree)
-        return tuple(jax.tree.map(operator.itemgetter(i), tree) for i in range(count))
+        tree = jax.tree.map(jnp.asarray, tree)
+        rows = (jax.tree.map(operator.itemgetter(i), tree) for i in range(count))
+        return tuple(jax.tree.map(ready, row, is_leaf=projection) for row in rows)
 
     return Prepared(
         {"embeddings": jax.tree.map(jnp.asarray, params["bert"]["embeddings"])},
@@ -241,13 +255,14 @@ def run_pool(
     batch: Batch,
     thresholds: Array,
     temperatures: Array,
-    rows: Array,
+    rows: Array | int,
     rule: str,
     tile: int,
     layer: "RunLayer | None" = None,
 ) -> Decision:
     """`early_exit`'s program, on checked arguments; `layer` stands in for `run_layer`."""
     run_one = layer or run_layer
+    batch, thresholds, temperatures = jax.tree.map(jnp.asarray, (batch, thresholds, temperatures))
     cfg, exits = cut(model.cfg, model.exits), model.exits
     total, last, mixes = batch.ids.shape[0], len(exits.layers) - 1, exits.mix == "softmax"
     batch = _pad_to_tiles(batch, tile)

@@ -156,7 +156,7 @@ def select_exit(
     return Decision(logits[taken, row], taken, scores[taken, row])
 
 
-def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> Array:
+def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
     """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit."""
     try:
         values = np.asarray(thresholds, np.float32)
@@ -171,10 +171,10 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> Array:
         raise ValueError(
             f"thresholds must have shape (), ({exits},) or ({rows}, {exits}). Got {values.shape}."
         )
-    return jnp.asarray(np.broadcast_to(values, (rows, exits)))
+    return np.broadcast_to(values, (rows, exits))
 
 
-def check_temperatures(temperatures: Any, exits: int) -> Array:
+def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:
     """float32 [E]; None means 1 for every exit."""
     try:
         values = np.asarray(1.0 if temperatures is None else temperatures, np.float32)
@@ -184,7 +184,7 @@ def check_temperatures(temperatures: Any, exits: int) -> Array:
         raise ValueError(
             f"temperatures must be {exits} positive numbers, one per exit. Got {temperatures!r}."
         )
-    return jnp.asarray(np.broadcast_to(values, (exits,)))
+    return np.broadcast_to(values, (exits,))
 
 
 def check_rule(rule: str) -> str:
