@@ -20,7 +20,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     epilog="Example: `python -m train --config configs/sst2_minilm.py --workdir runs/sst2 epochs=3`"
 )
 def main(
-    config: Annotated[Path, typer.Option(help="A Python file with `config = TrainConfig(…)`.")],
+    config: Annotated[
+        Path,
+        typer.Option(help="A Python file with `config = TrainConfig(…)`; of FILE.py:pod `pod`."),
+    ],
     workdir: Annotated[Path, typer.Option(help="Checkpoints, logs, result and bundle.")],
     small: Annotated[bool, typer.Option("--smoke", help="A few steps: only whether it runs.")] = (
         False
@@ -51,20 +54,22 @@ def main(
 
 
 def load_config(path: Path) -> TrainConfig:
-    """The `config` that a Python file defines.
+    """The `config` that a Python file defines; of NAME.py:pod its `pod`.
 
     Raises:
       ValueError: for a missing file, an exception inside it, or no such config.
     """
+    whole, colon, name = str(path).rpartition(".py:")
+    path, name = (Path(f"{whole}.py"), name) if colon else (path, "config")
     if not path.is_file():
         raise ValueError(f"No such file: {path} (--config).")
     try:
-        found = runpy.run_path(str(path)).get("config")
+        found = runpy.run_path(str(path)).get(name)
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     if not isinstance(found, TrainConfig):
         raise ValueError(
-            f"{path} must define `config = TrainConfig(…)`. Got {type(found).__name__}."
+            f"{path} must define `{name} = TrainConfig(…)`. Got {type(found).__name__}."
         )
     return found
 

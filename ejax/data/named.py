@@ -23,6 +23,7 @@ class TfdsSet(NamedTuple):
     archive: str  # what TFDS downloads
     texts: tuple[tuple[str, ...], ...]  # text, pair; several fields are joined by a space
     splits: dict[str, str]
+    classes: int
 
 
 TFDS = {
@@ -31,30 +32,35 @@ TFDS = {
         "SST-2.zip",
         (("sentence",),),
         {"train": "train", "dev": "validation", "test": "test"},
+        2,
     ),
     "glue/mnli": TfdsSet(
         "tensorflow_datasets.text.glue",
         "MNLI.zip",
         (("premise",), ("hypothesis",)),
         {"train": "train", "dev": "validation_matched", "test": "validation_mismatched"},
+        3,
     ),
     "snli": TfdsSet(
         "tensorflow_datasets.datasets.snli.snli_dataset_builder",
         "snli_1.0.zip",
         (("premise",), ("hypothesis",)),
         {"train": "train", "dev": "validation", "test": "test"},
+        3,
     ),
     "ag_news_subset": TfdsSet(
         "tensorflow_datasets.datasets.ag_news_subset.ag_news_subset_dataset_builder",
         "ag_news_csv.tar.gz",
         (("title", "description"),),
         {"train": "train", "test": "test"},
+        4,
     ),
     "imdb_reviews": TfdsSet(
         "tensorflow_datasets.datasets.imdb_reviews.imdb_reviews_dataset_builder",
         "aclImdb_v1.tar.gz",
         (("text",),),
         {"train": "train", "test": "test"},
+        2,
     ),
 }
 

@@ -1,0 +1,24 @@
+"""SNLI with BERT-base and the exits of Schwartz et al. (ACL 2020). Not yet run.
+
+    python -m train --config configs/bert_base_snli.py --workdir runs/bert_base_snli
+
+`:pod` behind the file's name takes 2304 rows per step, 72 on each of 32 chips, at the rate that
+Adam scales by the square root of the batch.
+"""
+
+import dataclasses
+
+from ejax.config import DataConfig, TrainConfig
+
+config = TrainConfig(
+    model="google-bert/bert-base-uncased",
+    data=DataConfig(name="snli", max_length=128),
+    layers=(1, 4, 6, 12),
+    pooling="cls",
+    epochs=2,
+    batch_size=72,
+    learning_rate=2e-5,
+    dtype="bfloat16",
+    remat=False,
+)
+pod = dataclasses.replace(config, batch_size=2304, learning_rate=1.1e-4)

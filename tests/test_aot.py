@@ -1,0 +1,106 @@
+"""The TPU configs from their shapes alone, and the TPU's own compiler where it is installed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ejax.data.named import TFDS
+from train.__main__ import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/bert_*.py"))
+COMPILER = importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in os.environ
+# Published sizes of the encoders, without pooler and head.
+ENCODERS = {"base": 108_891_648, "large": 334_092_288}
+
+
+def python(code: str, *arguments: str) -> str:
+    """In a process of its own: train.aot settles jax's platforms as it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def aot(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "train.aot", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_every_config_of_the_paper_is_there() -> None:
+    assert len(CONFIGS) == 2 * len(TFDS)
+    assert {load_config(path).data.name for path in CONFIGS} == set(TFDS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_and_its_pod_variant_build(path: Path) -> None:
+    one, pod = load_config(path), load_config(Path(f"{path}:pod"))
+    large = "large" in path.stem
+    assert one.layers == ((1, 5, 13, 24) if large else (1, 4, 6, 12))
+    assert one.batch_size == (36 if large else 72)
+    assert pod.batch_size == 32 * one.batch_size
+    assert pod.layers == one.layers
+    assert "Not yet run" in path.read_text()
+
+
+def test_the_shapes_are_those_of_bert() -> None:
+    found = python(
+        "import sys, json, jax; from pathlib import Path; import train.aot as aot\n"
+        "def count(path):\n"
+        "    model = aot.model_of(aot.load_config(Path(path)), 0)\n"
+        "    shapes = aot.shapes_of(model)\n"
+        "    return sum(leaf.size for leaf in jax.tree.leaves(shapes['bert'])), "
+        "shapes['heads']['exits']['classifier']['bias'].shape\n"
+        "print(json.dumps([count(path) for path in sys.argv[1:]]))",
+        *map(str, CONFIGS),
+    )
+    for path, (size, (exits, classes)) in zip(CONFIGS, json.loads(found), strict=True):
+        assert size == ENCODERS[path.stem.split("_")[1]]
+        assert exits == 4
+        assert classes == TFDS[load_config(path).data.name].classes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--topology", "v9:2x2"], "--topology must be one of v4, v5e, v5p, v6e"),
+        (["--topology", "v5e:2"], "Got 'v5e:2'"),
+        (["--topology", "v5e:2x2", "layers=1,13"], "at most 12"),
+    ],
+)
+def test_wrong_input(arguments: list[str], text: str) -> None:
+    if "v5e:2x2" in arguments and not COMPILER:
+        pytest.skip("libtpu is not installed: pip install '.[tpu]'")
+    said = aot("--config", str(ROOT / "configs/bert_base_sst2.py"), *arguments, code=2)
+    assert text in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
+def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
+    out = tmp_path / "aot.json"
+    aot(
+        "--config", str(ROOT / "configs/bert_base_sst2.py"), "--topology", "v5e:2x2",
+        "--rows", "256", "--output", str(out),
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    step, early = found["training"], found["early_exit"]
+    assert step["fits"]
+    assert early["fits"]
+    # XLA counts what the shapes ask for, and softmax, norms and the optimizer beside them.
+    assert 0.98 < step["step"]["flops"] / step["analytic_flops"] < 1.15
+    assert 0.98 < early["full_depth"]["flops"] / early["analytic_flops"] < 1.15
+    # The gradients of all weights are summed over the chips, in float32.
+    assert step["collectives"]["bytes"] >= step["memory"]["parameters"]
+    assert np.isclose(step["memory"]["optimizer"], 2 * step["memory"]["parameters"], rtol=0.01)
+    assert step["memory"]["total"] < found["chip"]["memory"]

@@ -1,0 +1,568 @@
+"""python -m train.aot --config configs/NAME.py --topology v5e:4x8 [field=value …]
+
+Compiles the training step and the early-exit program for a slice of TPU chips with the TPU's own
+compiler, on a machine that has none (`pip install '.[tpu]'`), and says what each chip would hold
+and do. Nothing runs: a time here is a bound, not a measurement.
+
+XLA counts a loop's body once, so operations and bytes come from the pieces of the program, each
+compiled in a straight line, times how often they run; memory comes from the whole program.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+# A chip is described, not looked for.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.table import Table
+
+from ejax import assets
+from ejax.cli import run
+from ejax.config import BertConfig, ExitConfig, TrainConfig, override, to_json
+from ejax.data.batches import bucket_of
+from ejax.data.named import TFDS
+from ejax.evaluation.evaluate import write_json
+from ejax.hardware import compiling_for, environment
+from ejax.inference.cost import head_flops, layer_flops
+from ejax.inference.engine import prepare, run_head, run_layer, run_pool
+from ejax.models.bert import Batch, BertModel, EncoderLayer
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.heads import ExitHeads, mix_in
+from ejax.models.weights import read_config
+from ejax.training.losses import joint_loss
+from ejax.training.optim import make_optimizer
+from ejax.training.step import AXIS, Rows, first_state, make_train_step
+from train.__main__ import load_config
+
+
+class Chip(NamedTuple):
+    """Google's figures, from the system architecture pages of the Cloud TPU documentation."""
+
+    flops: float  # bfloat16, per second
+    bandwidth: float  # bytes of HBM per second
+    memory: float  # bytes of HBM
+
+
+CHIPS = {
+    "v4": Chip(275e12, 1228e9, 32 * 2**30),
+    "v5e": Chip(197e12, 819e9, 16 * 2**30),
+    "v5p": Chip(459e12, 2765e9, 95 * 2**30),
+    "v6e": Chip(918e12, 1640e9, 32 * 2**30),
+}
+# Shapes of the encoders that configs/ names by hub id: no weights are needed here.
+SHAPES = {
+    "google-bert/bert-base-uncased": BertConfig(),
+    "google-bert/bert-large-uncased": BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+}
+STEPS = 1000  # of the schedule; changes no shape
+
+
+class Cost(NamedTuple):
+    """Of one chip."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Any) -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: Any) -> "Cost":
+        return Cost(times * self.flops, times * self.bytes)
+
+    def roofline(self, chip: Chip) -> dict[str, float]:
+        """The time is the larger of FLOPs over peak and bytes over bandwidth."""
+        compute, memory = self.flops / chip.flops, self.bytes / chip.bandwidth
+        seconds = max(compute, memory)
+        return {
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "seconds": seconds,
+            "share_of_peak": compute / seconds,
+        }
+
+
+class DoesNotFit(ValueError):
+    """The compiler's own word that a program needs more memory than the chip has."""
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(
+    epilog="Example: `python -m train.aot --config configs/bert_large_mnli.py --topology v5e:4x8`"
+)
+def main(
+    config: Annotated[Path, typer.Option(help="As of python -m train.")],
+    topology: Annotated[
+        str, typer.Option(help="Generation and chips, such as v5e:4x8, v4:2x2x2 or v6e:1x1.")
+    ],
+    rows: Annotated[int, typer.Option(min=1, help="Of one chip's pool, for early exit.")] = 2048,
+    tile: Annotated[int, typer.Option(min=1, help="Rows per tile, for early exit.")] = 32,
+    labels: Annotated[int, typer.Option(min=0, help="Classes; 0: those of the TFDS set.")] = 0,
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Also the largest that fits, in powers of two.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("aot.json"),
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
+    ] = None,
+) -> None:
+    """Compile a config for TPU chips that are not there; memory, roofline, collectives."""
+    chosen = override(load_config(config), fields or ())
+    devices = slice_of(topology)
+    console = Console(stderr=True)
+    with console.status("compiling"), compiling_for("tpu"):
+        found = report(chosen, topology, devices, labels, rows, tile, largest_batch)
+    found |= {"command": " ".join(["python -m train.aot", *sys.argv[1:]])}
+    write_json(found, output)
+    Console().print(table(found))
+
+
+def slice_of(topology: str) -> list[jax.Device]:
+    """The chips of a slice.
+
+    Raises:
+      ValueError: for an unknown generation or shape, or where libtpu is not installed.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ValueError(
+            f"--topology must be one of {', '.join(CHIPS)} and its chips, such as v5e:4x8. "
+            f"Got {topology!r}."
+        )
+    sides = [int(side) for side in shape.split("x")]
+    count = math.prod(sides)
+    # A slice smaller than a host is described by what its host then holds.
+    small = {"chips_per_host_bounds": (*sides, *[1] * (3 - len(sides)))} if count == 1 else {}
+    try:
+        made = topologies.get_topology_desc(topology, "tpu", **small)
+    except Exception as error:
+        raise ValueError(
+            f"the TPU compiler does not know {topology} ({' '.join(str(error).split())[:160]}): "
+            f"choose chips that exist, and pip install '.[tpu]' for the compiler itself."
+        ) from None
+    return list(made.devices)
+
+
+def report(
+    config: TrainConfig,
+    topology: str,
+    devices: list[jax.Device],
+    labels: int,
+    pool_rows: int,
+    tile: int,
+    largest: bool,
+) -> dict[str, Any]:
+    """Everything that the command prints, ready for JSON; all of it per chip."""
+    chip = CHIPS[topology.partition(":")[0]]
+    model = model_of(config, labels)
+    longest = np.array([config.data.max_length])
+    length = int(bucket_of(longest, config.data.buckets, config.data.max_length)[0])
+    per_chip = -(-config.batch_size // len(devices))
+    per_chip += -per_chip % config.accumulate
+    found: dict[str, Any] = {
+        "config": to_json(config),
+        "topology": topology,
+        "chips": len(devices),
+        "chip": chip._asdict(),
+        "tokens_per_row": length,
+        "training": {"rows": per_chip} | training(config, model, chip, devices, per_chip, length),
+        "early_exit": {"rows": pool_rows, "tile": tile}
+        | inference(model, chip, devices[0], pool_rows, length, tile),
+        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
+    }
+    if largest:
+        found["training"]["largest_rows"] = largest_rows(
+            config, model, chip, devices, per_chip, length
+        )
+    return found
+
+
+def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
+    """The model of a config, from its shape alone."""
+    cfg = SHAPES.get(config.model) or read_config(assets.resolve(config.model))
+    known = TFDS.get(config.data.name)
+    if not labels and not known:
+        raise ValueError("--labels must be given: the config names no data set of known classes.")
+    cfg = dataclasses.replace(
+        cfg,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        dtype="bfloat16" if config.dtype == "auto" else config.dtype,
+        residual_dtype=config.residual_dtype,
+    )
+    exits = ExitConfig(
+        config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
+        labels or known.classes,  # type: ignore[union-attr]
+        config.pooling,
+        config.mix,
+    )
+    return EarlyExitBert(cut(cfg, exits), exits, config.remat)
+
+
+def compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(re.sub(r"\s+", " ", str(error))[:300]) from None
+
+
+def memory(program: Any) -> dict[str, float]:
+    """Bytes of a compiled program: what goes in, what it needs meanwhile, all at once."""
+    stats = program.memory_analysis()
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "activations": stats.temp_size_in_bytes,
+        "total": total,
+    }
+
+
+def size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shapes_of(model: EarlyExitBert) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), Batch([[0, 0]]))["params"]
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def floats(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def step_program(
+    config: TrainConfig, model: EarlyExitBert, devices: list[jax.Device], rows: int, length: int
+) -> tuple[Any, Any]:
+    """(the compiled step on all chips, its abstract state)."""
+    optimizer = make_optimizer(config, STEPS)
+    params = shapes_of(model)
+    state = jax.eval_shape(lambda params: first_state_like(params, optimizer, config), params)
+    n = len(devices)
+    batch = Batch(*(ints(n, rows, length) for _ in range(3)))
+    given = Rows(batch, ints(n, rows), floats(n, rows), ints(n, rows))
+    step = make_train_step(model, optimizer, config)
+    mapped = jax.pmap(
+        step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
+    )
+    return compiled(mapped.lower(state, given)), state
+
+
+def first_state_like(params: Any, optimizer: Any, config: TrainConfig) -> Any:
+    state = first_state(params, optimizer, dataclasses.replace(config, average_decay=0.0))
+    return state._replace(average=params if config.average_decay else (), step=jnp.int32(0))
+
+
+def training(
+    config: TrainConfig,
+    model: EarlyExitBert,
+    chip: Chip,
+    devices: list[jax.Device],
+    rows: int,
+    length: int,
+) -> dict[str, Any]:
+    try:
+        program, state = step_program(config, model, devices, rows, length)
+    except DoesNotFit as error:
+        return {"fits": False, "why": str(error)}
+    held = memory(program)
+    micro = rows // config.accumulate
+    pieces = training_pieces(config, model, devices[0], micro, length)
+    micro_step = pieces["layer"] * model.exits.num_layers + pieces["ends"]
+    total = micro_step * config.accumulate + pieces["optimizer"]
+    bound = total.roofline(chip)
+    analytic = (
+        3
+        * rows
+        * (
+            model.exits.num_layers * layer_flops(model.cfg, length)
+            + len(model.exits.layers) * head_flops(model.cfg, model.exits.num_labels)
+        )
+    )
+    if config.remat:
+        analytic += rows * model.exits.num_layers * layer_flops(model.cfg, length)
+    return {
+        "fits": held["total"] <= chip.memory,
+        "memory": held
+        | {
+            "parameters": size(state.params),
+            "optimizer": size(state.opt_state),
+            "average": size(state.average),
+        },
+        "step": bound,
+        "tokens_per_second": len(devices) * rows * length / bound["seconds"],
+        "analytic_flops": float(analytic),
+        "layer_forward": pieces["forward"].roofline(chip)
+        | {"least_bytes": least_bytes(model.cfg, micro, length, 1)},
+        "layer": pieces["layer"].roofline(chip)
+        | {"least_bytes": least_bytes(model.cfg, micro, length, 3)},
+        "collectives": collectives(program.as_text()),
+    }
+
+
+def least_bytes(cfg: BertConfig, rows: int, length: int, passes: int) -> float:
+    """Of one layer with nothing kept between its operations but what it is given and gives.
+
+    Per pass the kernels once in the compute type, the stream read and written.
+    """
+    d, f = cfg.hidden_size, cfg.intermediate_size
+    kernels = 2 * (4 * d * d + 2 * d * f)
+    stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * rows * length * d
+    return passes * (kernels + 2 * stream)
+
+
+def training_pieces(
+    config: TrainConfig, model: EarlyExitBert, device: jax.Device, rows: int, length: int
+) -> dict[str, Cost]:
+    """Straight-line parts of one micro-step: a layer, all that is not a layer, the optimizer."""
+    cfg, exits = model.cfg, model.exits
+    params = shapes_of(model)
+    batch = Batch(*(ints(rows, length) for _ in range(3)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    layer = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["bert"]["layers"]
+    )
+    x = floats(rows, length, cfg.hidden_size, dtype=cfg.residual_dtype)
+    mixed = floats(rows, len(exits.layers), cfg.hidden_size)
+    column = floats(len(exits.layers))
+
+    def one(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
+        x = EncoderLayer(cfg).apply({"params": layer}, x, mask, keys)
+        return x, mix_in(mixed, column, x, mask, exits)
+
+    def forward(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
+        """With what the backward pass will read."""
+        return jax.vjp(lambda a, b, c, d: one(a, b, c, d, mask, keys), layer, x, mixed, column)
+
+    given = (layer, x, mixed, column, batch.mask, keys)
+    alone = cost(one, device, *given)
+    if config.remat:
+
+        def both(grad: Any, *given: Any) -> Any:
+            return forward(*given)[1](grad)
+
+        layer_cost = alone + cost(both, device, (x, mixed), *given)
+    else:
+        kept = jax.eval_shape(forward, *given)[1]
+        back = cost(lambda back, grad: back(grad), device, kept, (x, mixed))
+        layer_cost = cost(forward, device, *given) + back
+
+    def ends(bert: Any, heads: Any, x_grad: Any, mixed: Any, rows: Rows, keys: Any) -> Any:
+        """Embeddings, heads and loss, both ways."""
+
+        def embed(bert: Any) -> Any:
+            return BertModel(cfg).apply({"params": bert}, rows.batch, keys, method="embed")
+
+        def loss(heads: Any, mixed: Any) -> Any:
+            logits: Any = ExitHeads(cfg, exits).apply({"params": heads}, mixed, keys)
+            return joint_loss(logits, rows.labels, rows.weights)[0]
+
+        x, back = jax.vjp(embed, bert)
+        return x, back(x_grad), jax.value_and_grad(loss, argnums=(0, 1))(heads, mixed)
+
+    labelled = Rows(batch, ints(rows), floats(rows), ints(rows))
+    embeddings = {"embeddings": params["bert"]["embeddings"]}
+    optimizer = make_optimizer(config, STEPS)
+
+    def update(params: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return {
+        "forward": alone,
+        "layer": layer_cost,
+        "ends": cost(ends, device, embeddings, params["heads"], x, mixed, labelled, keys),
+        "optimizer": cost(update, device, params, opt_state, params),
+    }
+
+
+def cost(f: Callable[..., Any], device: jax.Device, *given: Any) -> Cost:
+    """FLOPs and bytes of one straight-line program on one chip, after fusion."""
+    here = SingleDeviceSharding(device)
+    program = compiled(jax.jit(f, in_shardings=here, out_shardings=here).lower(*given))
+    counted = program.cost_analysis()
+    return Cost(float(counted["flops"]), float(counted["bytes accessed"]))
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
+ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, float]:
+    """How many collectives a program holds, and the bytes that they give."""
+    count, total = 0, 0
+    for shapes, _ in COLLECTIVE.findall(text):
+        count += 1
+        for kind, sides in ARRAY.findall(shapes):
+            items = math.prod(int(side) for side in sides.split(",") if side)
+            total += items * int(re.sub(r"\D", "", kind)) // 8
+    return {"count": count, "bytes": total}
+
+
+def inference(
+    model: EarlyExitBert, chip: Chip, device: jax.Device, rows: int, length: int, tile: int
+) -> dict[str, Any]:
+    """The engine's program; its bound is that of full depth, when nobody leaves early."""
+    cfg, exits = model.cfg, model.exits
+    here = SingleDeviceSharding(device)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree
+        )
+
+    weights = placed(jax.eval_shape(partial(prepare, model), {"params": shapes_of(model)}))
+    count = len(exits.layers)
+    batch = Batch(*(ints(rows, length) for _ in range(3)))
+    given = placed((batch, floats(rows, count), floats(count), ints()))
+    try:
+        program = compiled(run_pool.lower(model, weights, *given, "confidence", tile))
+    except DoesNotFit as error:
+        return {"fits": False, "why": str(error)}
+    x = floats(tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)
+    vectors = [floats(tile, cfg.hidden_size)] * exits.num_layers
+    layer = cost(
+        lambda weights, x, mask: run_layer(cfg, weights, 0, x, mask),
+        device, weights, x, ints(tile, length),
+    )  # fmt: skip
+    head = cost(
+        lambda weights, vectors: run_head(cfg, weights, count - 1, exits, vectors),
+        device, weights, vectors,
+    )  # fmt: skip
+    # A step also reads and writes the stream of its tile.
+    step = head + Cost(0.0, 2 * size(x))
+    tiles = -(-rows // tile)
+    total = (layer * exits.num_layers + step * count) * tiles
+    bound = total.roofline(chip)
+    held = memory(program)
+    return {
+        "fits": held["total"] <= chip.memory,
+        "memory": held | {"parameters": size(weights)},
+        "full_depth": bound,
+        "tokens_per_second": rows * length / bound["seconds"],
+        "layer_forward": layer.roofline(chip) | {"least_bytes": least_bytes(cfg, tile, length, 1)},
+        "analytic_flops": float(
+            rows
+            * (
+                exits.num_layers * layer_flops(cfg, length)
+                + count * head_flops(cfg, exits.num_labels)
+            )
+        ),
+    }
+
+
+def largest_rows(
+    config: TrainConfig,
+    model: EarlyExitBert,
+    chip: Chip,
+    devices: list[jax.Device],
+    rows: int,
+    length: int,
+) -> int:
+    """Rows per chip, the largest power of two whose training step fits; 0 where none does."""
+
+    def fits(rows: int) -> bool:
+        try:
+            program, _ = step_program(config, model, devices, rows, length)
+        except DoesNotFit:
+            return False
+        return bool(memory(program)["total"] <= chip.memory)
+
+    rows = max(config.accumulate, 1 << (rows.bit_length() - 1))
+    if fits(rows):
+        while fits(2 * rows):
+            rows *= 2
+        return rows
+    while rows > config.accumulate and not fits(rows):
+        rows //= 2
+    return rows if fits(rows) else 0
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The report as people read it, a chip at a time."""
+    made = Table(
+        title=f"{found['config']['model']}, {found['tokens_per_row']} tokens, per chip of "
+        f"{found['topology']} ({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): "
+        "compiled, not run",
+        show_header=False,
+    )
+    for name, key in (("training step", "training"), ("early exit, nobody leaves", "early_exit")):
+        part = found[key]
+        made.add_row(f"[bold]{name}", f"{part['rows']} rows")
+        if "memory" not in part:
+            made.add_row("memory", f"does not fit: {part['why']}")
+            made.add_row("", "lower batch_size or raise accumulate, or remat=True")
+            continue
+        held = part["memory"]
+        cells = [
+            f"{what} {held[what] / 2**30:.2f}"
+            for what in ("parameters", "optimizer", "activations", "total")
+            if what in held
+        ]
+        fits = "" if part["fits"] else ": does not fit, lower batch_size, raise accumulate or remat"
+        made.add_row("memory, GiB", ", ".join(cells) + fits)
+        whole = part["step" if key == "training" else "full_depth"]
+        made.add_row(
+            "whole", f"{bound_text(whole)}; {whole['flops'] / part['analytic_flops']:.2f} of the "
+            "operations that its shapes ask for",
+        )  # fmt: skip
+        made.add_row("a layer, forward", bound_text(part["layer_forward"]))
+        if "layer" in part:
+            made.add_row("a layer, both ways", bound_text(part["layer"]))
+            made.add_row(
+                "collectives",
+                f"{part['collectives']['count']}, {part['collectives']['bytes'] / 2**20:.0f} MiB",
+            )
+        made.add_row("at most, on all chips" if key == "training" else "at most",
+                     f"{part['tokens_per_second']:.3g} tokens per second")  # fmt: skip
+        if "largest_rows" in part:
+            made.add_row("largest batch that fits", f"{part['largest_rows']} rows")
+    return made
+
+
+def bound_text(part: dict[str, float]) -> str:
+    least = f" (at least {part['least_bytes'] / 1e9:.3g})" if "least_bytes" in part else ""
+    return (
+        f"{1e3 * part['seconds']:.3g} ms: {part['flops'] / 1e12:.3g} TFLOP, "
+        f"{part['bytes'] / 1e9:.3g} GB{least}, {part['share_of_peak']:.2f} of peak"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "train.aot", sys.argv[1:]))
