@@ -33,9 +33,15 @@ PLAN = [
 EPOCHS, PATIENCE = 12, 180.0
 
 
-def saving(workdir: Path) -> bool:
-    """A checkpoint is half-written: Orbax has not renamed its folder."""
-    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+def saving(workdir: Path, since: float) -> bool:
+    """A checkpoint begun after that time is half-written: Orbax has not renamed its folder."""
+    for path in (workdir / "checkpoints").glob("*tmp*"):
+        try:
+            if path.stat().st_mtime > since:
+                return True
+        except FileNotFoundError:  # renamed meanwhile
+            pass
+    return False
 
 
 def saved(workdir: Path) -> bool:
@@ -57,14 +63,26 @@ def steps_per_epoch(workdir: Path) -> int:
     return int((workdir.parent / "steps_per_epoch").read_text())
 
 
-def moment(kind: str, workdir: Path, chance: random.Random) -> Callable[[], bool]:
-    """A function that says when to kill, asked again and again."""
-    begun, delay = time.time(), chance.uniform(1.0, 14.0)
+def moment(kind: str, processes: int, workdir: Path, chance: random.Random) -> Callable[[], bool]:
+    """A function that says when to kill, asked again and again.
+
+    Several processes are let meet first: who waits for one that is not up yet waits for five
+    minutes.
+    """
+    begun, delay = time.time(), chance.uniform(0.5, 9.0)
+    log = workdir / "metrics.jsonl"
+    met: list[float] = [begun] if processes == 1 else []
+
+    def anywhere() -> bool:
+        if not met and log.exists() and log.stat().st_mtime > begun:
+            met.append(time.time())
+        return bool(met) and time.time() - met[0] > delay
+
     return {
         "before": lambda: (workdir / "config.json").exists(),
-        "saving": lambda: saved(workdir) and saving(workdir),
-        "evaluating": lambda: evaluating(workdir),
-        "anywhere": lambda: time.time() - begun > delay,
+        "saving": lambda: saved(workdir) and saving(workdir, begun),
+        "evaluating": lambda: evaluating(workdir) and log.stat().st_mtime > begun,
+        "anywhere": anywhere,
     }[kind]
 
 
@@ -93,8 +111,9 @@ def kills(
     left, turn = list(kinds), 0
     while left:
         running = run_once(processes, config, workdir)
-        kind, when = left[0], moment(left[0], workdir, chance)
-        deadline = time.time() + PATIENCE
+        kind, when = left[0], moment(left[0], processes, workdir, chance)
+        begun = time.time()
+        deadline = begun + PATIENCE
         while not (due := when() and has_child(running)) and alive(running):
             assert time.time() < deadline, f"no moment for {kind!r} in time"
             time.sleep(0.001)
@@ -118,7 +137,7 @@ def kills(
             process.communicate(timeout=90)
             codes.append(process.returncode)
         hit = {
-            "saving": saving(workdir),
+            "saving": saving(workdir, begun),
             "before": not saved(workdir),
             "evaluating": evaluating(workdir),
             "anywhere": True,
@@ -131,7 +150,7 @@ def kills(
             "processes": processes,
             "victim": victim,
             "moment": kind if hit else "anywhere",
-            "inside_a_save": saving(workdir),
+            "inside_a_save": saving(workdir, begun),
             "signal": number.name,
             "codes": codes,
             "seconds_until_all_ended": round(time.time() - killed, 1),
