@@ -190,13 +190,18 @@ def dropout(x: Array, rate: float, keys: Array | None, site: int) -> Array:
     drop = min(round(rate * 256), 255)
     if keys is None or drop == 0:
         return x
-    size = int(np.prod(x.shape[1:]))
+    first, *rest = x.shape[1:]
 
     def row_bits(key: Array) -> Array:
-        words = jax.random.bits(jax.random.fold_in(key, site), (-(-size // 4),), jnp.uint32)
-        return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:size]
+        """uint8 [first, *rest]: the four bytes of a word lie far apart, in whole rows.
 
-    keep = jax.vmap(row_bits)(keys).reshape(x.shape) >= jnp.uint8(drop)
+        Side by side they would be an axis of 4, which a TPU pads to 128: half of a layer's bytes.
+        """
+        shape = (-(-first // 4), *rest)
+        words = jax.random.bits(jax.random.fold_in(key, site), shape, jnp.uint32)
+        return jnp.concatenate([(words >> n).astype(jnp.uint8) for n in (0, 8, 16, 24)])[:first]
+
+    keep = jax.vmap(row_bits)(keys) >= jnp.uint8(drop)
     return jnp.where(keep, x * jnp.asarray(256 / (256 - drop), x.dtype), jnp.zeros((), x.dtype))
 
 
