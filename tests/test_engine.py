@@ -437,7 +437,7 @@ def compiled():
 
     def note(event, seconds, **about):
         if event == "/jax/core/compile/backend_compile_duration":
-            names.append(about["fun_name"])
+            names.append(about.get("fun_name", ""))
 
     jax.monitoring.register_event_duration_secs_listener(note)
     yield names
