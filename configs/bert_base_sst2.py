@@ -18,7 +18,5 @@ config = TrainConfig(
     epochs=2,
     batch_size=72,
     learning_rate=2e-5,
-    dtype="bfloat16",
-    remat=False,
 )
 pod = dataclasses.replace(config, batch_size=2304, learning_rate=1.1e-4)

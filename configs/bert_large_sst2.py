@@ -18,7 +18,6 @@ config = TrainConfig(
     epochs=2,
     batch_size=36,
     learning_rate=2e-5,
-    dtype="bfloat16",
     remat=True,
 )
 pod = dataclasses.replace(config, batch_size=1152, learning_rate=1.1e-4)

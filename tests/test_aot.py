@@ -51,6 +51,8 @@ def test_a_config_and_its_pod_variant_build(path: Path) -> None:
     assert pod.batch_size == 32 * one.batch_size
     assert pod.layers == one.layers
     assert "Not yet run" in path.read_text()
+    with pytest.raises(ValueError, match="must define `pods = TrainConfig"):
+        load_config(Path(f"{path}:pods"))
 
 
 def test_the_shapes_are_those_of_bert() -> None:

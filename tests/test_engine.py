@@ -14,6 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -23,7 +24,7 @@ from ejax.config import BertConfig, ExitConfig
 from ejax.inference import engine
 from ejax.inference.engine import early_exit, full_depth, prepare
 from ejax.inference.policy import RULE_NAMES, Decision, confidence, exit_scores, select_exit
-from ejax.models.bert import Batch
+from ejax.models.bert import FEW_ROWS, Batch, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -425,6 +426,21 @@ def test_full_depth_is_the_last_exit_of_the_plain_model(name):
     some = np.asarray(full_depth(case.model, variables, batch, tile=case.tile, rows=3))
     np.testing.assert_allclose(some[:3], found[:3], rtol=0, atol=case.bound)
     assert (some[max(3, case.tile) :] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_ROWS, FEW_ROWS + 1, 300])
+def test_a_layer_with_turned_kernels_is_the_layer(tokens):
+    """On CPUs float32 kernels stand turned, also those of frozen variables."""
+    variables, _ = inputs(FIRST, 0)
+    ready = prepare(FIRST.model, freeze(variables)).layers[0]
+    plain = jax.tree.map(lambda leaf: leaf[0], variables["params"]["bert"]["layers"])
+    projections = [name for name, part in plain.items() if "kernel" in part]
+    assert len(projections) == 6
+    assert all(set(ready[name]) == {"turned", "bias"} for name in projections)
+    x = jax.random.normal(jax.random.key(tokens), (1, tokens, FIRST.cfg.hidden_size))
+    layer, mask = jax.jit(EncoderLayer(FIRST.cfg).apply), jnp.ones((1, tokens), jnp.int32)
+    wanted = layer({"params": plain}, x, mask)
+    np.testing.assert_allclose(layer({"params": ready}, x, mask), wanted, rtol=0, atol=F32)
 
 
 # Compiled programs

@@ -14,10 +14,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 # A chip is described, not looked for.
 os.environ |= {
@@ -55,22 +54,8 @@ from ejax.training.losses import joint_loss
 from ejax.training.optim import make_optimizer
 from ejax.training.step import AXIS, Rows, first_state, make_train_step
 from train.__main__ import load_config
+from train.roofline import CHIPS, Chip, Cost, DoesNotFit, collectives, compiled, cost, memory, size
 
-
-class Chip(NamedTuple):
-    """Google's figures, from the system architecture pages of the Cloud TPU documentation."""
-
-    flops: float  # bfloat16, per second
-    bandwidth: float  # bytes of HBM per second
-    memory: float  # bytes of HBM
-
-
-CHIPS = {
-    "v4": Chip(275e12, 1228e9, 32 * 2**30),
-    "v5e": Chip(197e12, 819e9, 16 * 2**30),
-    "v5p": Chip(459e12, 2765e9, 95 * 2**30),
-    "v6e": Chip(918e12, 1640e9, 32 * 2**30),
-}
 # Shapes of the encoders that configs/ names by hub id: no weights are needed here.
 SHAPES = {
     "google-bert/bert-base-uncased": BertConfig(),
@@ -79,34 +64,6 @@ SHAPES = {
     ),
 }
 STEPS = 1000  # of the schedule; changes no shape
-
-
-class Cost(NamedTuple):
-    """Of one chip."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: Any) -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __mul__(self, times: Any) -> "Cost":
-        return Cost(times * self.flops, times * self.bytes)
-
-    def roofline(self, chip: Chip) -> dict[str, float]:
-        """The time is the larger of FLOPs over peak and bytes over bandwidth."""
-        compute, memory = self.flops / chip.flops, self.bytes / chip.bandwidth
-        seconds = max(compute, memory)
-        return {
-            "flops": self.flops,
-            "bytes": self.bytes,
-            "seconds": seconds,
-            "share_of_peak": compute / seconds,
-        }
-
-
-class DoesNotFit(ValueError):
-    """The compiler's own word that a program needs more memory than the chip has."""
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -207,7 +164,8 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
     """The model of a config, from its shape alone."""
     cfg = SHAPES.get(config.model) or read_config(assets.resolve(config.model))
     known = TFDS.get(config.data.name)
-    if not labels and not known:
+    classes = labels or (known.classes if known else 0)
+    if not classes:
         raise ValueError("--labels must be given: the config names no data set of known classes.")
     cfg = dataclasses.replace(
         cfg,
@@ -218,41 +176,11 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
     )
     exits = ExitConfig(
         config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
-        labels or known.classes,  # type: ignore[union-attr]
+        classes,
         config.pooling,
         config.mix,
     )
     return EarlyExitBert(cut(cfg, exits), exits, config.remat)
-
-
-def compiled(lowered: Any) -> Any:
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFit(re.sub(r"\s+", " ", str(error))[:300]) from None
-
-
-def memory(program: Any) -> dict[str, float]:
-    """Bytes of a compiled program: what goes in, what it needs meanwhile, all at once."""
-    stats = program.memory_analysis()
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "activations": stats.temp_size_in_bytes,
-        "total": total,
-    }
-
-
-def size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def shapes_of(model: EarlyExitBert) -> Any:
@@ -411,29 +339,6 @@ def training_pieces(
         "ends": cost(ends, device, embeddings, params["heads"], x, mixed, labelled, keys),
         "optimizer": cost(update, device, params, opt_state, params),
     }
-
-
-def cost(f: Callable[..., Any], device: jax.Device, *given: Any) -> Cost:
-    """FLOPs and bytes of one straight-line program on one chip, after fusion."""
-    here = SingleDeviceSharding(device)
-    program = compiled(jax.jit(f, in_shardings=here, out_shardings=here).lower(*given))
-    counted = program.cost_analysis()
-    return Cost(float(counted["flops"]), float(counted["bytes accessed"]))
-
-
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
-ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
-
-
-def collectives(text: str) -> dict[str, float]:
-    """How many collectives a program holds, and the bytes that they give."""
-    count, total = 0, 0
-    for shapes, _ in COLLECTIVE.findall(text):
-        count += 1
-        for kind, sides in ARRAY.findall(shapes):
-            items = math.prod(int(side) for side in sides.split(",") if side)
-            total += items * int(re.sub(r"\D", "", kind)) // 8
-    return {"count": count, "bytes": total}
 
 
 def inference(

@@ -281,7 +281,7 @@ def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
       `ece_width`, `ece_mass` (15 bins), raw and `_minus_floor` (below 0: within the noise).
     """
     values, checked = check_rows(logits, labels)
-    per_exit = np.asarray(check_temperatures(temperatures, len(values)))
+    per_exit = check_temperatures(temperatures, len(values))
     return [
         {
             "temperature": float(temperature),

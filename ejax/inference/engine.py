@@ -11,7 +11,7 @@ C classes.
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -190,8 +190,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
 
 
 def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
-    """Numpy stays numpy: an operation on the device before the program costs a single text more
-    than a layer."""
+    """Numpy stays numpy: an operation before the program costs one text as much as a layer."""
     if tile < 1:
         raise ValueError(f"tile must be at least 1 row. Got {tile}.")
     batch = batch.arrays()
@@ -199,7 +198,8 @@ def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
     if total == 0:
         raise ValueError("batch must hold at least one row. Got none.")
     rows = total if rows is None else rows
-    return batch, min(tile, total), np.int32(rows) if isinstance(rows, int) else rows
+    rows = jnp.asarray(rows, jnp.int32) if isinstance(rows, Array) else np.int32(rows)
+    return batch, min(tile, total), rows
 
 
 class Prepared(NamedTuple):
@@ -223,17 +223,17 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     params, dtype = variables["params"], jnp.dtype(model.cfg.dtype)
     turns = target() == "cpu" and dtype == jnp.float32
 
+    def projection(leaf: Any) -> bool:
+        return isinstance(leaf, Mapping) and "kernel" in leaf
+
     def ready(leaf: Any) -> Any:
         """A projection, {"kernel", "bias"}, or an array."""
-        if not isinstance(leaf, dict):
+        if not projection(leaf):
             return leaf
         kernel = jnp.asarray(leaf["kernel"], dtype)
         if turns:
             return {"turned": turn(kernel, leaf["bias"].size), "bias": leaf["bias"]}
         return {"kernel": kernel, "bias": leaf["bias"]}
-
-    def projection(leaf: Any) -> bool:
-        return isinstance(leaf, dict) and "kernel" in leaf
 
     def unstacked(tree: Any, count: int) -> tuple[Any, ...]:
         tree = jax.tree.map(jnp.asarray, tree)
