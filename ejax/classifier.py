@@ -154,7 +154,8 @@ class EarlyExitClassifier:
         """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32".
 
         Without a dtype it computes in what is fastest here: by `ejax profile` where that ran,
-        which also chooses the tiles, or else bfloat16 where the device has it natively.
+        which also chooses the tiles, or else bfloat16 where the device is known to multiply it
+        faster.
         """
         bundle = load_bundle(folder, **overrides)
         profile = load_profile(profile_path(bundle.cfg))

@@ -221,7 +221,7 @@ class TrainConfig:
     dropout: float = 0.1
     train_embeddings: bool = True
     average_decay: float = 0.0  # of a running mean of the weights, which is what is kept; 0 = none
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what the device does natively
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what is fastest here
     residual_dtype: Dtype = "float32"
     seed: int = 0
     parallel: Parallel = "pmap"

@@ -65,7 +65,7 @@ def evaluate(
         raise ValueError("evaluation needs at least one labelled row. Got none.")
     progress("choosing the baseline's tile")
     clf = clf.on_one_device()
-    baseline = best_full_depth(clf, encoded)
+    baseline = best_full_depth(clf, encoded, repeats)
     pools = list(clf.pools(encoded.lengths))
     runs: dict[Level, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
@@ -156,7 +156,9 @@ def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float
     )
 
 
-def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
+def best_full_depth(
+    clf: EarlyExitClassifier, encoded: Encoded, repeats: int
+) -> EarlyExitClassifier:
     """The classifier whose tiles run rows of the commonest length fastest at full depth."""
     candidates = [
         clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=None))
@@ -172,7 +174,7 @@ def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClas
 
     for candidate in candidates:
         candidate.full_logits(sample)  # compiles
-    taken = [[clock(candidate) for candidate in candidates] for _ in range(3)]
+    taken = [[clock(candidate) for candidate in candidates] for _ in range(repeats)]
     return candidates[int(np.min(taken, axis=0).argmin())]
 
 
