@@ -1,0 +1,130 @@
+"""python -m train.joint --config configs/NAME.py [field=value …]
+
+What it costs to train all exits together: the step of a config beside the step of the same model
+with its last exit alone, in turns on the same real batches, dropout and optimizer included.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ejax.cli import run
+from ejax.config import ExitConfig, TrainConfig, override, to_json
+from ejax.data import sources
+from ejax.data.batches import take, train_plan
+from ejax.evaluation.evaluate import write_json
+from ejax.hardware import environment
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.training.finetune import encode, initial_params, load_model, progress_bar, public
+from ejax.training.optim import make_optimizer
+from ejax.training.parallel import parallel_step, place
+from ejax.training.step import Rows, first_state, make_train_step
+from train.__main__ import load_config
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog="Example: `python -m train.joint --config configs/sst2_minilm.py`")
+def main(
+    config: Annotated[Path, typer.Option(help="As of python -m train.")],
+    steps: Annotated[int, typer.Option(min=1, help="Batches, spread over an epoch.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes over them.")] = 5,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("joint.json"),
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
+    ] = None,
+) -> None:
+    """Measure the training step with all exits beside the one with the last exit alone."""
+    chosen = override(load_config(config), fields or ())
+    found = measure(chosen, steps, repeats, Console(stderr=True))
+    command = " ".join(["python -m train.joint", *sys.argv[1:]])
+    write_json(found | {"command": command, "date": time.strftime("%Y-%m-%d")}, output)
+    table = Table(title=f"training step, {found['hardware']}")
+    for column in ("exits", "ms (spread)"):
+        table.add_column(column, justify="right")
+    for name in ("joint", "last"):
+        times = found[name]["milliseconds"]
+        spread = f"{np.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+        table.add_row(", ".join(map(str, found[name]["layers"])), spread)
+    Console().print(table)
+    low, high = min(found["ratios"]), max(found["ratios"])
+    print(f"joint over last alone: {found['ratio']:.3f} ({low:.3f} to {high:.3f})")
+
+
+def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> dict[str, Any]:
+    """Mean milliseconds per step of each pass, compilation apart, and their ratios.
+
+    Raises:
+      ValueError: as `finetune`, and for a config with one exit.
+    """
+    split = sources.load(config.data, seed=config.seed)["train"]
+    cfg, bert, tokenizer = load_model(config)
+    layers = config.layers or tuple(range(1, cfg.num_hidden_layers + 1))
+    if len(layers) < 2:
+        raise ValueError(f"{config.model}: layers must name two exits or more. Got {layers}.")
+    exits = ExitConfig(layers, len(split.labels), config.pooling, config.mix)
+    max_length = min(config.data.max_length, cfg.max_position_embeddings)
+    with console.status("tokenising"):
+        task = encode(split, tokenizer, max_length)
+    plan = train_plan(
+        task.encoded.lengths,
+        buckets=config.data.buckets,
+        max_length=max_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=0,
+    )
+    plan = plan[:: max(1, len(plan) // steps)][:steps]
+    batches = [
+        Rows(*take(task.encoded, task.labels, step), np.maximum(step.rows, 0).astype(np.int32))
+        for step in plan
+    ]
+
+    def start(exits: ExitConfig, config: TrainConfig) -> list[Any]:
+        """[step function, state]; the state moves on with every step."""
+        model = EarlyExitBert(cut(cfg, exits), exits, config.remat)
+        optimizer = make_optimizer(config, len(plan) * (repeats + 1))
+        state = first_state(initial_params(model, bert, config), optimizer, config)
+        step = make_train_step(model, optimizer, config)
+        mapped = parallel_step(step, parallel=config.parallel, accumulate=config.accumulate)
+        return [mapped, place(state, config.parallel)]
+
+    last = dataclasses.replace(config, exit_weights=config.exit_weights[-1:])
+    runs = {
+        "joint": start(exits, config),
+        "last": start(dataclasses.replace(exits, layers=layers[-1:]), last),
+    }
+    taken: dict[str, list[list[float]]] = {name: [] for name in runs}
+    with progress_bar(console) as bar:
+        for repeat in bar.track(range(-1, repeats), description="timing"):  # the first compiles
+            passes: dict[str, list[float]] = {name: [] for name in runs}
+            for rows in batches:
+                for name, pair in runs.items():
+                    began = time.perf_counter()
+                    pair[1], _ = jax.block_until_ready(pair[0](pair[1], rows))
+                    passes[name].append(1000 * (time.perf_counter() - began))
+            for name, times in passes.items():
+                taken[name] += [times] if repeat >= 0 else []
+    means = {name: [float(np.mean(times)) for times in passes] for name, passes in taken.items()}
+    ratios = [joint / alone for joint, alone in zip(means["joint"], means["last"], strict=True)]
+    return {
+        "joint": {"layers": layers, "milliseconds": means["joint"]},
+        "last": {"layers": layers[-1:], "milliseconds": means["last"]},
+        "ratio": float(np.median(ratios)),
+        "ratios": ratios,
+        "batches": [list(rows.batch.ids.shape) for rows in batches],
+        "config": to_json(public(config)),
+        **environment(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "train.joint", sys.argv[1:]))
