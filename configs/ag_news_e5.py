@@ -4,9 +4,9 @@
 
 MODEL is any 12-layer BERT in Hugging Face's format, FOLDER holds train, dev and test files.
 
-2 cores of an Intel Xeon with AVX-512, 2026-11-25: 17 minutes, from 8,000 rows; full depth 0.854 on
-test, and the default thresholds give 0.852 at a mean depth of 1.96 layers: so few rows teach the
-deep layers little that the second does not know.
+2 cores of an Intel Xeon with AVX-512, 2026-11-25: 17 minutes, beside other work, from 8,000 rows;
+full depth 0.854 on test, and the default thresholds give 0.852 at a mean depth of 1.96 layers: so
+few rows teach the deep layers little that the second does not know.
 """
 
 from ejax.config import DataConfig, TrainConfig

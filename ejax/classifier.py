@@ -13,7 +13,7 @@ import numpy as np
 from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded
-from ejax.hardware import native_dtype
+from ejax.hardware import fastest_dtype
 from ejax.inference.cost import Profile, load_profile, profile_path
 from ejax.inference.engine import (
     SMALL_TILE,
@@ -160,7 +160,7 @@ class EarlyExitClassifier:
         bundle = load_bundle(folder, **overrides)
         profile = load_profile(profile_path(bundle.cfg))
         if "dtype" not in overrides:
-            dtype = profile.dtype if profile else native_dtype()
+            dtype = profile.dtype if profile else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
         elif profile and profile.dtype != bundle.cfg.dtype:

@@ -21,7 +21,7 @@ def test_bfloat16_only_where_it_is_faster(lines, dtype, monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor\t: 0\nmodel name\t: Some CPU\n{lines}\n")
     monkeypatch.setattr(hardware, "CPUINFO", info)
-    assert hardware.native_dtype() == dtype
+    assert hardware.fastest_dtype() == dtype
     assert "cores of Some CPU, " in hardware.describe()
     assert ("no fast" in hardware.describe()) == (dtype == "float32")
 

@@ -30,3 +30,5 @@ def test_one_exit_has_nothing_to_compare(tmp_path, capsys):
     assert joint("--config", config, "--output", output) == 2
     assert "two exits or more" in capsys.readouterr().err
     assert not output.exists()
+    assert joint("--config", config, "--output", tmp_path / "no" / "joint.json") == 2
+    assert "a folder that exists" in capsys.readouterr().err

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ejax import assets
-from ejax.cli import run
+from ejax.cli import check_json, run
 from ejax.config import BertConfig, ExitConfig, TrainConfig, override, to_json
 from ejax.data.batches import bucket_of
 from ejax.data.named import TFDS
@@ -89,6 +89,7 @@ def main(
     ] = None,
 ) -> None:
     """Compile a config for TPU chips that are not there; memory, roofline, collectives."""
+    check_json(output)
     chosen = override(load_config(config), fields or ())
     devices = slice_of(topology)
     console = Console(stderr=True)

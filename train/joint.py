@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ejax.cli import run
+from ejax.cli import check_json, run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan
@@ -43,6 +43,7 @@ def main(
     ] = None,
 ) -> None:
     """Measure the training step with all exits beside the one with the last exit alone."""
+    check_json(output)
     chosen = override(load_config(config), fields or ())
     found = measure(chosen, steps, repeats, Console(stderr=True))
     command = " ".join(["python -m train.joint", *sys.argv[1:]])
@@ -102,22 +103,25 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
         "joint": start(exits, config),
         "last": start(dataclasses.replace(exits, layers=layers[-1:]), last),
     }
-    taken: dict[str, list[list[float]]] = {name: [] for name in runs}
+
+    def once() -> dict[str, float]:
+        """Mean milliseconds per step, the two in turns."""
+        taken = dict.fromkeys(runs, 0.0)
+        for rows in batches:
+            for name, pair in runs.items():
+                began = time.perf_counter()
+                pair[1], _ = jax.block_until_ready(pair[0](pair[1], rows))
+                taken[name] += time.perf_counter() - began
+        return {name: 1000 * seconds / len(batches) for name, seconds in taken.items()}
+
+    with console.status("compiling"):
+        once()
     with progress_bar(console) as bar:
-        for repeat in bar.track(range(-1, repeats), description="timing"):  # the first compiles
-            passes: dict[str, list[float]] = {name: [] for name in runs}
-            for rows in batches:
-                for name, pair in runs.items():
-                    began = time.perf_counter()
-                    pair[1], _ = jax.block_until_ready(pair[0](pair[1], rows))
-                    passes[name].append(1000 * (time.perf_counter() - began))
-            for name, times in passes.items():
-                taken[name] += [times] if repeat >= 0 else []
-    means = {name: [float(np.mean(times)) for times in passes] for name, passes in taken.items()}
-    ratios = [joint / alone for joint, alone in zip(means["joint"], means["last"], strict=True)]
+        passes = [once() for _ in bar.track(range(repeats), description="timing")]
+    ratios = [taken["joint"] / taken["last"] for taken in passes]
     return {
-        "joint": {"layers": layers, "milliseconds": means["joint"]},
-        "last": {"layers": layers[-1:], "milliseconds": means["last"]},
+        "joint": {"layers": layers, "milliseconds": [taken["joint"] for taken in passes]},
+        "last": {"layers": layers[-1:], "milliseconds": [taken["last"] for taken in passes]},
         "ratio": float(np.median(ratios)),
         "ratios": ratios,
         "batches": [list(rows.batch.ids.shape) for rows in batches],

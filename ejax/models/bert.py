@@ -150,12 +150,10 @@ def _few_rows_feed_forward(
 ) -> Array:
     """Both `turned` projections, rows as columns between them: float32 [..., D] -> [..., D].
 
-    Turned back after the first product, its F outputs per row are read with a stride: a tenth of
-    a layer's time at 24 rows.
+    Turned back after the first product, its F outputs per row would be read with a stride: at 24
+    rows that was a seventh of the time of the two.
     """
-    columns = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    hidden = lax.dot_general(first["turned"], columns, (((1,), (1,)), ((), ())))
-    hidden = activation(lax.optimization_barrier(hidden) + first["bias"][:, None])
+    hidden = activation(_turned_product(x, first["turned"]).T + first["bias"][:, None])
     out = lax.optimization_barrier(second["turned"] @ hidden)
     return (out + second["bias"][:, None]).T.reshape(x.shape)
 

@@ -26,7 +26,7 @@ from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
 from ejax.data import sources
 from ejax.data.batches import Step, eval_plan, take, train_plan
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
-from ejax.hardware import environment, native_dtype
+from ejax.hardware import environment, fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
@@ -192,7 +192,7 @@ def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
         config.model,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
-        dtype=native_dtype() if config.dtype == "auto" else config.dtype,
+        dtype=fastest_dtype() if config.dtype == "auto" else config.dtype,
         residual_dtype=config.residual_dtype,
     )
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
