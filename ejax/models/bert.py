@@ -150,8 +150,8 @@ def _few_rows_feed_forward(
 ) -> Array:
     """Both `turned` projections, rows as columns between them: float32 [..., D] -> [..., D].
 
-    Turned back after the first product, its F outputs per row would be read with a stride: at 24
-    rows that was a seventh of the time of the two.
+    Turned back after the first product, its F outputs per row would be read with a stride: 9 % of
+    a layer's time at 32 rows of width 384, 4 % at 16, nothing at 24.
     """
     hidden = activation(_turned_product(x, first["turned"]).T + first["bias"][:, None])
     out = lax.optimization_barrier(second["turned"] @ hidden)
