@@ -322,6 +322,11 @@ class EarlyExitClassifier:
             running.pools.append((rows, found))
         return running
 
+    def exit_logits(self, encoded: Encoded) -> np.ndarray:
+        """Every exit's logits float32 [E, N, C] as the engine computes them: one run per exit."""
+        send_to = np.where(np.eye(len(self.bundle.exits.layers), dtype=bool), 0.0, 2.0)
+        return np.stack([self.decide_encoded(encoded, threshold=exit).logits for exit in send_to])
+
     def full_logits(self, encoded: Encoded) -> np.ndarray:
         """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)

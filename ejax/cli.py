@@ -1,5 +1,6 @@
 """The `ejax` command: a short function per verb, and the one place where errors become words."""
 
+import dataclasses
 import dis
 import errno
 import hashlib
@@ -278,6 +279,7 @@ def evaluate(
     from ejax.evaluation.describe import show
     from ejax.evaluation.evaluate import evaluate, save, table
     from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.targets import chosen_on
     from ejax.training.finetune import encode
 
     check_json(output)
@@ -296,8 +298,7 @@ def evaluate(
             clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
             progress=status.update,
         )  # fmt: skip
-    recorded = clf.bundle.provenance.get("rows", {})
-    fitted = set(recorded.get("calibration") or recorded.get("dev_a", ()))
+    fitted = chosen_on(clf.bundle)
     seen = sum(name in fitted for name in task.hashes)
     result |= {"bundle": bundle.name, "data": rows.origin, "rows_fitted_on": seen}
     save(result, output)
@@ -456,6 +457,69 @@ def calibrate(
     show(facts(after), *exit_tables(after))
     left_out = after.provenance["calibrated"]["dev_b_rows_left_out"]
     note(f"written: {folder}" + (f"; {left_out} rows of dev-B left out" if left_out else ""))
+
+
+@app.command(epilog="Example: `ejax thresholds sentiment --data dev.tsv --risk 0.01 --delta 0.05`")
+def thresholds(
+    bundle: Bundle,
+    data: Data,
+    split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points of accuracy to lose.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of full depth to spend.", show_default=False)
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds of one text alone, in the mean.", show_default=False),
+    ] = None,
+    risk: Annotated[
+        float | None,
+        typer.Option(help="Share of texts that may lose, guaranteed.", show_default=False),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="How often the guarantee may fail.")] = 0.05,
+    loss: Annotated[
+        str, typer.Option(help="Of --risk: disagreement with full depth, or error it avoids.")
+    ] = "disagreement",
+    output: Annotated[
+        Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
+    ] = None,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Choose the default thresholds for a target: an accuracy drop, a budget, or a risk.
+
+    One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the temperatures are
+    left out; the rows used here are recorded, and no report should use them again.
+    """
+    from rich.console import Console
+
+    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.targets import Target, choose, targets_table
+
+    if split == "train":
+        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+    check_output(output or bundle)
+    target = Target(max_drop, budget, budget_ms, risk, delta, loss)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = labelled_rows(
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    with Console(stderr=True).status("tokenising") as status:
+        after, report = choose(clf, rows, target, progress=status.update)
+    after = dataclasses.replace(after, cfg=load_bundle(bundle).cfg)  # not this machine's dtype
+    folder = save_bundle(after, output or bundle)
+    show(targets_table(report))
+    if report["rows_left_out"]:
+        note(f"{report['rows_left_out']} rows left out: they fitted the temperatures.")
+    if report["differ"]:
+        note(f"{report['differ']} rows left at another exit when the engine ran.")
+    note(report["sentence"])
+    note(f"written: {folder}")
 
 
 @app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")

@@ -287,6 +287,36 @@ def test_calibrate_refuses_rows_that_would_mislead(tmp_path):
     assert (folder / "exits.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "a target must be one of max_drop, budget, budget_ms and risk. Got none"),
+        (["--budget", "0.5", "--risk", "0.1"], "Got budget and risk"),
+        (["--budget", "0"], "a budget must be a number above 0"),
+        (["--budget", "0.1"], "a budget must be at least 0.3333"),
+        (["--max-drop", "nan"], "max_drop must be 0 points or above"),
+        (["--risk", "1"], "risk must be between 0 and 1"),
+        (["--risk", "0.1", "--delta", "0"], "delta must be between 0 and 1"),
+        (["--risk", "0.1", "--loss", "both"], "loss must be disagreement or error"),
+        (["--budget", "0.5", "--split", "train"], "confidences on trained rows"),
+        (["--budget", "half"], "--budget"),
+    ],
+)
+def test_thresholds_for_a_wrong_target(args, expected, tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    before = (folder / "exits.json").read_bytes()
+    assert expected in tiny.refused("thresholds", folder, "--data", tiny.data(), *args)
+    assert (folder / "exits.json").read_bytes() == before
+
+
+def test_thresholds_never_choose_on_rows_that_fitted_temperatures(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    assert tiny.ejax("calibrate", folder, "--data", tiny.file("test")).code == 0
+    assert "test.tsv fitted this bundle's temperatures: thresholds need other rows" in tiny.refused(
+        "thresholds", folder, "--data", tiny.file("test"), "--budget", "0.5"
+    )
+
+
 def test_the_disk_is_full_for_predictions():
     sentence = tiny.refused(
         "predict", tiny.trained()[0], "--input", tiny.file("test"), "--output", "/dev/full"

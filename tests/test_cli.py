@@ -21,6 +21,8 @@ from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli import run
 from ejax.data.files import read_rows
+from ejax.data.sources import row_hash
+from ejax.evaluation.labelled import labelled_rows
 from ejax.inference.cost import load_profile
 from train.__main__ import app as train_program
 
@@ -28,7 +30,8 @@ from train.__main__ import app as train_program
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
 REPOSITORY = Path(__file__).parent.parent
 VERBS = (
-    "train", "predict", "evaluate", "profile", "bench", "export", "calibrate", "info", "quickstart",
+    "train", "predict", "evaluate", "profile", "bench", "export", "calibrate",
+    "thresholds", "info", "quickstart",
 )  # fmt: skip
 
 
@@ -239,6 +242,73 @@ def test_calibrate_in_place_on_other_rows(tmp_path):
     assert after.provenance["operating_points"]["calibration"]["exit_share"] == [1, 0]
     assert "mixed.tsv (48 rows)" in after.provenance["thresholds_from"]
     assert "mixed.tsv" in tiny.ejax("info", folder).out
+
+
+def test_thresholds_use_rows_of_their_own(tmp_path):
+    """dev-A fitted the temperatures and is left out; what dev-B chose, nothing reports on."""
+    output, result = tmp_path / "half", tmp_path / "result.json"
+    args = ("--data", tiny.data(), "--budget", 0.5, "--output", output)
+    done = tiny.ejax("thresholds", tiny.trained()[0], *args)
+    assert done.code == 0, done.err
+    assert "21 rows left out: they fitted the temperatures" in done.err
+    before, after = load_bundle(tiny.trained()[0]), load_bundle(output)
+    rows, was = after.provenance["rows"], before.provenance["rows"]
+    assert sorted(rows["thresholds"]) == sorted(was["dev_b"])
+    assert rows["dev_a"] == was["dev_a"]
+    assert rows["dev_b"] == []
+    assert after.temperatures == before.temperatures
+    assert after.cfg == before.cfg
+    report = after.provenance["target"]
+    assert report["target"] == {"budget": 0.5}
+    assert report["chosen"]["spent"] <= 0.5 < report["full"]["cost"]
+    assert report["differ"] == 0
+    assert report["oracle"]["accuracy"] >= report["full"]["accuracy"]
+    # It is what runs by default.
+    dev_b = [
+        row.text
+        for row in labelled_rows(before, str(tiny.file("dev")))
+        if row_hash(row, before.labels) in rows["thresholds"]
+    ]
+    depths = [answer["exit_layer"] for answer in EarlyExitClassifier(after)(dev_b)]
+    tokens = after.tokenizer.encode(dev_b, after.max_length).lengths
+    assert (tokens * depths).sum() / tokens.sum() / 3 == pytest.approx(report["chosen"]["cost"])
+    assert "spend at most 0.5" in " ".join(tiny.ejax("info", output).out.split())
+    tiny.ejax("evaluate", output, "--data", tiny.file("dev"), "--repeats", 1, "--output", result)
+    assert json.loads(result.read_text())["rows_fitted_on"] == 41
+    # New temperatures end what was chosen with the old ones.
+    assert tiny.ejax("calibrate", output, "--data", tiny.file("test")).code == 0
+    assert not {"target", "thresholds"} & {
+        *load_bundle(output).provenance, *load_bundle(output).provenance["rows"]
+    }  # fmt: skip
+
+
+def test_a_risk_on_too_few_rows_keeps_full_depth(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    done = tiny.ejax("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.01)
+    assert done.code == 0, done.err
+    assert "at least 399 rows are needed" in done.err
+    after = load_bundle(folder)
+    assert min(after.thresholds[:-1]) > 1
+    assert after.provenance["target"]["chosen"]["p_value"] is None
+    # A risk that so few rows can show.
+    bold = tiny.ejax("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.5)
+    assert "losses on 23 rows" in " ".join(bold.err.split())
+    assert load_bundle(folder).thresholds[0] <= 1
+
+
+def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
+    folder = tiny.copy_of_bundle(tmp_path)
+    ask = ("thresholds", folder, "--data", tiny.file("test"), "--budget-ms")
+    assert "run `ejax profile`" in tiny.refused(*ask, 1000)
+    assert tiny.ejax("profile", folder).code == 0
+    done = tiny.ejax(*ask, 1000)
+    assert done.code == 0, done.err
+    report = load_bundle(folder).provenance["target"]
+    assert report["chosen"]["threshold"] == [2.0, 2.0]  # all of it fits
+    assert 0 < report["oracle"]["ms_alone"] < report["full"]["ms_alone"] < 1000
+    assert report["ms_alone_measured"] > 0
+    assert "when all leave at the first exit" in tiny.refused(*ask, 1e-6)
 
 
 def test_info_of_a_bundle_and_of_a_model():

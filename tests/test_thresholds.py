@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from scipy.stats import binom
 
 from ejax.calibration import thresholds
 from ejax.calibration.metrics import softmax
-from ejax.calibration.thresholds import FULL, default_thresholds, operating_point
+from ejax.calibration.thresholds import (
+    FULL,
+    budget_thresholds,
+    drop_thresholds,
+    make_table,
+    operating_point,
+    oracle,
+    risk_thresholds,
+)
 from ejax.inference.policy import select_exit
 
 EXITS, ROWS, CLASSES = 3, 17, 5
@@ -39,8 +48,12 @@ HAND = binary([[0.905, 0.605, 0.805], [0.99, 0.95, 0.2]])
 HAND_LABELS, HAND_TOKENS, HAND_LAYERS = [0, 0, 1], [10, 70, 20], (2, 6)
 
 
+def hand_table():
+    return make_table(HAND, HAND_LABELS, [1, 1], HAND_LAYERS, HAND_TOKENS)
+
+
 def hand(threshold):
-    return operating_point(HAND, HAND_LABELS, [1, 1], HAND_LAYERS, HAND_TOKENS, threshold)
+    return operating_point(hand_table(), threshold)
 
 
 def test_operating_point_by_hand():
@@ -72,7 +85,8 @@ def same_everywhere(exits, count=200):
 
 def default(logits, labels, layers, **settings):
     exits, count, _ = logits.shape
-    return default_thresholds(logits, labels, [1] * exits, layers, np.full(count, 7), **settings)
+    table = make_table(logits, labels, [1] * exits, layers, np.full(count, 7))
+    return drop_thresholds(table, **settings)
 
 
 def test_per_exit_by_hand():
@@ -118,9 +132,8 @@ def test_unsure_rows_leave_where_more_layers_would_not_help():
     assert point["exit_share"][2] == 0
     assert 0 < point["exit_share"][0] < 1
     # One number for all exits would have kept the unsure ones to the end.
-    single = operating_point(
-        binary([first, p, p]), labels, [1] * 3, (1, 2, 9), np.full(400, 7), one
-    )
+    table = make_table(binary([first, p, p]), labels, [1] * 3, (1, 2, 9), np.full(400, 7))
+    single = operating_point(table, one)
     assert single["mean_depth"] > 2 * point["mean_depth"]
 
 
@@ -135,7 +148,8 @@ def test_full_model_where_every_early_exit_loses():
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 6.0, 30.0]))
 def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
     logits, labels, temperatures, tokens = rows(seed)
-    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=max_drop)
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
+    point = drop_thresholds(table, max_drop)
     assert max(point["drop"], point["expected_drop"]) <= max_drop + 1e-9
     taken = np.asarray(select_exit(logits, point["threshold"], temperatures).exit)
     right = logits.argmax(axis=2) == labels
@@ -145,7 +159,7 @@ def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
     expected = (p[row, label[-1]] - p[row, label[taken, row]]).mean()
     assert point["drop"] == pytest.approx(100 * lost)
     assert point["expected_drop"] == pytest.approx(100 * expected, abs=1e-5)
-    more = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=max_drop + 9)
+    more = drop_thresholds(table, max_drop + 9)
     assert more["mean_depth"] <= point["mean_depth"]
 
 
@@ -173,12 +187,12 @@ def test_the_fit_is_the_minimum(share):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_default_is_an_operating_point(seed):
     logits, labels, temperatures, tokens = rows(seed, n=211)
-    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens, max_drop=15)
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
+    point = drop_thresholds(table, 15)
     max_drop = point.pop("max_drop")
     assert max_drop == 15
     assert 0 < point["exit_share"][0] < 1
-    args = logits, labels, temperatures, LAYERS, tokens, point["threshold"]
-    assert operating_point(*args) == point
+    assert operating_point(table, point["threshold"]) == point
 
 
 def test_long_rows_weigh_more():
@@ -186,25 +200,138 @@ def test_long_rows_weigh_more():
     leaves = np.asarray(select_exit(logits, 0.6, temperatures).exit) == 0
     assert 0 < leaves.sum() < ROWS
     early_long = np.where(leaves, 100, 1)
-    cheap = operating_point(logits, labels, temperatures, LAYERS, early_long, 0.6)
-    dear = operating_point(logits, labels, temperatures, LAYERS, 101 - early_long, 0.6)
+    cheap, dear = (
+        operating_point(make_table(logits, labels, temperatures, LAYERS, tokens), 0.6)
+        for tokens in (early_long, 101 - early_long)
+    )
     assert cheap["accuracy"] == dear["accuracy"]
     assert cheap["mean_depth"] < dear["mean_depth"]
 
 
 def test_one_exit_is_the_full_model():
     logits, labels, temperatures, tokens = rows(5, exits=1)
-    point = default_thresholds(logits, labels, temperatures, (6,), tokens)
+    point = drop_thresholds(make_table(logits, labels, temperatures, (6,), tokens))
     assert point["threshold"] == [FULL]
     assert point["mean_depth"] == 6
 
 
 def test_result_goes_into_json():
     logits, labels, temperatures, tokens = rows(7)
-    point = default_thresholds(logits, labels, temperatures, LAYERS, tokens)
+    point = drop_thresholds(make_table(logits, labels, temperatures, LAYERS, tokens))
     assert json.loads(json.dumps(point, allow_nan=False)) == point
     assert [type(one) for one in point["threshold"]] == [float] * EXITS
     assert all(math.isfinite(value) for value in point.values() if isinstance(value, float))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["confidence", "margin", "agreement"]))
+def test_a_table_leaves_where_select_exit_does(seed, rule):
+    logits, labels, temperatures, tokens = rows(seed)
+    table = make_table(logits, labels, temperatures, LAYERS, tokens, rule)
+    for threshold in (0.0, 0.55, [0.9, 0.4, 0.0], FULL):
+        expected = select_exit(logits, threshold, temperatures, rule=rule).exit
+        np.testing.assert_array_equal(table.leave(threshold), expected)
+
+
+# A budget
+
+
+@pytest.mark.parametrize("family", ["per exit", "one number"])
+def test_a_budget_is_spent_and_not_passed(family):
+    table = make_table(*rows(3, n=400)[:3], LAYERS, rows(3, n=400)[3])
+    ordered = thresholds.policies(table, family, table.expected_lost)
+    costs = [operating_point(table, policy)["cost"] for policy in ordered]
+    for budget in (0.2, 0.4, 0.7):
+        point = budget_thresholds(table, budget, family=family)
+        assert point["spent"] == point["cost"] <= budget
+        assert min(cost for cost in costs if cost > point["cost"]) > budget
+    assert budget_thresholds(table, 1, family=family)["threshold"] == [FULL] * EXITS
+
+
+def test_more_budget_buys_accuracy():
+    table = disagreeing(4000)
+    low, high = (budget_thresholds(table, budget)["accuracy"] for budget in (0.3, 0.9))
+    assert high > low
+
+
+def test_a_budget_in_another_unit():
+    """Rows that leave at an exit cost what the caller says, such as milliseconds."""
+    table = disagreeing(4000)
+    ms = np.array([2.0, 10.0])
+    point = budget_thresholds(table, 5.0, cost=lambda taken: float(ms[taken].mean()))
+    assert 4.9 < point["spent"] <= 5.0
+    assert point["spent"] == pytest.approx(np.dot(point["exit_share"], ms))
+
+
+# A risk
+
+
+def disagreeing(n, seed=0):
+    """Two exits: the first is the surer the likelier it answers as the last does."""
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(0.5, 1, n)
+    last = np.where(rng.random(n) < p, p, 1 - p)
+    labels = (last < 0.5).astype(np.int64)
+    flip = rng.random(n) < 0.1
+    return make_table(
+        binary([p, last]), np.where(flip, 1 - labels, labels), [1, 1], (1, 9), np.full(n, 7)
+    )
+
+
+@pytest.mark.parametrize("loss", ["disagreement", "error"])
+def test_a_risk_is_tested_on_rows_that_chose_nothing(loss):
+    table = disagreeing(4000)
+    point = risk_thresholds(table, 0.05, 0.1, loss=loss)
+    assert (point["rows_for_order"], point["rows"]) == (1000, 3000)
+    assert 0 < point["exit_share"][0] < 1
+    # The certificate, from the rows themselves and scipy's own distribution.
+    tested = table.take(np.random.default_rng(0).permutation(4000)[1000:])
+    lost = tested.lost(loss)[tested.leave(point["threshold"]), np.arange(3000)]
+    assert point["losses"] == lost.sum()
+    assert point["p_value"] == pytest.approx(binom.cdf(lost.sum(), 3000, 0.05))
+    assert point["p_value"] <= 0.1
+    assert point["upper"] <= 0.05
+    assert binom.cdf(lost.sum(), 3000, point["upper"]) == pytest.approx(0.1)
+    # It is not bought by running everything deep: a tenth more losses would not have passed.
+    assert binom.cdf(lost.sum() * 1.1, 3000, 0.05) > 0.1
+    assert risk_thresholds(table, 0.2, 0.1, loss=loss)["mean_depth"] < point["mean_depth"]
+
+
+def test_too_few_rows_keep_full_depth_and_say_how_many_it_takes():
+    logits = same_everywhere([0.99, 0.99], 398)  # never a loss
+    table = make_table(logits, np.zeros(398, int), [1, 1], (1, 2), np.full(398, 7))
+    # (1 - 0.01)^n <= 0.05 from n = 299 on, and a quarter of the rows orders the policies.
+    few = risk_thresholds(table.take(np.arange(397)), 0.01, 0.05)
+    assert few["rows"] == 298
+    assert few["threshold"] == [FULL, FULL]
+    assert few["p_value"] is None
+    assert few["rows_needed"] == 399
+    enough = risk_thresholds(table, 0.01, 0.05)
+    assert enough["rows"] == 299
+    assert enough["exit_share"] == [1, 0]
+
+
+def test_the_guarantee_holds_on_draws_from_a_table():
+    """Rows drawn with replacement from a fixed table; the true risk is that of the table."""
+    table = disagreeing(1500)
+    rng = np.random.default_rng(1)
+    draws, delta, risk = 300, 0.1, 0.08
+    violated, depths = 0, []
+    every = np.arange(1500)
+    lost = table.lost("disagreement")
+    for seed in range(draws):
+        point = risk_thresholds(table.take(rng.integers(1500, size=400)), risk, delta, seed=seed)
+        violated += lost[table.leave(point["threshold"]), every].mean() > risk
+        depths.append(point["mean_depth"])
+    # Were the share of violations delta, more than so many would be seen once in 10,000 runs.
+    assert violated <= binom.ppf(1 - 1e-4, draws, delta)
+    assert np.mean(depths) < 8  # of 9: full depth keeps every guarantee
+
+
+def test_the_oracle_leaves_at_the_first_right_exit():
+    answers = [[0.9, 0.1, 0.1, 0.9], [0.9, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.9]]
+    table = make_table(binary(answers), [0] * 4, [1] * 3, LAYERS, [1] * 4)
+    np.testing.assert_array_equal(oracle(table), [0, 1, 0, 0])
 
 
 # Errors
@@ -228,16 +355,24 @@ def test_wrong_input_is_one_clear_sentence(change, message):
     given = {"labels": labels, "temperatures": temperatures, "layers": LAYERS, "tokens": tokens}
     given |= change
     with pytest.raises(ValueError, match=message):
-        default_thresholds(logits, **given)
+        make_table(logits, **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: drop_thresholds(t, -1), r"max_drop must be 0 points or above\. Got -1"),
+        (lambda t: operating_point(t, [[0.9] * 3]), "threshold must be one number, or one per"),
+        (lambda t: operating_point(t, math.nan), r"one per exit \(3\)\. Got nan"),
+        (lambda t: budget_thresholds(t, 0), r"a budget must be a number above 0\. Got 0"),
+        (lambda t: budget_thresholds(t, 0.1), r"at least 0\.1667, .*first exit\. Got 0\.1"),
+        (lambda t: risk_thresholds(t, 0), r"risk must be between 0 and 1\. Got 0"),
+        (lambda t: risk_thresholds(t, 0.1, 1.0), r"delta must be between 0 and 1\. Got 1\.0"),
+        (lambda t: risk_thresholds(t, 0.9, loss="both"), "loss must be disagreement or error"),
+        (lambda t: risk_thresholds(t, 0.9, family="both"), "family must be 'per exit' or"),
+    ],
+)
+def test_wrong_settings_are_one_clear_sentence(call, message):
+    logits, labels, temperatures, tokens = rows(0)
     with pytest.raises(ValueError, match=message):
-        operating_point(logits, **given, threshold=0.9)
-
-
-def test_wrong_settings_are_one_clear_sentence():
-    args = *rows(0)[:3], LAYERS, rows(0)[3]
-    with pytest.raises(ValueError, match=r"max_drop must be 0 points or above\. Got -1"):
-        default_thresholds(*args, max_drop=-1)
-    with pytest.raises(ValueError, match="threshold must be one number, or one per exit"):
-        operating_point(*args, [[0.9, 0.9, 0.9]])
-    with pytest.raises(ValueError, match="thresholds must be numbers"):
-        operating_point(*args, math.nan)
+        call(make_table(logits, labels, temperatures, LAYERS, tokens))

@@ -6,7 +6,7 @@ import numpy as np
 
 from ejax.calibration.metrics import report
 from ejax.calibration.temperature import fit_temperatures
-from ejax.calibration.thresholds import default_thresholds, operating_point
+from ejax.calibration.thresholds import drop_thresholds, make_table, operating_point
 
 
 class Answers(NamedTuple):
@@ -38,9 +38,11 @@ def calibrate(
     """
     rows = parts[fit]
     temperatures = fit_temperatures(rows.logits, rows.labels)
-    thresholds = default_thresholds(
-        rows.logits, rows.labels, temperatures, layers, rows.tokens, max_drop=max_drop
-    )["threshold"]
+    tables = {
+        name: make_table(part.logits, part.labels, temperatures, layers, part.tokens)
+        for name, part in parts.items()
+    }
+    thresholds = drop_thresholds(tables[fit], max_drop)["threshold"]
     return {
         "temperatures": [float(t) for t in temperatures],
         "thresholds": thresholds,
@@ -48,10 +50,7 @@ def calibrate(
         f"accuracy on {where} ({len(rows.labels)} rows), by the labels and by calibrated "
         f"probabilities.",
         "operating_points": {
-            name: operating_point(
-                part.logits, part.labels, temperatures, layers, part.tokens, thresholds
-            )
-            for name, part in parts.items()
+            name: operating_point(table, thresholds) for name, table in tables.items()
         },
         "metrics": {
             name: report(part.logits, part.labels, temperatures) for name, part in parts.items()

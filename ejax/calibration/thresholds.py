@@ -1,36 +1,82 @@
-"""What thresholds cost and lose on labelled rows, and the default ones.
+"""Thresholds from a target, and what thresholds cost and lose on labelled rows.
 
-Axes: E exits, N rows, C classes.
+A target is an accuracy drop, a budget, or a risk with a guarantee. All choose from a family of
+policies ordered from the surest to the fastest: one threshold per exit, tied together by one
+bound on what a row may lose by leaving, or one number for all exits.
+
+Axes: E exits, N rows, C classes, P policies.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from scipy.special import bdtr, bdtri
 
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval, softmax
 from ejax.config import check_layers
-from ejax.inference.policy import check_rule, check_temperatures, exit_scores, select_exit
+from ejax.inference.policy import check_rule, check_temperatures, exit_scores
 
 FULL = 2.0  # above every score: nobody leaves early
-BOUNDS = tuple(np.geomspace(5e-4, 0.5, 61).tolist())  # on the loss of a row that leaves
+BOUNDS = np.geomspace(5e-4, 0.5, 61)  # on the loss of a row that leaves, for an accuracy drop
+STEPS = 401  # policies to choose from, for a budget or a risk
 
 Thresholds = float | tuple[float, ...]  # one for all exits, or one per exit
+Family = Literal["per exit", "one number"]
+Loss = Literal["disagreement", "error"]
 
 
-def operating_point(
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What every exit says on N rows: all that a choice of thresholds needs."""
+
+    scores: npt.NDArray[np.float32]  # [E, N], by the rule
+    answers: Int  # [E, N], the class
+    labels: Int  # [N]
+    expected_lost: Float  # [E, N], see `_expected_lost`
+    layers: Int  # [E]
+    tokens: Int  # [N]
+    rule: str
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        return self.answers == self.labels
+
+    def lost(self, loss: Loss) -> npt.NDArray[np.bool_]:
+        """[E, N]: another answer than full depth's, or a wrong one where full depth is right."""
+        if check_loss(loss) == "error":
+            return self.correct[-1] & ~self.correct
+        return np.asarray(self.answers != self.answers[-1])
+
+    def take(self, rows: Int) -> "Table":
+        of_exits = ("scores", "answers", "expected_lost")
+        cut = {name: getattr(self, name)[:, rows] for name in of_exits}
+        return dataclasses.replace(self, labels=self.labels[rows], tokens=self.tokens[rows], **cut)
+
+    def leave(self, policy: Any) -> Int:
+        """Where rows leave under a threshold, or one per exit: int [N], index into `layers`."""
+        reached = self.scores >= np.reshape(np.asarray(policy, np.float32), (-1, 1))
+        reached[-1] = True
+        return reached.argmax(axis=0)
+
+    def depth(self, taken: Int) -> float:
+        """Mean layers per token."""
+        return float((self.tokens * self.layers[taken]).sum() / self.tokens.sum())
+
+
+def make_table(
     logits: Any,
     labels: Any,
     temperatures: Any,
     layers: tuple[int, ...],
     tokens: Any,
-    threshold: Thresholds,
-    *,
     rule: str = "confidence",
-) -> dict[str, Any]:
-    """What a threshold costs and loses on these rows, against the full model.
+) -> Table:
+    """Checked rows.
 
     Args:
       logits: <float>[E, N, C], every exit's, before temperature.
@@ -38,41 +84,98 @@ def operating_point(
       temperatures: <float>[E], positive.
       layers: the exits' layers, 1-based, ascending, E of them.
       tokens: <int>[N], real tokens per row, at least 1.
-      threshold: one number, or one per exit [E]; above 1 is the full model.
       rule: a name in `ejax.inference.policy.RULE_NAMES`.
+
+    Raises:
+      ValueError: on a wrong shape, label, token count, layer, temperature or rule.
+    """
+    values, checked = check_rows(logits, labels)
+    exits, rows, _ = values.shape
+    check_layers(tuple(layers))
+    if len(layers) != exits:
+        raise ValueError(
+            f"layers must hold one layer per exit ({exits}). Got {len(layers)}: {tuple(layers)}."
+        )
+    counts = np.asarray(tokens)
+    if counts.shape != (rows,) or counts.dtype.kind not in "iu" or (counts < 1).any():
+        raise ValueError(
+            f"tokens must be {rows} integers of at least 1, the real tokens of each row. "
+            f"Got shape {counts.shape}, dtype {counts.dtype}, smallest {counts.min(initial=1)}."
+        )
+    per_exit = check_temperatures(temperatures, exits)
+    scores = exit_scores(jnp.asarray(logits, jnp.float32), jnp.asarray(per_exit), check_rule(rule))
+    return Table(
+        np.asarray(scores),
+        values.argmax(axis=2),
+        checked,
+        _expected_lost(values, per_exit),
+        np.asarray(layers, np.int64),
+        counts.astype(np.int64),
+        rule,
+    )
+
+
+def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
+    """What a threshold costs and loses on these rows, against the full model.
+
+    Args:
+      threshold: one number, or one per exit [E]; above 1 is the full model.
 
     Returns:
       Ready for JSON: `threshold`, `rule`, `rows`; `accuracy` and `full_accuracy` (of the last
       exit) in [0, 1]; `drop`, `drop_low`, `drop_high`: accuracy lost in points with its
       95 % interval (`paired_interval`); `expected_drop`: the same by the calibrated
-      probabilities of full depth instead of the labels; `mean_depth`: layers per token,
+      probabilities of full depth instead of the labels; `disagreement`: the share of rows
+      with another answer than full depth's; `mean_depth`: layers per token,
       sum(tokens * depth) / sum(tokens); `cost`: mean_depth / L, without heads and overhead;
       `exit_share`: fraction of rows that leave at each exit.
 
     Raises:
-      ValueError: on a wrong shape, label, token count, layer, threshold or rule.
+      ValueError: on a wrong shape, or a threshold that is not a number.
     """
-    correct, layers_, counts = _check(logits, labels, layers, tokens)
-    if np.ndim(threshold) > 1:
+    values = np.asarray(threshold, np.float64)
+    if values.shape not in ((), (len(table.layers),)) or np.isnan(values).any():
         raise ValueError(
-            f"threshold must be one number, or one per exit. Got shape {np.shape(threshold)}."
+            f"threshold must be one number, or one per exit ({len(table.layers)}). "
+            f"Got {threshold!r}."
         )
-    taken = np.asarray(select_exit(logits, threshold, temperatures, rule=rule).exit)
-    expected_lost = _expected_lost(logits, temperatures)
-    return _describe(correct, expected_lost, layers_, counts, taken, threshold, rule)
+    return describe(table, table.leave(threshold)) | {"threshold": values.tolist()}
 
 
-def default_thresholds(
-    logits: Any,
-    labels: Any,
-    temperatures: Any,
-    layers: tuple[int, ...],
-    tokens: Any,
-    *,
-    max_drop: float = 0.5,
-    rule: str = "confidence",
+def describe(table: Table, taken: Int) -> dict[str, Any]:
+    """`operating_point` of rows that leave at `taken`, int [N], whatever sent them there."""
+    rows = np.arange(taken.size)
+    early = table.correct[taken, rows]
+    drop, low, high = paired_interval(table.correct[-1], early)
+    mean_depth = table.depth(taken)
+    return {
+        "rule": table.rule,
+        "rows": taken.size,
+        "accuracy": float(early.mean()),
+        "full_accuracy": float(table.correct[-1].mean()),
+        "drop": drop,
+        "drop_low": low,
+        "drop_high": high,
+        "expected_drop": 100 * float(table.expected_lost[taken, rows].mean()),
+        "disagreement": float((table.answers[taken, rows] != table.answers[-1]).mean()),
+        "mean_depth": mean_depth,
+        "cost": mean_depth / float(table.layers[-1]),
+        "exit_share": (np.bincount(taken, minlength=table.layers.size) / taken.size).tolist(),
+    }
+
+
+def oracle(table: Table) -> Int:
+    """The first exit that is right, or the first where none is: no rule is more accurate.
+
+    Of Schwartz et al. (2020), section 5.
+    """
+    return table.correct.argmax(axis=0)
+
+
+def drop_thresholds(
+    table: Table, max_drop: float = 0.5, *, family: Family = "per exit"
 ) -> dict[str, Any]:
-    """The fastest thresholds, one per exit, that lose at most `max_drop` points on these rows.
+    """The fastest thresholds that lose at most `max_drop` points on these rows.
 
     What leaving at an exit would lose of full depth's accuracy is fitted from the score
     there, by full depth's calibrated probabilities: a logistic curve of two numbers per
@@ -91,37 +194,174 @@ def default_thresholds(
 
     Args:
       max_drop: in points, 0 or above.
-      logits, labels, temperatures, layers, tokens, rule: as in `operating_point`.
 
     Returns:
       The dict of `operating_point` at the thresholds chosen, and `max_drop`.
 
     Raises:
-      ValueError: as `operating_point`, or on a `max_drop` below 0.
+      ValueError: on a `max_drop` below 0.
     """
-    correct, layers_, counts = _check(logits, labels, layers, tokens)
-    if not (math.isfinite(max_drop) and max_drop >= 0):
-        raise ValueError(f"max_drop must be 0 points or above. Got {max_drop}.")
-    per_exit = jnp.asarray(check_temperatures(temperatures, len(layers_)))
-    scores = np.asarray(
-        exit_scores(jnp.asarray(logits, jnp.float32), per_exit, check_rule(rule)), np.float64
+    check_max_drop(max_drop)
+    rows, exits = np.arange(table.tokens.size), len(table.layers)
+    chosen: Any = (FULL,) * exits
+    least = int(table.tokens.sum()) * int(table.layers[-1])
+    correct = table.correct
+    for policy in policies(table, family, table.expected_lost, BOUNDS):
+        taken = table.leave(policy)
+        lost = int(correct[-1].sum()) - int(correct[taken, rows].sum())
+        expected = table.expected_lost[taken, rows].sum()
+        work = int((table.tokens * table.layers[taken]).sum())
+        if work < least and 100 * max(lost, expected) <= max_drop * rows.size:
+            chosen, least = policy, work
+    return operating_point(table, chosen) | {"max_drop": float(max_drop)}
+
+
+def budget_thresholds(
+    table: Table,
+    budget: float,
+    *,
+    cost: Callable[[Int], float] | None = None,
+    family: Family = "per exit",
+) -> dict[str, Any]:
+    """The surest thresholds that spend at most `budget` on these rows.
+
+    Args:
+      budget: a share of full depth's layers per token, above 0, or in the unit of `cost`.
+      cost: what rows that leave at int [N] spend; None means mean depth / L.
+
+    Returns:
+      The dict of `operating_point` at the thresholds chosen, `budget`, and `spent` in its unit.
+
+    Raises:
+      ValueError: where even the first exit costs more.
+    """
+    spend = cost or (lambda taken: table.depth(taken) / float(table.layers[-1]))
+    check_budget(budget)
+    nobody = (FULL,) * len(table.layers)
+    spent = math.inf
+    for policy in (nobody, *policies(table, family, table.expected_lost)):
+        spent = spend(table.leave(policy))
+        if spent <= budget:
+            return operating_point(table, policy) | {"budget": float(budget), "spent": spent}
+    raise ValueError(
+        f"a budget must be at least {spent:.4g}, what these rows cost when all leave at the first "
+        f"exit. Got {budget:g}."
     )
-    expected_lost = _expected_lost(logits, temperatures)
-    curves = [_fit_loss(*pair) for pair in zip(scores[:-1], expected_lost[:-1], strict=True)]
-    rows, exits = np.arange(counts.size), len(layers_)
-    chosen, taken = (FULL,) * exits, np.full(counts.size, exits - 1)
-    least = int(counts.sum()) * layers_[-1]
-    for bound in BOUNDS:
-        candidate = (*(_score_at(curve, bound) for curve in curves), 0.0)
-        reached = scores.astype(np.float32) >= np.asarray(candidate, np.float32)[:, None]
-        leaves = reached.argmax(axis=0)
-        lost = int(correct[-1].sum()) - int(correct[leaves, rows].sum())
-        expected = expected_lost[leaves, rows].sum()
-        work = (counts * layers_[leaves]).sum()
-        if work < least and 100 * max(lost, expected) <= max_drop * counts.size:
-            chosen, taken, least = candidate, leaves, work
-    point = _describe(correct, expected_lost, layers_, counts, taken, chosen, rule)
-    return point | {"max_drop": float(max_drop)}
+
+
+def risk_thresholds(
+    table: Table,
+    risk: float,
+    delta: float = 0.05,
+    *,
+    loss: Loss = "disagreement",
+    family: Family = "per exit",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The fastest thresholds that are shown to lose at most `risk` of texts.
+
+    With probability 1 - delta over the draw of these rows the share of all texts, drawn as
+    these were, that loses by leaving early is at most `risk`, whatever the model and for any
+    number of rows: Learn then Test (Angelopoulos et al., 2021, section 2 and fixed-sequence
+    testing in section 3) with exact binomial p-values. The policies are ordered on a quarter of
+    the rows, from the surest on; on the others each in turn has to reject "its risk is above
+    `risk`" at level `delta`, and the first that does not ends the sequence. Full depth loses
+    nothing and needs no test.
+
+    Args:
+      risk: in (0, 1), a share of texts.
+      delta: in (0, 1).
+      loss: "disagreement" counts texts with another answer than full depth's, "error" those
+        that full depth gets right and early exit does not.
+      seed: which rows order the policies.
+
+    Returns:
+      The dict of `operating_point` of the tested rows at the thresholds chosen, and `risk`,
+      `delta`, `loss`; `rows_for_order`; `losses`, the tested rows that lost; `p_value` (null
+      where nobody leaves early); `upper`, the share that the loss is below with probability
+      1 - delta, were this policy the only one tested (Clopper and Pearson, 1934);
+      `rows_needed`, without which nothing can be shown.
+
+    Raises:
+      ValueError: on a risk or a delta outside (0, 1).
+    """
+    check_share("risk", risk)
+    check_share("delta", delta)
+    order = np.random.default_rng(seed).permutation(table.tokens.size)
+    first, rest = np.split(order, [order.size // 4])
+    tested, rows = table.take(rest), np.arange(rest.size)
+    lost = tested.lost(loss)
+    needed = math.ceil(math.log(delta) / math.log1p(-risk))
+    chosen: Any = (FULL,) * len(table.layers)
+    losses, p_value = 0, None
+    if rest.size >= needed:
+        ordered = table.take(first)
+        for policy in policies(ordered, family, ordered.lost(loss)):
+            count = int(lost[tested.leave(policy), rows].sum())
+            p = float(bdtr(count, rest.size, risk))
+            if p > delta:
+                break
+            chosen, losses, p_value = policy, count, p
+    upper = float(bdtri(losses, rest.size, delta)) if losses < rest.size else 1.0
+    return operating_point(tested, chosen) | {
+        "risk": float(risk),
+        "delta": float(delta),
+        "loss": loss,
+        "rows_for_order": first.size,
+        "losses": losses,
+        "p_value": p_value,
+        "upper": upper if p_value is not None else 0.0,
+        "rows_needed": math.ceil(needed * 4 / 3),
+    }
+
+
+def check_max_drop(points: float) -> None:
+    if not (math.isfinite(points) and points >= 0):
+        raise ValueError(f"max_drop must be 0 points or above. Got {points}.")
+
+
+def check_budget(value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"a budget must be a number above 0. Got {value}.")
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1. Got {value}.")
+
+
+def check_loss(loss: str) -> Loss:
+    if loss == "disagreement":
+        return "disagreement"
+    if loss == "error":
+        return "error"
+    raise ValueError(f"loss must be disagreement or error. Got {loss!r}.")
+
+
+def policies(
+    table: Table, family: Family, lost: Any, bounds: Float | None = None
+) -> list[tuple[float, ...]]:
+    """Thresholds per exit from the surest to the fastest, each at most the one before.
+
+    Args:
+      lost: [E, N], what rows lose that leave at each exit, in [0, 1]; for "per exit" only.
+      bounds: on that loss, ascending, for "per exit" only; None means its quantiles, so that
+        a policy lets about a `STEPS`-th of the rows go one exit earlier than the one before.
+    """
+    early = len(table.layers) - 1
+    if not early:
+        return []
+    scores = table.scores[:-1].astype(np.float64)
+    if family == "one number":
+        numbers = np.unique(np.quantile(scores, np.linspace(0, 1, STEPS)).round(4))[::-1]
+        return [(number,) * early + (0.0,) for number in [*numbers.tolist(), 0.0]]
+    if family != "per exit":
+        raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
+    curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
+    if bounds is None:
+        fitted = [_logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)]
+        bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
+    return [(*(_score_at(curve, bound) for curve in curves), 0.0) for bound in bounds.tolist()]
 
 
 def _fit_loss(scores: Float, lost: Float) -> Float:
@@ -133,7 +373,7 @@ def _fit_loss(scores: Float, lost: Float) -> Float:
     middle, precision = np.array([0.0, -1.0]), np.array([1e-3, 1.0])
     weights = np.array([-2.0, -0.5])
     for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+        p = _logistic(x @ weights)
         gradient = x.T @ (p - lost) + precision * (weights - middle)
         curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(precision)
         step = np.linalg.solve(curvature, gradient)
@@ -148,7 +388,11 @@ def _score_at(curve: Float, bound: float) -> float:
     intercept, slope = curve
     if slope >= 0:
         return 0.0 if intercept <= _logit(bound) else FULL
-    return round(float(1 / (1 + np.exp(-(_logit(bound) - intercept) / slope))), 4)
+    return round(float(_logistic((_logit(bound) - intercept) / slope)), 4)
+
+
+def _logistic(x: Any) -> Any:
+    return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
 def _logit(p: Any) -> Any:
@@ -156,64 +400,13 @@ def _logit(p: Any) -> Any:
     return np.log(p) - np.log1p(-p)
 
 
-def _check(
-    logits: Any, labels: Any, layers: tuple[int, ...], tokens: Any
-) -> tuple[npt.NDArray[np.bool_], Int, Int]:
-    """Correct [E, N], layers [E], tokens [N]."""
-    values, checked = check_rows(logits, labels)
-    exits, rows, _ = values.shape
-    check_layers(tuple(layers))
-    if len(layers) != exits:
-        raise ValueError(
-            f"layers must hold one layer per exit ({exits}). Got {len(layers)}: {tuple(layers)}."
-        )
-    counts = np.asarray(tokens)
-    if counts.shape != (rows,) or counts.dtype.kind not in "iu" or (counts < 1).any():
-        raise ValueError(
-            f"tokens must be {rows} integers of at least 1, the real tokens of each row. "
-            f"Got shape {counts.shape}, dtype {counts.dtype}, smallest {counts.min(initial=1)}."
-        )
-    correct = values.argmax(axis=2) == checked
-    return correct, np.asarray(layers, np.int64), counts.astype(np.int64)
-
-
-def _expected_lost(logits: Any, temperatures: Any) -> Float:
+def _expected_lost(values: Float, per_exit: Any) -> Float:
     """[E, N]: how much likelier full depth's label is than this exit's, by full depth.
 
     Its mean is the drop that calibrated probabilities expect, whatever the labels: 0
     where the two agree.
     """
-    values = np.asarray(logits, np.float64)
-    per_exit = np.broadcast_to(np.asarray(temperatures, np.float64), len(values))
     full = softmax(values[-1], temperature=float(per_exit[-1]))
     labels = values.argmax(axis=2)
     row = np.arange(values.shape[1])
     return full[row, labels[-1]] - full[row[None], labels]
-
-
-def _describe(
-    correct: npt.NDArray[np.bool_],
-    expected_lost: Float,
-    layers: Int,
-    tokens: Int,
-    taken: npt.NDArray[Any],
-    threshold: Thresholds,
-    rule: str,
-) -> dict[str, Any]:
-    early = correct[taken, np.arange(tokens.size)]
-    drop, low, high = paired_interval(correct[-1], early)
-    mean_depth = float((tokens * layers[taken]).sum() / tokens.sum())
-    return {
-        "threshold": np.asarray(threshold, np.float64).tolist(),
-        "rule": rule,
-        "rows": tokens.size,
-        "accuracy": float(early.mean()),
-        "full_accuracy": float(correct[-1].mean()),
-        "drop": drop,
-        "drop_low": low,
-        "drop_high": high,
-        "expected_drop": 100 * float(expected_lost[taken, np.arange(tokens.size)].mean()),
-        "mean_depth": mean_depth,
-        "cost": mean_depth / float(layers[-1]),
-        "exit_share": (np.bincount(taken, minlength=layers.size) / tokens.size).tolist(),
-    }

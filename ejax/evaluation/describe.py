@@ -69,12 +69,16 @@ def exit_tables(bundle: Bundle) -> list[Table]:
         table = Table(title=f"{title}, {point['rows']} rows" if point else title)
         for heading in ("layer", "accuracy", "macro-F1", "NLL", "Brier", "ECE", "leave here"):
             table.add_column(heading, justify="right")
-        shares = point["exit_share"] if point else [float("nan")] * len(bundle.exits.layers)
+        shares = (
+            [f"{100 * share:.1f} %" for share in point["exit_share"]]
+            if point
+            else [""] * len(bundle.exits.layers)
+        )
         for layer, row, share in zip(bundle.exits.layers, metrics[name], shares, strict=True):
             values = (
                 row["after"][key] for key in ("accuracy", "macro_f1", "nll", "brier", "ece_width")
             )
-            table.add_row(str(layer), *(f"{value:.4f}" for value in values), f"{100 * share:.1f} %")
+            table.add_row(str(layer), *(f"{value:.4f}" for value in values), share)
         if point:
             table.caption = (
                 f"at the default thresholds: accuracy {point['accuracy']:.4f}, full depth "

@@ -61,11 +61,17 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
             "max_drop": max_drop,
             "dev_b_rows_left_out": len(kept),
         },
-        "rows": bundle.provenance.get("rows", {}) | {"calibration": [task.hashes[i] for i in fit]},
+        "rows": {
+            name: rows
+            for name, rows in bundle.provenance.get("rows", {}).items()
+            if name != "thresholds"
+        }
+        | {"calibration": [task.hashes[i] for i in fit]},
     }
+    kept_on = {name: what for name, what in bundle.provenance.items() if name != "target"}
     return dataclasses.replace(
         bundle,
         temperatures=tuple(chosen["temperatures"]),
         thresholds=tuple(chosen["thresholds"]),
-        provenance=bundle.provenance | changed,
+        provenance=kept_on | changed,
     )

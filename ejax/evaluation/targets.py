@@ -1,0 +1,304 @@
+"""Thresholds for a trained bundle from a target: an accuracy drop, a budget, a risk.
+
+What is chosen is tried on the outputs of the very engine, tiles and compute type that run.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rich.table import Table as Shown
+
+from ejax.bundle import Bundle
+from ejax.calibration import thresholds
+from ejax.calibration.thresholds import FULL, Family, Table
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.batches import bucket_of
+from ejax.data.sources import Split
+from ejax.data.tokenizer import Encoded
+from ejax.evaluation.bench import spread
+from ejax.evaluation.evaluate import predicted
+from ejax.hardware import describe as machine
+from ejax.training.finetune import Task, encode
+
+SAMPLE = 200  # texts that are timed alone
+FAMILIES: tuple[Family, ...] = ("per exit", "one number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What thresholds are for; exactly one of the first four is given.
+
+    Attributes:
+      max_drop: points of accuracy that may be lost.
+      budget: the share of full depth's layers per token that may be spent, in (0, 1].
+      budget_ms: mean milliseconds of one text alone on this machine, its tokens given.
+      risk: the share of texts that may lose, with probability 1 - delta.
+      delta: of `risk`.
+      loss: of `risk`: "disagreement" with full depth, or "error" where full depth is right.
+    """
+
+    max_drop: float | None = None
+    budget: float | None = None
+    budget_ms: float | None = None
+    risk: float | None = None
+    delta: float = 0.05
+    loss: str = "disagreement"
+
+    def __post_init__(self) -> None:
+        names = ("max_drop", "budget", "budget_ms", "risk")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a target must be one of max_drop, budget, budget_ms and risk. "
+                f"Got {' and '.join(given) or 'none'}."
+            )
+        if self.max_drop is not None:
+            thresholds.check_max_drop(self.max_drop)
+        for budget in (self.budget, self.budget_ms):
+            if budget is not None:
+                thresholds.check_budget(budget)
+        if self.risk is not None:
+            thresholds.check_share("risk", self.risk)
+            thresholds.check_share("delta", self.delta)
+            thresholds.check_loss(self.loss)
+
+    def to_json(self) -> dict[str, Any]:
+        given = {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        }
+        return given if self.risk else {k: given[k] for k in given.keys() - {"delta", "loss"}}
+
+
+def choose(
+    clf: EarlyExitClassifier,
+    split: Split,
+    target: Target,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Bundle, dict[str, Any]]:
+    """The bundle with thresholds chosen for `target` on these rows, and a report on the choice.
+
+    Rows that fitted the temperatures are left out, and the rows used are recorded, so that
+    `ejax evaluate` and `ejax report` can leave those out in turn: temperatures, thresholds and
+    reports each have rows of their own. Rows of dev-B that serve here are no longer dev-B.
+
+    Returns:
+      The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
+      the same by one threshold for all exits; `full`; `oracle`; each with `ms_together`,
+      predicted milliseconds per text of all at once (null without a profile) and, for
+      `budget_ms`, `ms_alone`, of one text; `ms_alone_measured` at the thresholds chosen;
+      `differ`, rows that left elsewhere when the engine ran; `sentence`.
+
+    Raises:
+      ValueError: where no rows are left, a budget cannot be met, or `budget_ms` has no profile.
+    """
+    bundle = clf.bundle
+    task = encode(split, bundle.tokenizer, bundle.max_length)
+    fitted = temperature_rows(bundle)
+    kept = np.array([i for i, name in enumerate(task.hashes) if name not in fitted], int)
+    if not len(kept):
+        raise ValueError(
+            f"every row of {split.origin} fitted this bundle's temperatures: thresholds need "
+            f"other rows."
+        )
+    task = task.take(kept)
+    progress("every exit's answers")
+    table = table_of(clf, task)
+    costs = Costs(clf, task.encoded)
+    if target.budget_ms is not None:
+        progress("timing single texts")
+        costs.measure_call()
+    progress("choosing")
+    points = {family: _choose(table, target, costs, family) for family in FAMILIES}
+    chosen, one_number = points.values()
+    progress("trying them in the engine")
+    taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
+    differ = int((taken != table.leave(chosen["threshold"])).sum())
+    sentence = in_words(chosen, split.origin)
+    report = {
+        "target": target.to_json(),
+        "data": split.origin,
+        "rows": len(kept),
+        "rows_left_out": len(split) - len(kept),
+        "dtype": bundle.cfg.dtype,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "chosen": chosen | costs.of(table.leave(chosen["threshold"])),
+        "one_number": one_number | costs.of(table.leave(one_number["threshold"])),
+        "full": thresholds.operating_point(table, FULL) | costs.of(table.leave(FULL)),
+        "oracle": thresholds.describe(table, thresholds.oracle(table))
+        | costs.of(thresholds.oracle(table)),
+        "differ": differ,
+        **(
+            {"ms_alone_measured": costs.measured(chosen["threshold"])}
+            if target.budget_ms is not None
+            else {}
+        ),
+        "sentence": sentence,
+    }
+    rows = bundle.provenance.get("rows", {})
+    used = set(task.hashes)
+    provenance = bundle.provenance | {
+        "thresholds_from": sentence,
+        "target": report,
+        "operating_points": {"thresholds": chosen},
+        "rows": rows
+        | {"thresholds": task.hashes}
+        | {"dev_b": [name for name in rows.get("dev_b", ()) if name not in used]},
+    }
+    changed = dataclasses.replace(
+        bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance
+    )
+    return changed, report
+
+
+def temperature_rows(bundle: Bundle) -> set[str]:
+    """Hashes of the rows that fitted the temperatures."""
+    rows = bundle.provenance.get("rows", {})
+    return set(rows.get("calibration") or rows.get("dev_a", ()))
+
+
+def chosen_on(bundle: Bundle) -> set[str]:
+    """Hashes of the rows that fitted temperatures or chose thresholds: no report on them."""
+    return temperature_rows(bundle) | set(bundle.provenance.get("rows", {}).get("thresholds", ()))
+
+
+def table_of(clf: EarlyExitClassifier, task: Task) -> Table:
+    """Every exit's answers, as the engine gives them."""
+    return thresholds.make_table(
+        clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
+        clf.bundle.exits.layers, task.encoded.lengths,
+    )  # fmt: skip
+
+
+class Costs:
+    """Milliseconds per text: by this machine's profile, and by trial."""
+
+    def __init__(self, clf: EarlyExitClassifier, encoded: Encoded) -> None:
+        self.clf, self.encoded, self.profile = clf, encoded, clf.shapes.profile
+        self.pools = list(clf.pools(encoded.lengths))
+        bundle = clf.bundle
+        self.bucket = bucket_of(encoded.lengths, bundle.buckets, bundle.max_length)
+        self.sample = spread(len(encoded), SAMPLE)
+        self.call: float | None = None
+
+    def measure_call(self) -> None:
+        """What a call with one text takes beyond what the profile knows."""
+        first = np.zeros(len(self.encoded), int)
+        by_profile = self._alone(self.sample, first[self.sample])
+        self.call = self.measured([0.0] * len(self.clf.bundle.exits.layers)) - by_profile
+
+    def measured(self, threshold: Any) -> float:
+        """Of a sample of the rows, one by one, after a pass that compiles."""
+        rows = [self.encoded.subset(np.array([row])) for row in self.sample]
+        for _ in range(2):
+            start = time.perf_counter()
+            for row in rows:
+                self.clf.decide_encoded(row, threshold=threshold)
+            taken = time.perf_counter() - start
+        return 1000 * taken / len(rows)
+
+    def alone(self, taken: np.ndarray) -> float:
+        """Of one text alone, in the mean over these rows."""
+        assert self.call is not None
+        return self.call + self._alone(np.arange(taken.size), taken)
+
+    def _alone(self, rows: np.ndarray, taken: np.ndarray) -> float:
+        if self.profile is None:
+            raise ValueError(
+                "budget-ms needs this machine's profile: run `ejax profile` for this bundle first."
+            )
+        pairs = np.stack([taken, self.bucket[rows]])
+        seconds = sum(
+            count * self.profile.predict(self.clf.bundle.exits, exit[None], 1, int(length))
+            for (exit, length), count in zip(*_counts(pairs), strict=True)
+        )
+        return 1000 * seconds / len(rows)
+
+    def of(self, taken: np.ndarray) -> dict[str, float | None]:
+        together = predicted(self.clf, self.pools, taken)
+        ms = {"ms_together": None if together is None else 1000 * together / taken.size}
+        return ms if self.call is None else ms | {"ms_alone": self.alone(taken)}
+
+
+def _counts(pairs: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The different columns [K, 2] and how often each is there."""
+    found, counts = np.unique(pairs, axis=1, return_counts=True)
+    return found.T, counts.tolist()
+
+
+def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[str, Any]:
+    if target.max_drop is not None:
+        return thresholds.drop_thresholds(table, target.max_drop, family=family)
+    if target.budget is not None:
+        return thresholds.budget_thresholds(table, target.budget, family=family)
+    if target.budget_ms is not None:
+        return thresholds.budget_thresholds(
+            table, target.budget_ms, cost=costs.alone, family=family
+        )
+    assert target.risk is not None
+    loss = thresholds.check_loss(target.loss)
+    return thresholds.risk_thresholds(table, target.risk, target.delta, loss=loss, family=family)
+
+
+def in_words(chosen: dict[str, Any], origin: str) -> str:
+    """What was asked, on which rows, and what can be said for it."""
+    where = f"on {chosen['rows']} rows of {origin}"
+    if "max_drop" in chosen:
+        return f"The fastest that lose at most {chosen['max_drop']:g} points {where}."
+    if "budget" in chosen:
+        return (
+            f"The surest that spend at most {chosen['budget']:g} ({chosen['spent']:.4g} spent) "
+            f"{where}."
+        )
+    what = {
+        "disagreement": "disagree with full depth",
+        "error": "are wrong where full depth is right",
+    }[chosen["loss"]]
+    asked = (
+        f"at most {100 * chosen['risk']:g} % of texts {what}, with probability "
+        f"{1 - chosen['delta']:g}"
+    )
+    total = chosen["rows"] + chosen["rows_for_order"]
+    if chosen["p_value"] is not None:
+        return (
+            f"The fastest shown to keep the promise that {asked}: {chosen['losses']} losses "
+            f"{where} that chose nothing else (p = {chosen['p_value']:.2g}; Learn then Test)."
+        )
+    if total < chosen["rows_needed"]:
+        return (
+            f"Full depth: to show that {asked}, at least {chosen['rows_needed']} rows are needed, "
+            f"and {origin} has {total}."
+        )
+    return f"Full depth: no early exit could be shown to keep the promise that {asked}, {where}."
+
+
+def targets_table(report: dict[str, Any]) -> Shown:
+    """The report as people read it."""
+    made = Shown(title=f"{report['chosen']['rows']} rows of {report['data']}")
+    alone = "ms_alone" in report["full"]
+    for heading in (
+        "", "thresholds", "accuracy", "drop, points (95 %)", "other answers", "depth", "cost",
+        *(["ms alone"] if alone else []), "ms together",
+    ):  # fmt: skip
+        made.add_column(heading, justify="left" if not heading else "right")
+    for key in ("chosen", "one_number", "oracle", "full"):
+        p = report[key]
+        given = p["threshold"][:-1] if key in ("chosen", "one_number") else []
+        times = [p[ms] for ms in (["ms_alone"] if alone else []) + ["ms_together"]]
+        made.add_row(
+            key.replace("_", " "),
+            ", ".join(f"{t:.3f}" if t <= 1 else "none" for t in given),
+            f"{p['accuracy']:.4f}",
+            f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
+            f"{100 * p['disagreement']:.2f} %",
+            f"{p['mean_depth']:.2f}",
+            f"{p['cost']:.3f}",
+            *("" if ms is None else f"{ms:.2f}" for ms in times),
+        )
+    if alone:
+        made.caption = f"measured at the thresholds chosen: {report['ms_alone_measured']:.2f} ms"
+    return made
