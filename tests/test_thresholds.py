@@ -241,6 +241,9 @@ def test_a_budget_is_spent_and_not_passed(family):
     table = make_table(*rows(3, n=400)[:3], LAYERS, rows(3, n=400)[3])
     ordered = thresholds.policies(table, family, table.expected_lost)
     costs = [operating_point(table, policy)["cost"] for policy in ordered]
+    work = np.outer(table.layers, table.tokens)
+    summed = thresholds.totals(table, ordered, work) / work[-1].sum()
+    np.testing.assert_allclose(summed, costs, rtol=1e-12)
     for budget in (0.2, 0.4, 0.7):
         point = budget_thresholds(table, budget, family=family)
         assert point["spent"] == point["cost"] <= budget

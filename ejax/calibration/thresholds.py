@@ -9,7 +9,7 @@ Axes: E exits, N rows, C classes, P policies.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ FULL = 2.0  # above every score: nobody leaves early
 BOUNDS = np.geomspace(5e-4, 0.5, 61)  # on the loss of a row that leaves, for an accuracy drop
 STEPS = 401  # policies to choose from, for a budget or a risk
 
-Thresholds = float | tuple[float, ...]  # one for all exits, or one per exit
+Thresholds = float | Sequence[float]  # one for all exits, or one per exit
 Family = Literal["per exit", "one number"]
 Loss = Literal["disagreement", "error"]
 
@@ -202,17 +202,16 @@ def drop_thresholds(
       ValueError: on a `max_drop` below 0.
     """
     check_max_drop(max_drop)
-    rows, exits = np.arange(table.tokens.size), len(table.layers)
-    chosen: Any = (FULL,) * exits
-    least = int(table.tokens.sum()) * int(table.layers[-1])
-    correct = table.correct
-    for policy in policies(table, family, table.expected_lost, BOUNDS):
-        taken = table.leave(policy)
-        lost = int(correct[-1].sum()) - int(correct[taken, rows].sum())
-        expected = table.expected_lost[taken, rows].sum()
-        work = int((table.tokens * table.layers[taken]).sum())
-        if work < least and 100 * max(lost, expected) <= max_drop * rows.size:
-            chosen, least = policy, work
+    ordered = policies(table, family, table.expected_lost, BOUNDS)
+    correct, work = table.correct.astype(float), np.outer(table.layers, table.tokens)
+    lost = correct[-1].sum() - totals(table, ordered, correct)
+    expected = totals(table, ordered, table.expected_lost)
+    spent = totals(table, ordered, work)
+    allowed = 100 * np.maximum(lost, expected) <= max_drop * table.tokens.size
+    spent = np.append(np.where(allowed, spent, np.inf), work[-1].sum())
+    best = int(spent.argmin())
+    full = (FULL,) * len(table.layers)
+    chosen = full if spent[best] == spent[-1] else tuple(ordered[best].tolist())
     return operating_point(table, chosen) | {"max_drop": float(max_drop)}
 
 
@@ -237,9 +236,9 @@ def budget_thresholds(
     """
     spend = cost or (lambda taken: table.depth(taken) / float(table.layers[-1]))
     check_budget(budget)
-    nobody = (FULL,) * len(table.layers)
+    full = [FULL] * len(table.layers)
     spent = math.inf
-    for policy in (nobody, *policies(table, family, table.expected_lost)):
+    for policy in [full, *policies(table, family, table.expected_lost).tolist()]:
         spent = spend(table.leave(policy))
         if spent <= budget:
             return operating_point(table, policy) | {"budget": float(budget), "spent": spent}
@@ -289,19 +288,19 @@ def risk_thresholds(
     check_share("delta", delta)
     order = np.random.default_rng(seed).permutation(table.tokens.size)
     first, rest = np.split(order, [order.size // 4])
-    tested, rows = table.take(rest), np.arange(rest.size)
-    lost = tested.lost(loss)
+    tested = table.take(rest)
+    lost = tested.lost(loss).astype(float)
     needed = math.ceil(math.log(delta) / math.log1p(-risk))
-    chosen: Any = (FULL,) * len(table.layers)
-    losses, p_value = 0, None
+    chosen, losses, p_value = [FULL] * len(table.layers), 0, None
     if rest.size >= needed:
-        ordered = table.take(first)
-        for policy in policies(ordered, family, ordered.lost(loss)):
-            count = int(lost[tested.leave(policy), rows].sum())
-            p = float(bdtr(count, rest.size, risk))
-            if p > delta:
-                break
-            chosen, losses, p_value = policy, count, p
+        ordering = table.take(first)
+        ordered = policies(ordering, family, ordering.lost(loss))
+        counts = totals(tested, ordered, lost).round()
+        p_values = bdtr(counts, rest.size, risk)
+        passed = int((p_values <= delta).cumprod().sum())
+        if passed:
+            chosen, p_value = ordered[passed - 1].tolist(), float(p_values[passed - 1])
+            losses = int(counts[passed - 1])
     upper = float(bdtri(losses, rest.size, delta)) if losses < rest.size else 1.0
     return operating_point(tested, chosen) | {
         "risk": float(risk),
@@ -338,10 +337,8 @@ def check_loss(loss: str) -> Loss:
     raise ValueError(f"loss must be disagreement or error. Got {loss!r}.")
 
 
-def policies(
-    table: Table, family: Family, lost: Any, bounds: Float | None = None
-) -> list[tuple[float, ...]]:
-    """Thresholds per exit from the surest to the fastest, each at most the one before.
+def policies(table: Table, family: Family, lost: Any, bounds: Float | None = None) -> Float:
+    """Thresholds [P, E] from the surest to the fastest, each at most the one before.
 
     Args:
       lost: [E, N], what rows lose that leave at each exit, in [0, 1]; for "per exit" only.
@@ -349,19 +346,42 @@ def policies(
         a policy lets about a `STEPS`-th of the rows go one exit earlier than the one before.
     """
     early = len(table.layers) - 1
-    if not early:
-        return []
     scores = table.scores[:-1].astype(np.float64)
+    if not early:
+        return np.zeros((0, 1))
     if family == "one number":
         numbers = np.unique(np.quantile(scores, np.linspace(0, 1, STEPS)).round(4))[::-1]
-        return [(number,) * early + (0.0,) for number in [*numbers.tolist(), 0.0]]
-    if family != "per exit":
+        columns = [np.append(numbers, 0.0)] * early
+    elif family == "per exit":
+        curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
+        if bounds is None:
+            fitted = [
+                _logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)
+            ]
+            bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
+        columns = [_score_at(curve, bounds) for curve in curves]
+    else:
         raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
-    curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
-    if bounds is None:
-        fitted = [_logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)]
-        bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
-    return [(*(_score_at(curve, bound) for curve in curves), 0.0) for bound in bounds.tolist()]
+    return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
+
+
+def totals(table: Table, ordered: Float, values: Any) -> Float:
+    """The sum over rows of `values` [E, N] at the exit each takes, for every policy: [P].
+
+    All policies at once: a row that leaves at an exit from policy p on does so until the
+    policy from which it leaves at an earlier one.
+    """
+    count = len(ordered)
+    steps, before = np.zeros(count + 1), np.full(table.tokens.size, count)
+    for e, value in enumerate(values):
+        since = np.zeros_like(before)
+        if e < len(values) - 1:
+            rising = ordered[::-1, e].astype(np.float32)
+            since = count - np.searchsorted(rising, table.scores[e], side="right")
+        since = np.minimum(since, before)
+        steps += np.bincount(since, value, count + 1) - np.bincount(before, value, count + 1)
+        before = since
+    return np.asarray(steps.cumsum()[:-1])
 
 
 def _fit_loss(scores: Float, lost: Float) -> Float:
@@ -383,12 +403,12 @@ def _fit_loss(scores: Float, lost: Float) -> Float:
     return weights
 
 
-def _score_at(curve: Float, bound: float) -> float:
-    """The score at which a row is expected to lose `bound`; a curve that rises has none."""
+def _score_at(curve: Float, bounds: Float) -> Float:
+    """The score at which a row is expected to lose each bound; a curve that rises has none."""
     intercept, slope = curve
     if slope >= 0:
-        return 0.0 if intercept <= _logit(bound) else FULL
-    return round(float(_logistic((_logit(bound) - intercept) / slope)), 4)
+        return np.where(intercept <= _logit(bounds), 0.0, FULL)
+    return np.asarray(_logistic((_logit(bounds) - intercept) / slope).round(4))
 
 
 def _logistic(x: Any) -> Any:
