@@ -22,7 +22,6 @@ app = typer.Typer(
 # Of click or of typer's own copy of it, by version; not public under its name in either.
 UsageError: Any = typer.BadParameter.__base__
 
-LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FULL = 2.0  # above every score
 
 Bundle = Annotated[Path, typer.Argument(help="A folder that `ejax train` wrote.")]
@@ -32,6 +31,12 @@ Data = Annotated[
 TextColumns = Annotated[
     list[str] | None,
     typer.Option("--text-column", help="Column of the text; twice for pairs.", show_default=False),
+]
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Another bundle for the same labels, at full depth; repeatable.", show_default=False
+    ),
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_default=False)]
 
@@ -277,7 +282,7 @@ def evaluate(
 
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
-    from ejax.evaluation.evaluate import evaluate, save, table
+    from ejax.evaluation.evaluate import LADDER, evaluate, save, table
     from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.targets import chosen_on
     from ejax.training.finetune import encode
@@ -308,6 +313,43 @@ def evaluate(
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
+@app.command(epilog="Example: `ejax report sentiment --data test.tsv --output report.html`")
+def report(
+    bundle: Bundle,
+    data: Data,
+    split: Annotated[str, typer.Option(help="dev or test.")] = "test",
+    beside: Beside = None,
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 1,
+    output: Annotated[Path, typer.Option(help="HTML; a JSON and PNGs go beside it.")] = Path(
+        "report.html"
+    ),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Write one page on what early exit gains and loses on labelled rows, and for whom.
+
+    Rows that fitted the temperatures or chose the thresholds are left out. The page needs
+    nothing else: it can be sent and opened anywhere.
+    """
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.page import write_page
+    from ejax.evaluation.report import make_report
+
+    check_output_file(output, ".html")
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = labelled_rows(
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    others = {path.name: EarlyExitClassifier.from_pretrained(path) for path in beside or ()}
+    with Console(stderr=True).status("") as status:
+        made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
+    for path in write_page(made | {"bundle": bundle.name}, output):
+        note(f"written: {path}")
+
+
 @app.command(
     epilog="Example: `ejax bench sentiment --data test.tsv --against torch-float32,onnx-int8`"
 )
@@ -323,13 +365,7 @@ def bench(
             show_default=False,
         ),
     ] = "",
-    beside: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Another bundle for the same labels, at full depth; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    beside: Beside = None,
     limit: Annotated[
         int, typer.Option(help="At most so many rows, evenly over all; 0 is all.", min=0)
     ] = 0,
@@ -581,8 +617,12 @@ def parse_top_k(text: str) -> int | None:
 
 
 def check_json(output: Path) -> None:
+    check_output_file(output, ".json")
+
+
+def check_output_file(output: Path, suffix: str) -> None:
     """Before the work: whether the result can be written."""
-    if output.suffix != ".json":
-        raise ValueError(f"--output must end in .json. Got {output}.")
+    if output.suffix != suffix:
+        raise ValueError(f"--output must end in {suffix}. Got {output}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"--output must be a file in a folder that exists. Got {output}.")

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
 REPOSITORY = Path(__file__).parent.parent
 VERBS = (
     "train", "predict", "evaluate", "profile", "bench", "export", "calibrate",
-    "thresholds", "info", "quickstart",
+    "thresholds", "report", "info", "quickstart",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.evaluation import contenders
 from ejax.evaluation.contenders import CORES, Run, Setting
 from ejax.evaluation.evaluate import (
+    LADDER,
     best_full_depth,
     exit_accuracy,
     quality,
@@ -40,7 +41,6 @@ BATCHES = (16, 64, 128)
 REQUESTS = (8, 32)
 STREAM_ROWS, REQUEST_ROWS, SWEEP_ROWS, TRIAL_ROWS = 200, 256, 128, 32
 SLOWEST = 4.0  # times slower than our full depth in a trial: left out, and said so
-LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 LIBRARIES = ("torch", "transformers", "onnx", "onnxruntime")
 AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
     "torch-float32": (LIBRARIES[:2], "transformers in PyTorch, full depth, float32"),

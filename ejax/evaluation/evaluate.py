@@ -25,6 +25,7 @@ from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
 from ejax.training.parallel import make_all_logits
 
+LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
 TRIAL_TOKENS = 4 * TILE_TOKENS[-1]
 Level = float | str | None  # a threshold, "full" for the baseline, None for the bundle's own
@@ -272,12 +273,24 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 def save_png(draw: Callable[[Any], None], path: Path) -> None:
     """What `draw` puts on one pair of axes, written whole or not at all."""
+    save_figure(lambda panels: draw(panels[0]), path, size=(7, 4.5))
+
+
+def save_figure(
+    draw: Callable[[Sequence[Any]], None],
+    path: Path,
+    *,
+    size: tuple[float, float],
+    panels: tuple[int, int] = (1, 1),
+) -> None:
+    """What `draw` puts on several, rows by columns."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*panels, squeeze=False).ravel().tolist()
     draw(axes)
-    axes.grid(alpha=0.3)
+    for one in axes:
+        one.grid(alpha=0.3)
     fresh = path.with_suffix(".tmp")
     figure.savefig(fresh, dpi=150, format="png")
     fresh.replace(path)

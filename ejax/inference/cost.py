@@ -51,8 +51,13 @@ def ideal_speedup(cfg: BertConfig, exits: ExitConfig, tokens: Any, exit: Any) ->
     """
     flops = exit_flops(cfg, exits, tokens)
     spent = flops[np.asarray(exit), np.arange(flops.shape[1])].sum()
-    unused = (len(exits.layers) - 1) * head_flops(cfg, exits.num_labels)
-    return float((flops[-1] - unused).sum() / spent)
+    return float(full_flops(cfg, exits, tokens).sum() / spent)
+
+
+def full_flops(cfg: BertConfig, exits: ExitConfig, tokens: Any) -> np.ndarray:
+    """Of rows at full depth with the last head alone: float64 [N]."""
+    layers = layer_flops(cfg, np.asarray(tokens, np.float64))
+    return exits.num_layers * layers + head_flops(cfg, exits.num_labels)
 
 
 def tile_rows(exit: Any, tile: int, exits: int) -> np.ndarray:

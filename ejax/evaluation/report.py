@@ -1,0 +1,299 @@
+"""One page on a bundle: what early exit gains and loses on labelled rows, and for whom.
+
+The rows that fitted its temperatures or chose its thresholds are left out.
+
+Axes: P policies, E exits, N rows, C classes.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ejax.calibration import metrics
+from ejax.calibration.thresholds import (
+    FULL,
+    Family,
+    Table,
+    describe,
+    make_table,
+    operating_point,
+    oracle,
+    policies,
+    totals,
+)
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.sources import Split
+from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
+from ejax.evaluation.targets import chosen_on
+from ejax.hardware import environment
+from ejax.inference.cost import exit_flops, full_flops
+from ejax.training.finetune import encode
+
+FAMILIES: tuple[Family, ...] = ("per exit", "one number")
+POINTS = 40  # of a curve
+RESAMPLES = 200  # of the rows, for a band of 95 %
+EXAMPLES = 5
+MOST_LABELS = 20  # slices; of more classes the most frequent
+
+
+def make_report(
+    clf: EarlyExitClassifier,
+    split: Split,
+    *,
+    beside: Mapping[str, EarlyExitClassifier] | None = None,
+    repeats: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """All that the page shows, ready for JSON.
+
+    Args:
+      beside: other bundles for the same labels, at full depth, by name.
+      repeats: timed passes.
+
+    Returns:
+      `measured`: as `ejax.evaluation.evaluate.evaluate`; `curves`: accuracy and macro-F1 with
+      their bands against the share of full depth's operations, per family of thresholds, and
+      of rows that leave at random as often at each exit; `oracle`; `beside`; `exits`: per exit
+      quality on all rows and on those that leave there, calibration before and after
+      temperature, and who leaves; `overthinking`; `slices`: accuracy, drop and depth by label
+      and by length at each operating point; `examples`.
+
+    Raises:
+      ValueError: when no rows are left.
+    """
+    bundle = clf.bundle
+    progress("tokenising")
+    rows = list(split)
+    task = encode(split, bundle.tokenizer, bundle.max_length)
+    seen = chosen_on(bundle)
+    kept = np.array([i for i, name in enumerate(task.hashes) if name not in seen], int)
+    if not len(kept):
+        raise ValueError(
+            f"every row of {split.origin} fitted this bundle's temperatures or chose its "
+            f"thresholds: a report needs other rows."
+        )
+    task = task.take(kept)
+    pairs = [(rows[i].text, rows[i].pair) for i in kept]
+    texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]
+    progress("every exit's answers")
+    logits = clf.exit_logits(task.encoded)
+    table = make_table(
+        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths
+    )
+    measured = evaluate(
+        clf, task.encoded, task.labels, [*LADDER, None, FULL], repeats=repeats, progress=progress
+    )
+    progress("sums")
+    flops = exit_flops(bundle.cfg, bundle.exits, table.tokens)
+    whole = full_flops(bundle.cfg, bundle.exits, table.tokens).sum()
+    taken = table.leave(bundle.thresholds)
+    return {
+        "bundle": "",
+        "data": split.origin,
+        "rows": len(kept),
+        "rows_left_out": len(rows) - len(kept),
+        "labels": list(bundle.labels),
+        "layers": list(bundle.exits.layers),
+        "thresholds": list(bundle.thresholds),
+        "thresholds_from": bundle.provenance.get("thresholds_from", ""),
+        "measured": measured,
+        "curves": {family: curve(table, family, flops / whole) for family in FAMILIES},
+        "oracle": describe(table, oracle(table)) | {"flops": share(flops, oracle(table)) / whole},
+        "beside": {
+            name: full_depth_of(other, pairs, task.labels, repeats)
+            for name, other in (beside or {}).items()
+        },
+        "exits": per_exit(table, logits, bundle.temperatures, taken),
+        "overthinking": overthinking(table, texts, bundle.labels),
+        "slices": slices(table, bundle.labels, [*LADDER, tuple(bundle.thresholds)]),
+        "examples": examples(table, taken, texts, bundle.labels),
+        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
+    }
+
+
+def share(values: Any, taken: Any) -> float:
+    """The sum over rows of `values` [E, N] at the exit each takes."""
+    return float(values[taken, np.arange(taken.size)].sum())
+
+
+def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]]:
+    """Accuracy and macro-F1 along a family of thresholds, surest first.
+
+    The family per exit is tied together by full depth's probabilities on these rows, not by
+    their labels.
+
+    Args:
+      cost: [E, N], shares of the whole.
+
+    Returns:
+      Per point `flops`, `accuracy`, `macro_f1`, each of the two with `_low` and `_high` (95 % by
+      resampling rows), `disagreement`, and `random`: the accuracy of as many rows at each exit,
+      drawn at random.
+    """
+    ordered = policies(table, family, table.expected_lost)
+    ordered = np.concatenate([np.full((1, len(table.layers)), FULL), ordered])
+    spent = totals(table, ordered, cost)
+    wanted = np.linspace(spent.max(), spent.min(), POINTS)
+    chosen = np.unique(np.searchsorted(-spent, -wanted))
+    draws = np.random.default_rng(0).multinomial(
+        table.labels.size, np.full(table.labels.size, 1 / table.labels.size), RESAMPLES
+    )
+    weights = np.concatenate([np.ones((1, table.labels.size)), draws]).T  # [N, 1 + resamples]
+    exit_accuracy = table.correct.mean(axis=1)
+    rows = np.arange(table.labels.size)
+    points = []
+    for policy in ordered[chosen]:
+        taken = table.leave(policy)
+        answers = table.answers[taken, rows]
+        right = (answers == table.labels) @ weights / rows.size
+        f1 = weighted_f1(answers, table.labels, weights)
+        shares = np.bincount(taken, minlength=len(table.layers)) / rows.size
+        points.append(
+            {
+                "threshold": policy.tolist(),
+                "flops": share(cost, taken),
+                **banded("accuracy", right),
+                **banded("macro_f1", f1),
+                "disagreement": float((answers != table.answers[-1]).mean()),
+                "random": float(shares @ exit_accuracy),
+            }
+        )
+    return points
+
+
+def banded(name: str, values: np.ndarray) -> dict[str, float]:
+    """The first value, of the rows themselves, and the middle 95 % of the others."""
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def weighted_f1(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Macro-F1 as `ejax.calibration.metrics.macro_f1`, of rows that count `weights` [N, R]: [R]."""
+    scores, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    for label in np.union1d(answers, labels):
+        said, is_so = (answers == label).astype(float), (labels == label).astype(float)
+        seen = (said + is_so) @ weights
+        hits = (said * is_so) @ weights
+        scores += np.where(seen > 0, 2 * hits / np.maximum(seen, 1), 0)
+        present += seen > 0
+    return scores / np.maximum(present, 1)
+
+
+def full_depth_of(
+    clf: EarlyExitClassifier, pairs: Sequence[Any], labels: np.ndarray, repeats: int
+) -> dict[str, Any]:
+    """Accuracy and time of another bundle's full depth on the same texts."""
+    encoded = clf.encode([text if pair is None else (text, pair) for text, pair in pairs])
+    best = best_full_depth(clf.on_one_device(), encoded, repeats)
+    answers = best.full_logits(encoded).argmax(axis=1)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        best.full_logits(encoded)
+        seconds.append(time.perf_counter() - start)
+    layers = clf.bundle.exits.num_layers
+    return {
+        "layers": layers,
+        "accuracy": metrics.accuracy(answers, labels),
+        "macro_f1": metrics.macro_f1(answers, labels),
+        **timing(seconds, len(labels)),
+    }
+
+
+def per_exit(
+    table: Table, logits: np.ndarray, temperatures: Any, taken: np.ndarray
+) -> list[dict[str, Any]]:
+    """Per exit: quality on all rows, on those that leave there, calibration, who they are."""
+    found = []
+    for e, quality in enumerate(metrics.report(logits, table.labels, temperatures)):
+        rows = np.flatnonzero(taken == e)
+        before, after = (
+            metrics.softmax(logits[e], temperature=t) for t in (1.0, float(temperatures[e]))
+        )
+        found.append(
+            quality
+            | {
+                "layer": int(table.layers[e]),
+                "leave": rows.size,
+                "accuracy_of_leavers": float(table.correct[e, rows].mean()) if rows.size else None,
+                "full_accuracy_of_leavers": (
+                    float(table.correct[-1, rows].mean()) if rows.size else None
+                ),
+                "tokens_of_leavers": float(table.tokens[rows].mean()) if rows.size else None,
+                "labels_of_leavers": np.bincount(
+                    table.labels[rows], minlength=logits.shape[2]
+                ).tolist(),
+                "reliability_before": metrics.reliability(before, table.labels),
+                "reliability_after": metrics.reliability(after, table.labels),
+            }
+        )
+    return found
+
+
+def overthinking(table: Table, texts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """Rows that an early exit gets right and the last one wrong (Kaya et al., ICML 2019)."""
+    lost = table.correct[:-1] & ~table.correct[-1]
+    rows = np.flatnonzero(lost.any(axis=0))
+    surest = rows[np.argsort(-table.scores[-1, rows], kind="stable")][:EXAMPLES]
+    return {
+        "rows": rows.size,
+        "per_exit": lost.sum(axis=1).tolist(),
+        "gained_per_exit": (~table.correct[:-1] & table.correct[-1]).sum(axis=1).tolist(),
+        "examples": [
+            {
+                "text": texts[row],
+                "label": labels[table.labels[row]],
+                "answers": [labels[answer] for answer in table.answers[:, row]],
+            }
+            for row in surest
+        ],
+    }
+
+
+def slices(table: Table, labels: Sequence[str], thresholds: Sequence[Any]) -> list[dict[str, Any]]:
+    """Accuracy, drop and depth of rows by label and by length, at each threshold."""
+    counts = np.bincount(table.labels, minlength=len(labels))
+    frequent = np.argsort(-counts, kind="stable")[:MOST_LABELS]
+    parts = {
+        f"label {labels[c]}": np.flatnonzero(table.labels == c) for c in sorted(frequent.tolist())
+    }
+    edges = np.unique(np.quantile(table.tokens, (1 / 3, 2 / 3)).astype(int))
+    third = np.searchsorted(edges, table.tokens)
+    for i in np.unique(third):
+        rows = np.flatnonzero(third == i)
+        low, high = table.tokens[rows].min(), table.tokens[rows].max()
+        parts[f"{low} to {high} tokens"] = rows
+    keep = ("threshold", "accuracy", "full_accuracy", "drop", "drop_low", "drop_high", "mean_depth")
+    found = []
+    for name, rows in parts.items():
+        if rows.size:
+            part = table.take(rows)
+            points = [operating_point(part, threshold) for threshold in thresholds]
+            shown = [{field: point[field] for field in keep} for point in points]
+            found.append({"slice": name, "rows": rows.size, "points": shown})
+    return found
+
+
+def examples(
+    table: Table, taken: np.ndarray, texts: Sequence[str], labels: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The surest rows of the first exit, and the least sure of the last rows to leave."""
+    score = table.scores[taken, np.arange(taken.size)]
+    first = np.lexsort((-score, taken))[:EXAMPLES]
+    last = np.lexsort((score, -taken))[:EXAMPLES]
+    return {
+        name: [
+            {
+                "text": texts[row],
+                "layer": int(table.layers[taken[row]]),
+                "score": float(score[row]),
+                "answer": labels[table.answers[taken[row], row]],
+                "label": labels[table.labels[row]],
+            }
+            for row in rows
+        ]
+        for name, rows in (("first", first), ("last", last))
+    }

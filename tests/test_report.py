@@ -1,0 +1,151 @@
+"""The report: its numbers from the rows themselves, its page in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tiny
+
+from ejax.bundle import load_bundle
+from ejax.calibration.metrics import macro_f1
+from ejax.calibration.thresholds import operating_point, oracle
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.sources import row_hash
+from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.report import weighted_f1
+from ejax.evaluation.targets import chosen_on, table_of
+from ejax.training.finetune import encode
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+HOSTILE = '<script>document.title = "taken"</script> great'
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The report on dev, of which half chose the bundle, and one row that is no friend of HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    source = folder / "rows.tsv"
+    source.write_text(tiny.file("dev").read_text() + f"good\t{HOSTILE}\nbad\t{HOSTILE}\n")
+    beside = ("--beside", tiny.trained()[0])
+    output = folder / "report.html"
+    done = tiny.ejax(
+        "report", tiny.trained()[0], "--data", source, *beside, "--output", output
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return source, output, json.loads(output.with_suffix(".json").read_text())
+
+
+def table(source):
+    """Of the rows that chose nothing."""
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    task = encode(labelled_rows(clf.bundle, str(source)), clf.bundle.tokenizer, 16)
+    seen = chosen_on(clf.bundle)
+    return table_of(clf, task.take(np.flatnonzero([name not in seen for name in task.hashes])))
+
+
+def test_rows_that_chose_are_left_out(made):
+    source, _, report = made
+    assert (report["rows"], report["rows_left_out"]) == (22, 21)
+    bundle = load_bundle(tiny.trained()[0])
+    names = [row_hash(row, bundle.labels) for row in labelled_rows(bundle, str(source))]
+    assert sum(name in bundle.provenance["rows"]["dev_a"] for name in names) == 21
+
+
+def test_its_numbers_are_those_of_the_rows(made):
+    source, _, report = made
+    rows = table(source)
+    point = operating_point(rows, tuple(report["thresholds"]))
+    own = next(p for p in report["measured"]["thresholds"] if isinstance(p["threshold"], list))
+    assert own["accuracy"] == pytest.approx(point["accuracy"])
+    assert [e["leave"] for e in report["exits"]] == [
+        round(22 * share) for share in point["exit_share"]
+    ]
+    assert report["oracle"]["accuracy"] == rows.correct.any(axis=0).mean()
+    assert report["oracle"]["flops"] < 1
+    assert report["oracle"]["mean_depth"] == rows.depth(oracle(rows))
+    for family in ("per exit", "one number"):
+        full, *_, first = report["curves"][family]
+        assert full["accuracy"] == point["full_accuracy"] == full["random"]
+        assert full["flops"] == pytest.approx(1, abs=0.02)  # and one head more
+        assert first["accuracy"] == rows.correct[0].mean()
+        for p in report["curves"][family]:
+            assert p["accuracy_low"] <= p["accuracy"] <= p["accuracy_high"]
+            assert p["macro_f1_low"] <= p["macro_f1"] <= p["macro_f1_high"]
+            again = operating_point(rows, tuple(p["threshold"]))
+            assert p["accuracy"] == pytest.approx(again["accuracy"])
+    beside = report["beside"]["bundle"]  # the same bundle, at full depth
+    assert beside["accuracy"] == point["full_accuracy"]
+    right_early = rows.correct[0] & ~rows.correct[1]
+    assert report["overthinking"]["rows"] == right_early.sum()
+    by_label = [part for part in report["slices"] if part["slice"].startswith("label")]
+    assert sum(part["rows"] for part in by_label) == 22
+    by_length = [part for part in report["slices"] if part["slice"].endswith("tokens")]
+    assert sum(part["rows"] for part in by_length) == 22
+    for e, leave in enumerate(report["exits"]):
+        assert sum(leave["labels_of_leavers"]) == leave["leave"]
+        assert leave["after"]["accuracy"] == rows.correct[e].mean()
+
+
+def test_macro_f1_of_weighted_rows():
+    """A row that counts twice is two rows."""
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, 4, (2, 30))
+    weights = rng.integers(0, 3, (30, 5))
+    expected = [
+        macro_f1(np.repeat(answers, column), np.repeat(labels, column)) for column in weights.T
+    ]
+    np.testing.assert_allclose(weighted_f1(answers, labels, weights), expected, rtol=1e-12)
+
+
+def test_the_page_needs_nothing_else(made):
+    _, output, _ = made
+    page = output.read_text(encoding="utf-8")
+    assert all(at.startswith("data:") for at in re.findall(r"(?:src|href)=\"?([^\s>]*)", page))
+    assert HOSTILE not in page
+    assert page.count("data:image/png;base64,") == 4
+    names = {path.name for path in output.parent.glob("report*")}
+    pictures = {f"report_{name}.png" for name in ("tradeoff", "time", "exits", "reliability")}
+    assert names == {"report.html", "report.json", *pictures}
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_page_in_a_browser(made, tmp_path, width):
+    """Every picture is shown, nothing hangs over the side, no text has become a script."""
+    _, output, report = made
+    probe = """<script>addEventListener("load", () => {
+        const shown = [...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth > 0);
+        document.body.dataset.seen = JSON.stringify({
+            title: document.title, pictures: shown.length, width: innerWidth,
+            over: document.documentElement.scrollWidth - innerWidth,
+            tables: document.querySelectorAll("table").length})})</script>"""
+    page = tmp_path / "page.html"
+    page.write_text(output.read_text(encoding="utf-8").replace("</body>", probe + "</body>"))
+    done = subprocess.run(
+        [CHROMIUM, *BROWSER, f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},800", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(found[1].replace("&quot;", '"'))
+    assert seen["title"] == f"Early exit: bundle on {report['data']}"
+    assert seen["over"] <= 0
+    assert seen["width"] == width
+    assert (seen["pictures"], seen["tables"]) == (4, 7)
+
+
+def test_nothing_to_report_on(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    assert tiny.ejax("calibrate", folder, "--data", tiny.file("test")).code == 0
+    args = ("report", folder, "--data", tiny.file("test"))
+    assert "a report needs other rows" in tiny.refused(*args, "--output", tmp_path / "r.html")
+    assert "--output must end in .html" in tiny.refused(*args, "--output", tmp_path / "r.json")
+    assert not list(tmp_path.glob("r.*"))
