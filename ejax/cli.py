@@ -482,8 +482,7 @@ def calibrate(
     from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.recalibrate import recalibrate
 
-    if split == "train":
-        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+    check_split(split)
     before = load_bundle(bundle)
     rows = labelled_rows(
         before, data, split, text_columns=text_column or (), label_column=label_column
@@ -537,8 +536,7 @@ def thresholds(
     from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.targets import Target, choose, targets_table
 
-    if split == "train":
-        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+    check_split(split)
     check_output(output or bundle)
     target = Target(max_drop, budget, budget_ms, risk, delta, loss)
     clf = EarlyExitClassifier.from_pretrained(bundle)
@@ -550,6 +548,53 @@ def thresholds(
     after = dataclasses.replace(after, cfg=load_bundle(bundle).cfg)  # not this machine's dtype
     folder = save_bundle(after, output or bundle)
     show(targets_table(report))
+    if report["rows_left_out"]:
+        note(f"{report['rows_left_out']} rows left out: they fitted the temperatures.")
+    if report["differ"]:
+        note(f"{report['differ']} rows left at another exit when the engine ran.")
+    note(report["sentence"])
+    note(f"written: {folder}")
+
+
+@app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")
+def place(
+    bundle: Bundle,
+    data: Data,
+    exits: Annotated[int, typer.Option(help="At most so many, the last counted.", min=1)],
+    output: Annotated[Path, typer.Option(help="The new bundle.")],
+    split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
+    max_drop: Annotated[float, typer.Option(help="Points of accuracy to lose.")] = 0.5,
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Keep the exits, and thresholds for them, that cost least on this machine.
+
+    Needs `ejax profile`. The layers above the last exit kept are dropped. Rows that fitted the
+    temperatures are left out; the rows used here are recorded.
+    """
+    from rich.console import Console
+
+    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.place import place_exits, placements_table
+
+    check_split(split)
+    check_output(output)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = labelled_rows(
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
+    )
+    with Console(stderr=True).status("tokenising") as status:
+        after, report = place_exits(
+            clf, rows, exits, max_drop=max_drop, repeats=repeats, progress=status.update
+        )
+    numerics = load_bundle(bundle).cfg  # not this machine's dtype
+    cfg = dataclasses.replace(numerics, num_hidden_layers=after.cfg.num_hidden_layers)
+    folder = save_bundle(dataclasses.replace(after, cfg=cfg), output)
+    show(placements_table(report))
     if report["rows_left_out"]:
         note(f"{report['rows_left_out']} rows left out: they fitted the temperatures.")
     if report["differ"]:
@@ -605,6 +650,11 @@ def parse_threshold(text: str) -> float:
             f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
         )
     return value
+
+
+def check_split(split: str) -> None:
+    if split == "train":
+        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
 
 
 def parse_top_k(text: str) -> int | None:

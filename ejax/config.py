@@ -213,6 +213,7 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
     distillation: float = 0.0  # loss weight of KL(last exit || exit); 0 = none
+    gradient_stop: bool = False  # an exit teaches only the layers since the exit before
     epochs: int = 2
     batch_size: int = 32  # rows over all devices
     learning_rate: float = 5e-5

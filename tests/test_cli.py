@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
 REPOSITORY = Path(__file__).parent.parent
 VERBS = (
     "train", "predict", "evaluate", "profile", "bench", "export", "calibrate",
-    "thresholds", "report", "info", "quickstart",
+    "thresholds", "place", "report", "info", "quickstart",
 )  # fmt: skip
 
 

@@ -177,6 +177,31 @@ def test_gradients_reach_every_head_and_the_mix(arrays):
         assert (np.abs(leaf).reshape(3, -1).max(axis=1) > 1e-2).all()
 
 
+@pytest.mark.parametrize("mix", ["softmax", "last"])
+def test_with_gradient_stop_an_exit_teaches_its_own_layers_alone(arrays, mix):
+    exits = ExitConfig((2, 3, 6), 4, mix=mix)
+    variables = random_variables(CFG, exits, seed=3)
+    plain, apart = EarlyExitBert(CFG, exits), EarlyExitBert(CFG, exits, gradient_stop=True)
+    batch = Batch(*arrays)
+    np.testing.assert_array_equal(plain.apply(variables, batch), apart.apply(variables, batch))
+    for e, own in enumerate([{0, 1}, {2}, {3, 4, 5}]):
+
+        def loss(params, model, e=e):
+            return jnp.square(model.apply({"params": params}, batch)[e]).sum()
+
+        reached = {}
+        for name, model in (("plain", plain), ("apart", apart)):
+            bert = jax.grad(loss)(variables["params"], model)["bert"]
+            per_layer = [
+                np.abs(leaf).reshape(6, -1).sum(1) for leaf in jax.tree.leaves(bert["layers"])
+            ]
+            reached[name] = set(np.flatnonzero(sum(per_layer)))
+            embedded = any(np.any(leaf) for leaf in jax.tree.leaves(bert["embeddings"]))
+            assert embedded == (name == "plain" or e == 0)
+        assert reached["plain"] == set(range((2, 3, 6)[e]))
+        assert reached["apart"] == own
+
+
 def test_heads_drop_out_apart(arrays):
     """A row's draw depends on its key alone; every head has its own; the mean is kept."""
     exits = ExitConfig((1, 3, 4), 5)

@@ -181,7 +181,7 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
         config.pooling,
         config.mix,
     )
-    return EarlyExitBert(cut(cfg, exits), exits, config.remat)
+    return EarlyExitBert(cut(cfg, exits), exits, config.remat, config.gradient_stop)
 
 
 def shapes_of(model: EarlyExitBert) -> Any:

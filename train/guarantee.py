@@ -55,7 +55,8 @@ def main(
             advance = partial(bar.update, shown, advance=1)
             found.append(broken(table, risk, delta, count, kind, draws, advance))
     result = {
-        "command": " ".join(["python -m train.guarantee", bundle.name, *sys.argv[2:]]),
+        "command": f"python -m train.guarantee {bundle.name} --data {Path(data).name} "
+        f"--split {split} --loss {loss} --draws {draws}",
         "date": time.strftime("%Y-%m-%d"),
         "bundle": bundle.name,
         "data": rows.origin,

@@ -91,7 +91,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
 
     def start(exits: ExitConfig, config: TrainConfig) -> list[Any]:
         """[step function, state]; the state moves on with every step."""
-        model = EarlyExitBert(cut(cfg, exits), exits, config.remat)
+        model = EarlyExitBert(cut(cfg, exits), exits, config.remat, config.gradient_stop)
         optimizer = make_optimizer(config, len(plan) * (repeats + 1))
         state = first_state(initial_params(model, bert, config), optimizer, config)
         step = make_train_step(model, optimizer, config)

@@ -96,15 +96,7 @@ def choose(
       ValueError: where no rows are left, a budget cannot be met, or `budget_ms` has no profile.
     """
     bundle = clf.bundle
-    task = encode(split, bundle.tokenizer, bundle.max_length)
-    fitted = temperature_rows(bundle)
-    kept = np.array([i for i, name in enumerate(task.hashes) if name not in fitted], int)
-    if not len(kept):
-        raise ValueError(
-            f"every row of {split.origin} fitted this bundle's temperatures: thresholds need "
-            f"other rows."
-        )
-    task = task.take(kept)
+    task = rows_for_thresholds(bundle, split)
     progress("every exit's answers")
     table = table_of(clf, task)
     costs = Costs(clf, task.encoded)
@@ -121,8 +113,8 @@ def choose(
     report = {
         "target": target.to_json(),
         "data": split.origin,
-        "rows": len(kept),
-        "rows_left_out": len(split) - len(kept),
+        "rows": len(task.labels),
+        "rows_left_out": len(split) - len(task.labels),
         "dtype": bundle.cfg.dtype,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -139,20 +131,40 @@ def choose(
         ),
         "sentence": sentence,
     }
-    rows = bundle.provenance.get("rows", {})
-    used = set(task.hashes)
     provenance = bundle.provenance | {
         "thresholds_from": sentence,
         "target": report,
         "operating_points": {"thresholds": chosen},
-        "rows": rows
-        | {"thresholds": task.hashes}
-        | {"dev_b": [name for name in rows.get("dev_b", ()) if name not in used]},
+        "rows": rows_used(bundle, task),
     }
     changed = dataclasses.replace(
         bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance
     )
     return changed, report
+
+
+def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
+    """The rows that did not fit the temperatures, tokenised.
+
+    Raises:
+      ValueError: where none are left.
+    """
+    task = encode(split, bundle.tokenizer, bundle.max_length)
+    fitted = temperature_rows(bundle)
+    kept = np.array([i for i, name in enumerate(task.hashes) if name not in fitted], int)
+    if not len(kept):
+        raise ValueError(
+            f"every row of {split.origin} fitted this bundle's temperatures: thresholds need "
+            f"other rows."
+        )
+    return task.take(kept)
+
+
+def rows_used(bundle: Bundle, task: Task) -> dict[str, Any]:
+    """The bundle's record of rows, once these have chosen its thresholds."""
+    rows, used = bundle.provenance.get("rows", {}), set(task.hashes)
+    free = [name for name in rows.get("dev_b", ()) if name not in used]
+    return rows | {"thresholds": task.hashes, "dev_b": free}
 
 
 def temperature_rows(bundle: Bundle) -> set[str]:

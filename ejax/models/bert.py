@@ -343,6 +343,7 @@ class BertModel(nn.Module):
         *,
         carry: Any = None,
         columns: Any = None,
+        stops: Any = None,
         read: Read = lambda carry, x, _: (carry, None),
     ) -> tuple[Array, Any, Any]:
         """Scans the layers; `read(carry, x, column)` sees the output of each.
@@ -352,18 +353,21 @@ class BertModel(nn.Module):
           mask: int [B, T].
           carry: what `read` hands from layer to layer, such as the exits' mix.
           columns: a pytree of arrays [L, ...]; `read` gets one row per layer.
+          stops: bool [L], the layers behind which no gradient flows back; None means nowhere.
 
         Returns:
           The last layer's output, the last carry, and what `read` gave, stacked [L, ...].
         """
 
         def body(
-            layer: EncoderLayer, state: tuple[Array, Any], inputs: tuple[Array, Any]
+            layer: EncoderLayer, state: tuple[Array, Any], inputs: tuple[Array, Any, Any]
         ) -> tuple[tuple[Array, Any], Any]:
             x, carry = state
-            number, column = inputs
+            number, column, stop = inputs
             x = layer(x, mask, fold_in(keys, number))
             carry, seen = read(carry, x, column)
+            if stop is not None:
+                x = jnp.where(stop, lax.stop_gradient(x), x)
             return (x, carry), seen
 
         length = self.cfg.num_hidden_layers
@@ -378,5 +382,6 @@ class BertModel(nn.Module):
             unroll=1 if rolled else length,
         )
         # 0 stands for the embeddings.
-        (x, carry), seen = scan(self.layers, (x, carry), (jnp.arange(1, length + 1), columns))
+        numbers = jnp.arange(1, length + 1)
+        (x, carry), seen = scan(self.layers, (x, carry), (numbers, columns, stops))
         return x, carry, seen

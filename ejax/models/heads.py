@@ -45,7 +45,14 @@ def mix_columns(mix: Array, exits: ExitConfig) -> Array:
     return jax.nn.softmax(jnp.where(below, mix.T, -jnp.inf), axis=0)
 
 
-def mix_in(mixed: Array, column: Array, x: Array, mask: Array, exits: ExitConfig) -> Array:
+def mix_in(
+    mixed: Array,
+    column: Array,
+    x: Array,
+    mask: Array,
+    exits: ExitConfig,
+    teaches: Array | None = None,
+) -> Array:
     """Adds one layer's pooled output to every exit's mix.
 
     Args:
@@ -53,8 +60,12 @@ def mix_in(mixed: Array, column: Array, x: Array, mask: Array, exits: ExitConfig
       column: float32 [E], this layer's row of `mix_columns`.
       x: <float>[B, T, D], the layer's output.
       mask: int [B, T].
+      teaches: bool [E], the exits whose gradient reaches this layer; None means all.
     """
-    return mixed + column[None, :, None] * pool(x, mask, exits)[:, None, :]
+    pooled = pool(x, mask, exits)[:, None, :]
+    if teaches is not None:
+        pooled = jnp.where(teaches[None, :, None], pooled, jax.lax.stop_gradient(pooled))
+    return mixed + column[None, :, None] * pooled
 
 
 class ExitHead(nn.Module):

@@ -107,7 +107,7 @@ def finetune(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
         f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
     )
-    model = EarlyExitBert(cfg, exits, config.remat)
+    model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
     half_a, half_b = sources.split_dev(len(tasks["dev"].labels), config.seed)
     all_logits = make_all_logits(model)
 

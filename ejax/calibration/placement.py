@@ -1,0 +1,107 @@
+"""Which exits to keep: the subset and thresholds of the least cost, by simulation.
+
+Axes: E exits, N rows, P policies.
+"""
+
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ejax.calibration.metrics import Float
+from ejax.calibration.thresholds import (
+    BOUNDS,
+    FULL,
+    Table,
+    check_max_drop,
+    describe,
+    policies,
+    totals,
+)
+
+
+class Placement(NamedTuple):
+    """Some exits of a table, the last of them taking everyone, and their thresholds."""
+
+    exits: tuple[int, ...]  # indices into the table's layers, ascending
+    thresholds: tuple[float, ...]  # one per exit kept
+    cost: float  # the mean over rows, in the unit given
+
+    def of_all(self, exits: int) -> np.ndarray:
+        """The same as thresholds for all exits, float64 [E]: nobody leaves at another one."""
+        values = np.full(exits, FULL)
+        values[list(self.exits)] = self.thresholds
+        values[self.exits[-1]] = 0.0
+        return values
+
+
+def place(
+    table: Table, count: int, layer_cost: Any, exit_cost: Any, *, max_drop: float = 0.5
+) -> list[Placement]:
+    """The cheapest placement within `max_drop` points of the whole model, for 1 to `count` exits.
+
+    Every subset of so many exits is tried with the thresholds of `drop_thresholds`; its last
+    exit may lie below the table's last, so that the layers above are not needed at all. Both the
+    measured drop and the one that full depth's probabilities expect keep within `max_drop`.
+
+    Args:
+      count: the most exits to keep, the last one counted.
+      layer_cost: <float>[N], what a layer costs each row.
+      exit_cost: <float>[N], what passing an exit costs it: head, scores, order.
+
+    Raises:
+      ValueError: on a count outside 1..E, or a `max_drop` below 0.
+    """
+    check_max_drop(max_drop)
+    exits = len(table.layers)
+    if not 1 <= count <= exits:
+        raise ValueError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
+    ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
+    everyone = np.full((1, exits), FULL)  # also the surest: nobody leaves early
+    ordered = np.concatenate([everyone, ordered.reshape(-1, exits)])
+    correct, layer, passing = table.correct.astype(float), np.asarray(layer_cost), exit_cost
+    best: list[Placement] = []
+    for size in range(1, count + 1):
+        found = [
+            _cheapest(table, kept, ordered, correct, layer, passing, max_drop)
+            for kept in combinations(range(exits), size)
+        ]
+        within = [one for one in found if one is not None]
+        best.append(min(within, key=lambda one: one.cost))  # the last exit alone loses nothing
+    return best
+
+
+def _cheapest(
+    table: Table,
+    kept: tuple[int, ...],
+    ordered: Float,
+    correct: Float,
+    layer_cost: Any,
+    exit_cost: Any,
+    max_drop: float,
+) -> Placement | None:
+    """The cheapest policy of one subset of exits; None where all lose too much."""
+    some = np.full_like(ordered, FULL)
+    some[:, kept] = ordered[:, kept]
+    some[:, kept[-1]] = 0.0
+    if len(kept) == 1:
+        some = some[:1]
+    lost = correct[-1].sum() - totals(table, some, correct)
+    expected = totals(table, some, table.expected_lost)
+    passed = np.searchsorted(kept, np.arange(len(table.layers)), side="right")
+    cost = totals(table, some, np.outer(table.layers, layer_cost) + np.outer(passed, exit_cost))
+    allowed = 100 * np.maximum(lost, expected) <= max_drop * table.tokens.size
+    if not allowed.any():
+        return None
+    p = int(np.where(allowed, cost, np.inf).argmin())
+    return Placement(kept, tuple(some[p, kept].tolist()), float(cost[p]) / table.tokens.size)
+
+
+def point_of(table: Table, placement: Placement) -> dict[str, Any]:
+    """`operating_point` against the whole model, and `layers` and `cost` of the placement."""
+    taken = table.leave(placement.of_all(len(table.layers)))
+    return describe(table, taken) | {
+        "layers": table.layers[list(placement.exits)].tolist(),
+        "threshold": list(placement.thresholds),
+        "cost": placement.cost,
+    }

@@ -1,0 +1,169 @@
+"""Fewer exits for a trained bundle: the placement of the least measured cost."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table as Shown
+
+from ejax.bundle import Bundle
+from ejax.calibration.placement import place, point_of
+from ejax.calibration.thresholds import describe
+from ejax.classifier import EarlyExitClassifier
+from ejax.config import ExitConfig
+from ejax.data.sources import Split
+from ejax.data.tokenizer import Encoded
+from ejax.evaluation.targets import rows_for_thresholds, rows_used, table_of
+from ejax.hardware import describe as machine
+from ejax.models.early_exit import cut
+
+
+def place_exits(
+    clf: EarlyExitClassifier,
+    split: Split,
+    count: int,
+    *,
+    max_drop: float = 0.5,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Bundle, dict[str, Any]]:
+    """The bundle with at most `count` of its exits, and a report on the choice.
+
+    Costs are of all rows at once, by this machine's profile. The layers above the last exit
+    kept are gone; temperatures stay. Rows are treated as `ejax.evaluation.targets.choose` does.
+
+    Returns:
+      The bundle, and, ready for JSON: `found`, per number of exits the cheapest placement
+      within `max_drop` with its `cost` in predicted milliseconds per text; `measured`, the
+      milliseconds per text of the bundle as it was (`before`) and with the cheapest placement
+      (`after`), medians of `repeats` in turns; `before`, the operating point of the bundle's own
+      thresholds; `differ`, rows that leave elsewhere in the new bundle than simulated; `sentence`.
+
+    Raises:
+      ValueError: without a profile, or where no rows are left.
+    """
+    bundle = clf.bundle
+    if clf.shapes.profile is None:
+        raise ValueError(
+            "placing exits needs this machine's profile: run `ejax profile` for this bundle first."
+        )
+    task = rows_for_thresholds(bundle, split)
+    progress("every exit's answers")
+    table = table_of(clf, task)
+    progress("trying placements")
+    found = place(table, count, *row_costs(clf, task.encoded), max_drop=max_drop)
+    best = min(found, key=lambda placement: placement.cost)
+    placed = keep(bundle, best.exits, best.thresholds)
+    runs = {
+        "before": clf.on_one_device(),
+        "after": EarlyExitClassifier(placed, shapes=clf.shapes, devices=clf.devices[:1]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    taken = {name: run.decide_encoded(task.encoded).exit for name, run in runs.items()}
+    for repeat in range(repeats):
+        progress(f"pass {repeat + 1} of {repeats}")
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run.decide_encoded(task.encoded)
+            seconds[name].append(time.perf_counter() - start)
+    simulated = table.leave(best.of_all(len(table.layers)))
+    rows = len(task.labels)
+    kept = ", ".join(map(str, placed.exits.layers))
+    sentence = (
+        f"Exits after layers {kept} of {', '.join(map(str, bundle.exits.layers))}: the cheapest "
+        f"here of at most {count} that lose at most {max_drop:g} points on {rows} rows of "
+        f"{split.origin}."
+    )
+    report = {
+        "data": split.origin,
+        "rows": rows,
+        "rows_left_out": len(split) - rows,
+        "max_drop": max_drop,
+        "found": [point_of(table, one) for one in found],
+        "before": describe(table, taken["before"]),
+        "measured": {
+            name: 1000 * statistics.median(values) / rows for name, values in seconds.items()
+        },
+        "differ": int((np.asarray(best.exits)[taken["after"]] != simulated).sum()),
+        "dtype": bundle.cfg.dtype,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "sentence": sentence,
+    }
+    changed = {
+        "thresholds_from": sentence,
+        "placed": report,
+        "operating_points": {},
+        "metrics": {
+            name: [parts[e] for e in best.exits]
+            for name, parts in bundle.provenance.get("metrics", {}).items()
+        },
+        "rows": rows_used(bundle, task),
+    }
+    provenance = bundle.provenance | changed
+    provenance.pop("target", None)
+    return dataclasses.replace(placed, provenance=provenance), report
+
+
+def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds of each row for one layer, and for passing one exit, in a whole tile: [N]."""
+    profile = clf.shapes.profile
+    assert profile is not None
+    layer, passing = np.zeros((2, len(encoded)))
+    for rows, shape in clf.pools(encoded.lengths):
+        part = profile.seconds[shape.tile, shape.length]
+        scale = 1000 * profile.whole / shape.tile
+        layer[rows], passing[rows] = scale * part.layer, scale * (part.head + part.gather)
+    return layer, passing
+
+
+def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> Bundle:
+    """The bundle with some of its exits, by index, and no layers above the last of them."""
+    kept = np.asarray(exits)
+    layers = tuple(bundle.exits.layers[e] for e in exits)
+    config = ExitConfig(layers, bundle.exits.num_labels, bundle.exits.pooling, bundle.exits.mix)
+    params = bundle.variables["params"]
+    heads = jax.tree.map(lambda leaf: leaf[kept], params["heads"])
+    heads = {**heads, "mix": heads["mix"][:, : layers[-1]]}
+    encoder = jax.tree.map(lambda leaf: leaf[: layers[-1]], params["bert"]["layers"])
+    return dataclasses.replace(
+        bundle,
+        cfg=cut(bundle.cfg, config),
+        exits=config,
+        variables={"params": {"bert": {**params["bert"], "layers": encoder}, "heads": heads}},
+        temperatures=tuple(bundle.temperatures[e] for e in exits),
+        thresholds=tuple(thresholds),
+    )
+
+
+def placements_table(report: dict[str, Any]) -> Shown:
+    """The report as people read it."""
+    made = Shown(title=f"{report['rows']} rows of {report['data']}")
+    for heading in (
+        "exits",
+        "thresholds",
+        "accuracy",
+        "drop, points (95 %)",
+        "depth",
+        "ms predicted",
+    ):
+        made.add_column(heading, justify="right")
+    for p in report["found"]:
+        made.add_row(
+            ", ".join(map(str, p["layers"])),
+            ", ".join(f"{t:.3f}" if t <= 1 else "none" for t in p["threshold"][:-1]),
+            f"{p['accuracy']:.4f}",
+            f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
+            f"{p['mean_depth']:.2f}",
+            f"{p['cost']:.3f}",
+        )
+    before, after = report["measured"].values()
+    made.caption = (
+        f"measured, ms per text: {before:.3f} before (accuracy {report['before']['accuracy']:.4f}, "
+        f"depth {report['before']['mean_depth']:.2f}), {after:.3f} with the cheapest"
+    )
+    return made

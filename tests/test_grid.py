@@ -1,0 +1,63 @@
+"""The comparison's cells on a tiny model: what they hold, that they are run once."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+from ejax.cli import run
+from train import grid
+
+pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty rows are few
+
+
+def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grid, "EXITS", {"minilm": (1, 3), "twelve": (1, 3)})
+    shutil.copytree(tiny.data(), tmp_path / "data" / "sst2")
+    results = tmp_path / "grid"
+    args = [
+        *("--data", tmp_path / "data", "--twelve", tiny.model(), "--results", results),
+        *("--workdir", tmp_path / "runs", "--cells", "sst2-twelve-*"),
+    ]
+    assert run(grid.app, "train.grid", list(map(str, args))) == 0
+    names = {"exits", "standard", "cut1"}
+    assert {path.stem for path in results.iterdir()} == {f"sst2-twelve-{n}-0" for n in names}
+    exits, cut = (
+        json.loads((results / f"sst2-twelve-{name}-0.json").read_text())
+        for name in ("exits", "cut1")
+    )
+    assert (exits["layers"], cut["layers"]) == ([1, 3], [1])
+    assert exits["rows"] == 30
+    chosen = exits["chosen"]
+    assert chosen["rows"] == 30
+    assert exits["oracle"]["accuracy"] >= chosen["accuracy"]
+    assert exits["at_budget"]["1"]["cost"] == pytest.approx(1 / 3)
+    assert exits["at_budget"]["1"]["accuracy"] == exits["exits"][0]["accuracy"]
+    assert exits["curve"][-1]["accuracy"] == exits["exits"][-1]["accuracy"]
+    assert exits["calibration"]["temperatures, per exit"] == chosen
+    low, high = (exits["exits"][0][f"ece_minus_floor_{end}"] for end in ("low", "high"))
+    assert low < high
+    assert all(exits["speed"][name] > 0 for name in ("speedup", "single_ms", "single_full_ms"))
+    assert results.with_suffix(".png").exists()
+    shown = capsys.readouterr().out
+    assert f"{cut['exits'][0]['accuracy']:.4f}" in shown
+    before = {path: path.read_bytes() for path in results.iterdir()}
+    assert run(grid.app, "train.grid", list(map(str, args))) == 0
+    assert before == {path: path.read_bytes() for path in results.iterdir()}
+
+
+def test_every_cell_has_a_name_of_its_own():
+    cells = grid.all_cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.data for cell in cells} == set(grid.DATA)
+    by_name = {cell.name: cell for cell in cells}
+    assert by_name["imdb-twelve-cut6-0"].layers == (6,)
+    assert by_name["snli-minilm-standard-2"].layers == (6,)
+    assert by_name["snli-minilm-stop-0"].config(tiny.HOME, "").gradient_stop
+
+
+def test_a_cell_that_is_not(tmp_path, capsys):
+    args = ["--data", str(tmp_path), "--cells", "sst3-*"]
+    assert run(grid.app, "train.grid", args) == 2
+    assert "--cells 'sst3-*' names no cell" in capsys.readouterr().err

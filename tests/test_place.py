@@ -1,0 +1,116 @@
+"""Which exits to keep: against every choice tried one by one, and in a real bundle."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import tiny
+from test_thresholds import rows
+
+from ejax.bundle import load_bundle
+from ejax.calibration.placement import Placement, place, point_of
+from ejax.calibration.thresholds import BOUNDS, make_table, policies
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.sources import row_hash
+from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.place import keep
+
+LAYERS = (1, 2, 4, 6)
+
+
+def four_exits(n=300):
+    logits, labels, temperatures, tokens = rows(5, exits=4, n=n)
+    return make_table(logits, labels, temperatures, LAYERS, tokens)
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 3.0, 12.0])
+def test_no_other_choice_is_cheaper(max_drop):
+    table = four_exits()
+    layer, passing = np.linspace(1, 2, 300), np.full(300, 0.3)
+    found = place(table, 4, layer, passing, max_drop=max_drop)
+    assert [len(one.exits) for one in found] == [1, 2, 3, 4]
+    every = np.arange(300)
+    ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
+    for size, best in enumerate(found, 1):
+        costs = []
+        for kept in combinations(range(4), size):
+            for policy in [np.full(4, 2.0), *ordered]:
+                one = Placement(kept, tuple(policy[list(kept)]), 0.0)
+                taken = table.leave(one.of_all(4))
+                lost = table.correct[-1].mean() - table.correct[taken, every].mean()
+                if 100 * max(lost, table.expected_lost[taken, every].mean()) <= max_drop + 1e-9:
+                    passed = np.searchsorted(kept, taken, side="right")
+                    cost = layer * np.array(LAYERS)[taken] + passing * passed
+                    costs.append(cost.mean())
+        assert best.cost == pytest.approx(min(costs), rel=1e-9)
+        point = point_of(table, best)
+        assert max(point["drop"], point["expected_drop"]) <= max_drop + 1e-6
+        assert point["layers"] == [LAYERS[e] for e in best.exits]
+
+
+def test_layers_that_change_nothing_are_dropped():
+    """The exit after layer 4 answers as the last does: nothing above it is needed."""
+    logits, labels, temperatures, tokens = rows(5, exits=4, n=300)
+    logits[3] = logits[2]
+    temperatures[3] = temperatures[2]
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
+    (one,) = place(table, 1, np.ones(300), np.zeros(300), max_drop=0)
+    assert one.exits == (2,)
+    assert one.cost == 4
+
+
+def test_dear_exits_are_left_out():
+    table = four_exits()
+    free, dear = (
+        min(place(table, 4, np.ones(300), np.full(300, cost), max_drop=8), key=lambda p: p.cost)
+        for cost in (0.0, 5.0)
+    )
+    assert len(dear.exits) < len(free.exits)
+
+
+def test_a_wrong_number_of_exits():
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"exits must be between 1 and 4.*Got {count}"):
+            place(four_exits(), count, np.ones(300), np.ones(300))
+
+
+def test_kept_exits_answer_as_before():
+    bundle = load_bundle(tiny.trained()[0], dtype="float32")
+    texts = [text for _, text in tiny.rows(40, 3)]
+    clf = EarlyExitClassifier(bundle)
+    before = clf.exit_logits(clf.encode(texts))
+    for exits in ((0,), (1,), (0, 1)):
+        small = keep(bundle, exits, (0.9,) * len(exits))
+        after = EarlyExitClassifier(small).exit_logits(clf.encode(texts))
+        np.testing.assert_allclose(after, before[list(exits)], atol=1e-6)
+        assert small.cfg.num_hidden_layers == (1, 3)[exits[-1]]
+
+
+def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
+    folder, output = tmp_path / "few", tmp_path / "few"
+    ask = ("place", tiny.trained()[0], "--data", tiny.data(), "--exits", 1, "--output", output)
+    assert "run `ejax profile`" in tiny.refused(*ask)
+    assert tiny.ejax("profile", tiny.trained()[0]).code == 0
+    assert "exits must be between 1 and 2" in tiny.refused(*ask[:-3], 3, *ask[-2:])
+    assert not output.exists()
+    done = tiny.ejax(*ask, "--max-drop", 100)  # so that the first exit alone will do
+    assert done.code == 0, done.err
+    assert "21 rows left out" in done.err
+    assert "left at another exit" not in done.err
+    before, after = load_bundle(tiny.trained()[0]), load_bundle(folder)
+    assert after.exits.layers == (1,)
+    assert after.cfg.num_hidden_layers == 1
+    assert after.temperatures == before.temperatures[:1]
+    assert after.cfg.dtype == before.cfg.dtype
+    report = after.provenance["placed"]
+    assert report["rows"] == 20
+    assert report["differ"] == 0
+    assert all(value > 0 for value in report["measured"].values())
+    names = [row_hash(row, before.labels) for row in labelled_rows(before, str(tiny.file("dev")))]
+    assert set(after.provenance["rows"]["thresholds"]) <= set(names)
+    assert after.provenance["rows"]["dev_b"] == []
+    shown = tiny.ejax("info", folder)
+    assert shown.code == 0
+    assert "Exits after layers 1 of 1, 3" in " ".join(shown.out.split())
+    assert {answer["exit_layer"] for answer in EarlyExitClassifier(after)(["great film"])} == {1}

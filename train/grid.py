@@ -1,0 +1,322 @@
+"""python -m train.grid --data ROOT --twelve MODEL [--cells 'sst2-minilm-*'] [--show]
+
+The paper's comparison on its five tasks, cell by cell: a model with exits against the standard
+model with one head and against models cut at each exit layer and trained alone; and ways to train
+the exits, side by side. Cells whose result is there are not run again; they come in the order of
+what they teach. ROOT holds a folder per data set with train, dev and test files.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table as Shown
+
+from ejax.bundle import load_bundle
+from ejax.calibration import metrics
+from ejax.calibration.thresholds import (
+    FULL,
+    Table,
+    budget_thresholds,
+    describe,
+    drop_thresholds,
+    make_table,
+    operating_point,
+    oracle,
+)
+from ejax.classifier import EarlyExitClassifier
+from ejax.cli import run
+from ejax.config import DataConfig, TrainConfig
+from ejax.evaluation.evaluate import evaluate, save_figure, write_json
+from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.targets import FAMILIES, Costs, rows_for_thresholds
+from ejax.hardware import environment
+from ejax.training.finetune import Task, encode, finetune
+
+DATA = ("sst2", "snli", "ag_news", "mnli", "imdb")
+EXITS = {"minilm": (1, 2, 4, 6), "twelve": (1, 4, 6, 12)}
+MORE_SEEDS = ("sst2", "snli")  # of the 6-layer model, three in all
+ROWS, TOKENS = 10_000, 128  # of each split, of each text
+TIMED_ROWS, REPEATS = 2000, 3
+RESAMPLES = 200  # of the rows, for an interval of 95 %
+MAX_DROP = 1.0  # points, on dev-B
+RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
+    "exits": {"distillation": 1.0},  # self-distillation: FastBERT, RomeBERT
+    "sum": {},  # the paper
+    "weights": {"exit_weights": EXITS["minilm"]},  # by depth: PABEE
+    "stop": {"gradient_stop": True},  # SWEET
+}
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training: a recipe for exits, "standard", or "cut4" for four layers and one head."""
+
+    data: str
+    encoder: str
+    kind: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.encoder}-{self.kind}-{self.seed}"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        exits = EXITS[self.encoder]
+        if self.kind in RECIPES:
+            return exits
+        return exits[-1:] if self.kind == "standard" else (int(self.kind.removeprefix("cut")),)
+
+    def config(self, root: Path, twelve: str) -> TrainConfig:
+        return TrainConfig(
+            model="all-MiniLM-L6-v2" if self.encoder == "minilm" else twelve,
+            data=DataConfig(path=str(root / self.data), limit=ROWS, max_length=TOKENS),
+            layers=self.layers,
+            epochs=2 if self.encoder == "minilm" else 1,
+            batch_size=32,
+            learning_rate=1.5e-4,
+            train_embeddings=False,
+            average_decay=0.99,
+            max_drop=MAX_DROP,
+            seed=self.seed,
+            **RECIPES.get(self.kind, {}),
+        )
+
+
+def all_cells() -> list[Cell]:
+    """In the order of what they teach."""
+
+    def group(data: str, encoder: str, seed: int = 0) -> list[Cell]:
+        cuts = [f"cut{layer}" for layer in EXITS[encoder][:-1]]
+        return [Cell(data, encoder, kind, seed) for kind in ("exits", "standard", *cuts)]
+
+    cells = [cell for data in DATA for cell in group(data, "minilm")]
+    others = [kind for kind in RECIPES if kind != "exits"]
+    cells += [Cell(data, "minilm", kind) for data in MORE_SEEDS for kind in others]
+    cells += [cell for data in DATA for cell in group(data, "twelve")]
+    return cells + [
+        cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
+    ]
+
+
+@app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
+def main(
+    data: Annotated[Path, typer.Option(help="A folder with a folder per data set.")],
+    twelve: Annotated[str, typer.Option(help="The 12-layer encoder.")] = "intfloat/e5-small",
+    cells: Annotated[str, typer.Option(help="Names of cells, with wildcards.")] = "*",
+    workdir: Annotated[Path, typer.Option(help="Trainings and bundles.")] = Path("runs/grid"),
+    results: Annotated[Path, typer.Option(help="One JSON per cell.")] = Path(
+        "configs/results/grid"
+    ),
+    show: Annotated[
+        bool, typer.Option("--show", help="Only the table and picture so far.")
+    ] = False,
+) -> None:
+    """Run the cells that have no result yet, then show the table and write its picture."""
+    chosen = [cell for cell in all_cells() if fnmatch.fnmatch(cell.name, cells)]
+    if not chosen:
+        raise ValueError(f"--cells {cells!r} names no cell. They are {all_cells()[0].name}, ….")
+    console = Console(stderr=True)
+    for number, cell in enumerate(chosen, 1):
+        path = results / f"{cell.name}.json"
+        if show or path.exists():
+            continue
+        console.print(f"{cell.name}, {number} of {len(chosen)}")
+        start = time.time()
+        folder = finetune(cell.config(data, twelve), workdir / cell.name)
+        found = measure(folder, data / cell.data)
+        trained = json.loads((workdir / cell.name / "result.json").read_text())
+        write_json(
+            {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
+            | dataclasses.asdict(cell)
+            | {"train_rows": trained["config"]["data"]["limit"], "seconds": time.time() - start}
+            | found
+            | {"date": time.strftime("%Y-%m-%d"), **environment()},
+            path,
+        )
+    known = load_results(results)
+    if known:
+        Console(width=150).print(summary(known))
+        save_figure(
+            lambda panels: draw(known, panels), results.with_suffix(".png"),
+            size=(4 * len({r["data"] for r in known}), 3.6 * len({r["encoder"] for r in known})),
+            panels=(len({r["encoder"] for r in known}), len({r["data"] for r in known})),
+        )  # fmt: skip
+
+
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    paths = [folder / f"{cell.name}.json" for cell in all_cells()]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def measure(folder: Path, data: Path) -> dict[str, Any]:
+    """What a cell's bundle is worth on test.
+
+    Temperatures are of dev-A, thresholds of dev-B, figures of test.
+    """
+    bundle = load_bundle(folder)
+    clf = EarlyExitClassifier.from_pretrained(folder)
+    test = encode(labelled_rows(bundle, str(data)), bundle.tokenizer, bundle.max_length)
+    logits = clf.exit_logits(test.encoded)
+    exits = [
+        {"layer": layer, **quality["after"], **ece_interval(one, test.labels, t)}
+        for layer, quality, one, t in zip(
+            bundle.exits.layers, metrics.report(logits, test.labels, bundle.temperatures),
+            logits, bundle.temperatures, strict=True,
+        )
+    ]  # fmt: skip
+    found: dict[str, Any] = {
+        "layers": list(bundle.exits.layers),
+        "rows": len(test.labels),
+        "exits": exits,
+    }
+    if len(exits) == 1:
+        return found
+    dev = rows_for_thresholds(bundle, labelled_rows(bundle, str(data), "dev"))
+    dev_logits = clf.exit_logits(dev.encoded)
+
+    def tables(temperatures: Any) -> tuple[Table, Table]:
+        layers = bundle.exits.layers
+        return (
+            make_table(dev_logits, dev.labels, temperatures, layers, dev.encoded.lengths),
+            make_table(logits, test.labels, temperatures, layers, test.encoded.lengths),
+        )
+
+    fit, report = tables(bundle.temperatures)
+    thresholds = drop_thresholds(fit, MAX_DROP)["threshold"]
+    at_budget = {}
+    for layer in bundle.exits.layers[:-1]:
+        share = layer / bundle.exits.num_layers
+        at_budget[layer] = operating_point(report, budget_thresholds(fit, share)["threshold"])
+    calibration = {}
+    for name, temperatures in (("temperatures", bundle.temperatures), ("none", None)):
+        a, b = tables(temperatures or np.ones(len(exits)))
+        for family in FAMILIES:
+            chosen = drop_thresholds(a, MAX_DROP, family=family)["threshold"]
+            calibration[f"{name}, {family}"] = operating_point(b, chosen)
+    taken = report.leave(thresholds)
+    shares = np.bincount(taken, minlength=len(exits)) / taken.size
+    return found | {
+        "chosen": operating_point(report, thresholds),
+        "random": float(shares @ report.correct.mean(axis=1)),
+        "oracle": describe(report, oracle(report)),
+        "at_budget": at_budget,
+        "calibration": calibration,
+        "curve": [operating_point(report, t) for t in curve_of(fit)],
+        "speed": speed(clf, thresholds, test),
+    }
+
+
+def curve_of(fit: Table) -> list[Sequence[float]]:
+    """Thresholds of even budgets, chosen on these rows."""
+    least = float(fit.layers[0] / fit.layers[-1])
+    return [budget_thresholds(fit, b)["threshold"] for b in np.linspace(least, 1, 15)]
+
+
+def speed(clf: EarlyExitClassifier, thresholds: Sequence[float], test: Task) -> dict[str, Any]:
+    """Measured: all rows at once against the straight scan, and one text alone."""
+    bundle = dataclasses.replace(clf.bundle, thresholds=tuple(thresholds))
+    timed = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices[:1])
+    rows = test.take(np.arange(min(TIMED_ROWS, len(test.labels))))
+    offline = evaluate(timed, rows.encoded, rows.labels, [None], repeats=REPEATS)
+    point = offline["thresholds"][0]
+    costs = Costs(timed, rows.encoded)
+    return {
+        **{name: point[name] for name in ("speedup", "ideal_speedup", "mean_depth", "drop")},
+        "full_texts_per_second": offline["full"]["texts_per_second"],
+        "texts_per_second": point["texts_per_second"],
+        "single_ms": costs.measured(thresholds),
+        "single_full_ms": costs.measured(FULL),
+        "rows": len(rows.labels),
+    }
+
+
+def ece_interval(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+    """ECE less its floor, 95 % by resampling rows."""
+    probs = metrics.softmax(logits, temperature=temperature)
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(len(labels), size=len(labels))
+        floor = metrics.ece_floor(probs[rows], samples=20)
+        values.append(metrics.ece(probs[rows], labels[rows]) - floor)
+    low, high = np.quantile(values, (0.025, 0.975))
+    return {"ece_minus_floor_low": float(low), "ece_minus_floor_high": float(high)}
+
+
+def summary(known: list[dict[str, Any]]) -> Shown:
+    """A row per data set, encoder and seed: exits at equal depth beside the cut models."""
+    by_name = {(r["data"], r["encoder"], r["kind"], r["seed"]): r for r in known}
+    made = Shown(title=f"test accuracy, {ROWS:,} training rows; exits / cut model at equal depth")
+    for heading in (
+        "data", "encoder", "recipe", "seed", "standard", "exits, full", "at layer 1",
+        "at layer 2 or 4", "at layer 4 or 6", f"{MAX_DROP:g} point lost on dev-B: accuracy, drop",
+        "depth", "at random", "oracle", "speed-up", "alone",
+    ):  # fmt: skip
+        made.add_column(heading, justify="right")
+    for (data, encoder, kind, seed), r in by_name.items():
+        if kind not in RECIPES:
+            continue
+
+        def cut(kind: str, key: tuple[str, str, int] = (data, encoder, seed)) -> str:
+            other = by_name.get((key[0], key[1], kind, key[2]))
+            return f"{other['exits'][-1]['accuracy']:.4f}" if other else "–"
+
+        beside = [
+            f"{point['accuracy']:.4f} / {cut(f'cut{layer}')}"
+            for layer, point in r["at_budget"].items()
+        ]
+        chosen, times = r["chosen"], r["speed"]
+        cells = [
+            *(data, encoder, kind, str(seed), cut("standard")),
+            f"{r['exits'][-1]['accuracy']:.4f}",
+            *beside,
+            f"{chosen['accuracy']:.4f}, {chosen['drop']:.2f}",
+            f"{chosen['mean_depth']:.2f}",
+            f"{r['random']:.4f}",
+            f"{r['oracle']['accuracy']:.4f}",
+            f"{times['speedup']:.2f}",
+            f"{times['single_full_ms'] / times['single_ms']:.2f}",
+        ]
+        made.add_row(*cells)
+    return made
+
+
+def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
+    """A panel per encoder and data set, seed 0: accuracy against the share of full depth."""
+    encoders = [name for name in EXITS if any(r["encoder"] == name for r in known)]
+    names = [name for name in DATA if any(r["data"] == name for r in known)]
+    for number, axes in enumerate(panels):
+        encoder, data = encoders[number // len(names)], names[number % len(names)]
+        cuts = []
+        for r in known:
+            if (r["data"], r["encoder"], r["seed"]) != (data, encoder, 0):
+                continue
+            if r["kind"] == "exits":
+                x, y = zip(*((p["cost"], 100 * p["accuracy"]) for p in r["curve"]), strict=True)
+                axes.plot(x, y, ".-", label="early exit")
+                oracle_ = r["oracle"]
+                axes.plot([oracle_["cost"]], [100 * oracle_["accuracy"]], "*", label="oracle")
+                axes.plot([r["chosen"]["cost"]], [100 * r["random"]], "x", label="random exit")
+            elif r["kind"] not in RECIPES:
+                share = r["layers"][-1] / EXITS[encoder][-1]
+                cuts.append((share, 100 * r["exits"][-1]["accuracy"]))
+        if cuts:
+            axes.plot(*zip(*sorted(cuts), strict=True), "s--", label="standard and cut models")
+        axes.set_title(f"{data}, {encoder}", fontsize=10)
+        axes.set(xlabel="share of full depth", ylabel="accuracy, %")
+        axes.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "train.grid", sys.argv[1:]))
