@@ -309,7 +309,10 @@ def evaluate(
     save(result, output)
     show(table(result))
     if seen:
-        note(f"{seen} of these rows also chose this bundle's thresholds: figures may flatter them.")
+        note(
+            f"{seen} of these rows also fitted this bundle or its thresholds: figures may "
+            f"flatter it."
+        )
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
@@ -328,8 +331,8 @@ def report(
 ) -> None:
     """Write one page on what early exit gains and loses on labelled rows, and for whom.
 
-    Rows that fitted the temperatures or chose the thresholds are left out. The page needs
-    nothing else: it can be sent and opened anywhere.
+    Rows that fitted the bundle or chose its thresholds are left out. The page needs nothing
+    else: it can be sent and opened anywhere.
     """
     from rich.console import Console
 
@@ -338,12 +341,13 @@ def report(
     from ejax.evaluation.page import write_page
     from ejax.evaluation.report import make_report
 
+    check_split(split)
     check_output_file(output, ".html")
     clf = EarlyExitClassifier.from_pretrained(bundle)
+    others = load_beside(beside or ())
     rows = labelled_rows(
         clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
     )
-    others = {path.name: EarlyExitClassifier.from_pretrained(path) for path in beside or ()}
     with Console(stderr=True).status("") as status:
         made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
     for path in write_page(made | {"bundle": bundle.name}, output):
@@ -387,6 +391,7 @@ def bench(
 
     check_json(output)
     clf = EarlyExitClassifier.from_pretrained(bundle)
+    others = load_beside(beside or ())
     rows = labelled_rows(
         clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
     )
@@ -398,7 +403,7 @@ def bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
-            beside={path.name: EarlyExitClassifier.from_pretrained(path) for path in beside or ()},
+            beside=others,
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     result |= {"bundle": bundle.name, "data": rows.origin}
@@ -513,10 +518,18 @@ def thresholds(
         float | None,
         typer.Option(help="Share of texts that may lose, guaranteed.", show_default=False),
     ] = None,
-    delta: Annotated[float, typer.Option(help="How often the guarantee may fail.")] = 0.05,
+    delta: Annotated[
+        float | None,
+        typer.Option(help="Of --risk: how often it may fail; else 0.05.", show_default=False),
+    ] = None,
     loss: Annotated[
-        str, typer.Option(help="Of --risk: disagreement with full depth, or error it avoids.")
-    ] = "disagreement",
+        str | None,
+        typer.Option(
+            help="Of --risk: disagreement with full depth, or error where that is right; else "
+            "disagreement.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
     ] = None,
@@ -525,8 +538,9 @@ def thresholds(
 ) -> None:
     """Choose the default thresholds for a target: an accuracy drop, a budget, or a risk.
 
-    One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the temperatures are
-    left out; the rows used here are recorded, and no report should use them again.
+    One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the bundle are left
+    out; the rows used here are recorded, and no report should use them again. A risk that these
+    rows are too few to show gives full depth.
     """
     from rich.console import Console
 
@@ -549,7 +563,7 @@ def thresholds(
     folder = save_bundle(after, output or bundle)
     show(targets_table(report))
     if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted the temperatures.")
+        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
     if report["differ"]:
         note(f"{report['differ']} rows left at another exit when the engine ran.")
     note(report["sentence"])
@@ -571,7 +585,7 @@ def place(
     """Keep the exits, and thresholds for them, that cost least on this machine.
 
     Needs `ejax profile`. The layers above the last exit kept are dropped. Rows that fitted the
-    temperatures are left out; the rows used here are recorded.
+    bundle are left out; the rows used here are recorded.
     """
     from rich.console import Console
 
@@ -583,6 +597,10 @@ def place(
 
     check_split(split)
     check_output(output)
+    if output.resolve() == bundle.resolve():
+        raise ValueError(
+            f"--output must not be {bundle}: the layers it loses could not be had back."
+        )
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(
         clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
@@ -596,7 +614,7 @@ def place(
     folder = save_bundle(dataclasses.replace(after, cfg=cfg), output)
     show(placements_table(report))
     if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted the temperatures.")
+        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
     if report["differ"]:
         note(f"{report['differ']} rows left at another exit when the engine ran.")
     note(report["sentence"])
@@ -650,6 +668,24 @@ def parse_threshold(text: str) -> float:
             f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
         )
     return value
+
+
+def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
+    """Other bundles by name; of those called alike, with the folder they lie in.
+
+    Raises:
+      ValueError: where a bundle is given twice.
+    """
+    from ejax.classifier import EarlyExitClassifier
+
+    found: dict[str, Any] = {}
+    for path in map(Path.resolve, paths):
+        alike = sum(path.name == other.resolve().name for other in paths) > 1
+        name = f"{path.parent.name}/{path.name}" if alike else path.name
+        if name in found:
+            raise ValueError(f"--beside {name} is given twice.")
+        found[name] = EarlyExitClassifier.from_pretrained(path)
+    return found
 
 
 def check_split(split: str) -> None:

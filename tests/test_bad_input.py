@@ -294,6 +294,8 @@ def test_calibrate_refuses_rows_that_would_mislead(tmp_path):
         (["--budget", "0.5", "--risk", "0.1"], "Got budget and risk"),
         (["--budget", "0"], "a budget must be a number above 0"),
         (["--budget", "0.1"], "a budget must be at least 0.3333"),
+        (["--budget", "40"], "a share of full depth, above 0 and at most 1. Got 40"),
+        (["--budget", "0.5", "--delta", "0.1"], "delta and loss go with risk alone"),
         (["--max-drop", "nan"], "max_drop must be 0 points or above"),
         (["--risk", "1"], "risk must be between 0 and 1"),
         (["--risk", "0.1", "--delta", "0"], "delta must be between 0 and 1"),
@@ -312,7 +314,7 @@ def test_thresholds_for_a_wrong_target(args, expected, tmp_path):
 def test_thresholds_never_choose_on_rows_that_fitted_temperatures(tmp_path):
     folder = tiny.copy_of_bundle(tmp_path)
     assert tiny.ejax("calibrate", folder, "--data", tiny.file("test")).code == 0
-    assert "test.tsv fitted this bundle's temperatures: thresholds need other rows" in tiny.refused(
+    assert "test.tsv fitted this bundle: thresholds need other rows" in tiny.refused(
         "thresholds", folder, "--data", tiny.file("test"), "--budget", "0.5"
     )
 

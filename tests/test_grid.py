@@ -45,6 +45,9 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in results.iterdir()}
     assert run(grid.app, "train.grid", list(map(str, args))) == 0
     assert before == {path: path.read_bytes() for path in results.iterdir()}
+    other = [arg if arg is not tiny.model() else "another/model" for arg in args]
+    assert run(grid.app, "train.grid", list(map(str, other))) == 2
+    assert "and another/model was asked for" in capsys.readouterr().err
 
 
 def test_every_cell_has_a_name_of_its_own():

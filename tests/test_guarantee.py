@@ -39,5 +39,7 @@ def test_a_case_that_cannot_be_read(tmp_path, capsys):
     args = (tiny.trained()[0], "--data", tiny.data(), "--case", "0.1", "--output")
     assert guarantee(*args, tmp_path / "out.json") == 2
     assert "--case must be RISK,DELTA,ROWS" in capsys.readouterr().err
+    assert guarantee(*args[:4], "0.1,0.1,-5", "--output", tmp_path / "out.json") == 2
+    assert "--case must be RISK,DELTA,ROWS" in capsys.readouterr().err
     assert guarantee(*args[:3], "--loss", "both", "--output", tmp_path / "out.json") == 2
     assert "loss must be disagreement or error" in capsys.readouterr().err

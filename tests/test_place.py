@@ -94,6 +94,9 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert tiny.ejax("profile", tiny.trained()[0]).code == 0
     assert "exits must be between 1 and 2" in tiny.refused(*ask[:-3], 3, *ask[-2:])
     assert not output.exists()
+    mine = tiny.copy_of_bundle(tmp_path)
+    here = ("place", mine, *ask[2:-1], tmp_path / "." / "bundle")
+    assert "the layers it loses could not be had back" in tiny.refused(*here)
     done = tiny.ejax(*ask, "--max-drop", 100)  # so that the first exit alone will do
     assert done.code == 0, done.err
     assert "21 rows left out" in done.err
@@ -108,9 +111,20 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert report["differ"] == 0
     assert all(value > 0 for value in report["measured"].values())
     names = [row_hash(row, before.labels) for row in labelled_rows(before, str(tiny.file("dev")))]
-    assert set(after.provenance["rows"]["thresholds"]) <= set(names)
-    assert after.provenance["rows"]["dev_b"] == []
+    assert len(after.provenance["rows"]["placed"]) == 20
+    assert set(after.provenance["rows"]["placed"]) <= set(names)
     shown = tiny.ejax("info", folder)
     assert shown.code == 0
     assert "Exits after layers 1 of 1, 3" in " ".join(shown.out.split())
     assert {answer["exit_layer"] for answer in EarlyExitClassifier(after)(["great film"])} == {1}
+    # Rows that chose the exits are spent: no guarantee can be had from them.
+    again = ("thresholds", folder, "--data", tiny.data(), "--risk", 0.5)
+    assert "fitted this bundle: thresholds need other rows" in tiny.refused(*again)
+
+
+def test_too_many_choices_are_refused():
+    exits = 24
+    logits, labels, temperatures, tokens = rows(5, exits=exits, n=20)
+    table = make_table(logits, labels, temperatures, tuple(range(1, exits + 1)), tokens)
+    with pytest.raises(ValueError, match="5 of 24 exits can be kept in 55,454 ways"):
+        place(table, 5, np.ones(20), np.ones(20))

@@ -148,4 +148,22 @@ def test_nothing_to_report_on(tmp_path):
     args = ("report", folder, "--data", tiny.file("test"))
     assert "a report needs other rows" in tiny.refused(*args, "--output", tmp_path / "r.html")
     assert "--output must end in .html" in tiny.refused(*args, "--output", tmp_path / "r.json")
+    trained = ("--output", tmp_path / "r.html", "--split", "train")
+    assert "confidences on trained rows" in tiny.refused(*args, *trained)
     assert not list(tmp_path.glob("r.*"))
+
+
+def test_bundles_beside_that_are_called_alike_or_have_other_labels(tmp_path):
+    same = tiny.copy_of_bundle(tmp_path)
+    args = ("report", tiny.trained()[0], "--data", tiny.file("test"), "--output")
+    twice = (*args, tmp_path / "r.html", "--beside", same, "--beside", same)
+    assert "bundle is given twice" in tiny.refused(*twice)
+    both = (*args, tmp_path / "r.html", "--beside", same, "--beside", tiny.trained()[0])
+    assert tiny.ejax(*both).code == 0
+    names = set(json.loads((tmp_path / "r.json").read_text())["beside"])
+    assert names == {f"{path.parent.name}/bundle" for path in (same, tiny.trained()[0])}
+    config = json.loads((same / "config.json").read_text())
+    config["id2label"] = {"0": "good", "1": "bad"}
+    (same / "config.json").write_text(json.dumps(config))
+    other = (*args, tmp_path / "r.html", "--beside", same)
+    assert "must have the labels bad, good, in this order. Got good, bad" in tiny.refused(*other)

@@ -163,13 +163,18 @@ def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
     assert more["mean_depth"] <= point["mean_depth"]
 
 
+@pytest.mark.parametrize("saturated", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
-def test_the_fit_is_the_minimum(share):
+def test_the_fit_is_the_minimum(share, saturated):
     """Of the cross-entropy and its prior, as scipy finds it; also where nothing is lost."""
     rng = np.random.default_rng(1)
     scores = rng.uniform(0.5, 1, 300)
     lost = np.where(rng.random(300) < share * (2 - 2 * scores), rng.uniform(0, 1, 300), 0)
-    x = np.log(scores) - np.log1p(-scores)
+    sure = rng.random(300) < saturated
+    scores[sure] = 1 - 10.0 ** rng.uniform(-9, -4, sure.sum())
+    lost[sure] = rng.random(sure.sum()) < share  # whatever the score
+    clipped = np.clip(scores, 1e-6, 1 - 1e-6)
+    x = np.log(clipped) - np.log1p(-clipped)
 
     def objective(w):
         z = w[0] + w[1] * x
@@ -178,8 +183,8 @@ def test_the_fit_is_the_minimum(share):
     found = minimize(objective, [-3.0, -1.0], tol=1e-12)
     ours = thresholds._fit_loss(scores, lost)
     assert objective(ours) <= found.fun + 1e-9
-    at = thresholds._score_at(ours, 0.01)
-    if 0 < at < 1:
+    at = thresholds._score_at(ours, np.float64(0.01))
+    if 0.01 < at < 0.99:
         z = ours[0] + ours[1] * (np.log(at) - np.log1p(-at))
         assert 1 / (1 + np.exp(-z)) == pytest.approx(0.01, rel=0.02)  # four decimals of a score
 
@@ -305,13 +310,35 @@ def test_too_few_rows_keep_full_depth_and_say_how_many_it_takes():
     table = make_table(logits, np.zeros(398, int), [1, 1], (1, 2), np.full(398, 7))
     # (1 - 0.01)^n <= 0.05 from n = 299 on, and a quarter of the rows orders the policies.
     few = risk_thresholds(table.take(np.arange(397)), 0.01, 0.05)
-    assert few["rows"] == 298
     assert few["threshold"] == [FULL, FULL]
-    assert few["p_value"] is None
-    assert few["rows_needed"] == 399
+    assert (few["rows"], few["rows_for_order"], few["p_value"]) == (397, 0, None)
+    assert few["rows_needed"] == 398
     enough = risk_thresholds(table, 0.01, 0.05)
-    assert enough["rows"] == 299
+    assert (enough["rows"], enough["rows_for_order"]) == (299, 99)
     assert enough["exit_share"] == [1, 0]
+
+
+@pytest.mark.parametrize("family", ["per exit", "one number"])
+@pytest.mark.parametrize("risk", [0.5, 0.9, 0.97])
+def test_rows_needed_are_enough_and_one_less_is_not(risk, family):
+    logits = same_everywhere([0.99, 0.99], 30)
+    table = make_table(logits, np.zeros(30, int), [1, 1], (1, 2), np.full(30, 7))
+    points = {
+        n: risk_thresholds(table.take(np.arange(n)), risk, 0.1, family=family) for n in range(1, 31)
+    }
+    (needed,) = {point["rows_needed"] for point in points.values()}
+    assert {n for n, point in points.items() if point["p_value"] is not None} == {
+        n for n in points if n >= needed
+    }
+
+
+def test_everyone_can_be_sent_out_at_the_first_exit():
+    """Also rows that are so unsure, of many classes, that no bound on the loss lets them go."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 300, 20)).astype(np.float32) * np.array([0.1, 3, 9])[:, None, None]
+    labels = rng.integers(20, size=300)
+    table = make_table(logits, labels, [1] * 3, LAYERS, np.full(300, 7))
+    assert budget_thresholds(table, 1 / 6)["exit_share"] == [1, 0, 0]
 
 
 def test_the_guarantee_holds_on_draws_from_a_table():

@@ -9,9 +9,10 @@ what they teach. ROOT holds a folder per data set with train, dev and test files
 import dataclasses
 import fnmatch
 import json
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,6 @@ from rich.table import Table as Shown
 from ejax.bundle import load_bundle
 from ejax.calibration import metrics
 from ejax.calibration.thresholds import (
-    FULL,
     Table,
     budget_thresholds,
     describe,
@@ -35,17 +35,19 @@ from ejax.calibration.thresholds import (
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli import run
 from ejax.config import DataConfig, TrainConfig
+from ejax.data.tokenizer import Encoded
+from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import evaluate, save_figure, write_json
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.targets import FAMILIES, Costs, rows_for_thresholds
+from ejax.evaluation.targets import FAMILIES, rows_for_thresholds
 from ejax.hardware import environment
-from ejax.training.finetune import Task, encode, finetune
+from ejax.training.finetune import Task, encode, finetune, short_path
 
 DATA = ("sst2", "snli", "ag_news", "mnli", "imdb")
 EXITS = {"minilm": (1, 2, 4, 6), "twelve": (1, 4, 6, 12)}
 MORE_SEEDS = ("sst2", "snli")  # of the 6-layer model, three in all
 ROWS, TOKENS = 10_000, 128  # of each split, of each text
-TIMED_ROWS, REPEATS = 2000, 3
+TIMED_ROWS, SINGLES, REPEATS = 2000, 100, 3
 RESAMPLES = 200  # of the rows, for an interval of 95 %
 MAX_DROP = 1.0  # points, on dev-B
 RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
@@ -129,17 +131,23 @@ def main(
     console = Console(stderr=True)
     for number, cell in enumerate(chosen, 1):
         path = results / f"{cell.name}.json"
+        config = cell.config(data, twelve)
+        if path.exists() and (theirs := json.loads(path.read_text())["model"]) != name_of(config):
+            raise ValueError(
+                f"{path} is of the encoder {theirs}, and {name_of(config)} was asked for: choose "
+                f"other --results."
+            )
         if show or path.exists():
             continue
         console.print(f"{cell.name}, {number} of {len(chosen)}")
         start = time.time()
-        folder = finetune(cell.config(data, twelve), workdir / cell.name)
+        folder = finetune(config, workdir / cell.name)
         found = measure(folder, data / cell.data)
-        trained = json.loads((workdir / cell.name / "result.json").read_text())
         write_json(
             {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
             | dataclasses.asdict(cell)
-            | {"train_rows": trained["config"]["data"]["limit"], "seconds": time.time() - start}
+            | {"model": name_of(config), "train_rows_at_most": ROWS, "max_length": TOKENS}
+            | {"seconds": time.time() - start}
             | found
             | {"date": time.strftime("%Y-%m-%d"), **environment()},
             path,
@@ -152,6 +160,11 @@ def main(
             size=(4 * len({r["data"] for r in known}), 3.6 * len({r["encoder"] for r in known})),
             panels=(len({r["encoder"] for r in known}), len({r["data"] for r in known})),
         )  # fmt: skip
+
+
+def name_of(config: TrainConfig) -> str:
+    """The encoder, without the folders it lies in."""
+    return short_path(config.model)
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -224,19 +237,30 @@ def curve_of(fit: Table) -> list[Sequence[float]]:
 
 
 def speed(clf: EarlyExitClassifier, thresholds: Sequence[float], test: Task) -> dict[str, Any]:
-    """Measured: all rows at once against the straight scan, and one text alone."""
+    """Measured against the straight scan, in turns: all rows at once, and one text alone."""
     bundle = dataclasses.replace(clf.bundle, thresholds=tuple(thresholds))
     timed = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices[:1])
     rows = test.take(np.arange(min(TIMED_ROWS, len(test.labels))))
     offline = evaluate(timed, rows.encoded, rows.labels, [None], repeats=REPEATS)
     point = offline["thresholds"][0]
-    costs = Costs(timed, rows.encoded)
+    alone = [rows.encoded.subset(np.array([row])) for row in spread(len(rows.labels), SINGLES)]
+    runs: dict[str, Callable[[Encoded], Any]] = {
+        "single_full_ms": timed.full_logits,
+        "single_ms": timed.decide_encoded,
+    }
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):  # the first compiles
+        for name, run_one in runs.items():
+            start = time.perf_counter()
+            for row in alone:
+                run_one(row)
+            if repeat:
+                taken[name].append(1000 * (time.perf_counter() - start) / len(alone))
     return {
         **{name: point[name] for name in ("speedup", "ideal_speedup", "mean_depth", "drop")},
         "full_texts_per_second": offline["full"]["texts_per_second"],
         "texts_per_second": point["texts_per_second"],
-        "single_ms": costs.measured(thresholds),
-        "single_full_ms": costs.measured(FULL),
+        **{name: statistics.median(values) for name, values in taken.items()},
         "rows": len(rows.labels),
     }
 

@@ -20,7 +20,7 @@ from scipy.special import bdtri
 
 from ejax.calibration.thresholds import Loss, Table, check_loss, policies, risk_thresholds, totals
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli import Bundle, Data, check_json, run
+from ejax.cli import Bundle, Data, check_json, check_split, run
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of
@@ -43,6 +43,7 @@ def main(
 ) -> None:
     """Count the broken promises of thresholds chosen for a risk, on draws from real answers."""
     check_json(output)
+    check_split(split)
     cases = [parse_case(text) for text in case or CASES]
     kind = check_loss(loss)
     clf = EarlyExitClassifier.from_pretrained(bundle)
@@ -56,7 +57,8 @@ def main(
             found.append(broken(table, risk, delta, count, kind, draws, advance))
     result = {
         "command": f"python -m train.guarantee {bundle.name} --data {Path(data).name} "
-        f"--split {split} --loss {loss} --draws {draws}",
+        f"--split {split} --loss {loss} --draws {draws}"
+        + "".join(f" --case {text}" for text in case or ()),
         "date": time.strftime("%Y-%m-%d"),
         "bundle": bundle.name,
         "data": rows.origin,
@@ -74,11 +76,12 @@ def main(
 def parse_case(text: str) -> tuple[float, float, int]:
     try:
         risk, delta, count = text.split(",")
-        return float(risk), float(delta), int(count)
+        found = float(risk), float(delta), int(count)
     except ValueError:
-        raise ValueError(
-            f"--case must be RISK,DELTA,ROWS, such as 0.02,0.05,2000. Got {text!r}."
-        ) from None
+        found = 0.0, 0.0, 0
+    if not (0 < found[0] < 1 and 0 < found[1] < 1 and found[2] > 0):
+        raise ValueError(f"--case must be RISK,DELTA,ROWS, such as 0.02,0.05,2000. Got {text!r}.")
+    return found
 
 
 def broken(
@@ -108,7 +111,7 @@ def broken(
         if policy not in known:
             taken = table.leave(policy)
             known[policy] = float(lost[taken, every].mean()), table.depth(taken)
-        full += chosen["p_value"] is None
+        full += known[policy][1] == table.layers[-1]
         true.append(known[policy][0])
         depths.append(known[policy][1])
         advance()

@@ -4,6 +4,7 @@ Axes: E exits, N rows, P policies.
 """
 
 from itertools import combinations
+from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from ejax.calibration.thresholds import (
     policies,
     totals,
 )
+
+MOST_SUBSETS = 20_000  # some minutes
 
 
 class Placement(NamedTuple):
@@ -54,21 +57,32 @@ def place(
     """
     check_max_drop(max_drop)
     exits = len(table.layers)
-    if not 1 <= count <= exits:
-        raise ValueError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
+    check_count(count, exits)
     ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
     everyone = np.full((1, exits), FULL)  # also the surest: nobody leaves early
     ordered = np.concatenate([everyone, ordered.reshape(-1, exits)])
     correct, layer, passing = table.correct.astype(float), np.asarray(layer_cost), exit_cost
     best: list[Placement] = []
     for size in range(1, count + 1):
-        found = [
+        tried = (
             _cheapest(table, kept, ordered, correct, layer, passing, max_drop)
             for kept in combinations(range(exits), size)
-        ]
-        within = [one for one in found if one is not None]
+        )
+        within = (one for one in tried if one is not None)
         best.append(min(within, key=lambda one: one.cost))  # the last exit alone loses nothing
     return best
+
+
+def check_count(count: int, exits: int) -> None:
+    """Raises ValueError unless so many of the exits can be kept, and all choices be tried."""
+    if not 1 <= count <= exits:
+        raise ValueError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
+    subsets = sum(comb(exits, size) for size in range(1, count + 1))
+    if subsets > MOST_SUBSETS:
+        raise ValueError(
+            f"{count} of {exits} exits can be kept in {subsets:,} ways, and at most "
+            f"{MOST_SUBSETS:,} are tried: keep fewer."
+        )
 
 
 def _cheapest(
@@ -98,10 +112,10 @@ def _cheapest(
 
 
 def point_of(table: Table, placement: Placement) -> dict[str, Any]:
-    """`operating_point` against the whole model, and `layers` and `cost` of the placement."""
+    """`operating_point` against the whole model, with the `layers` kept and the cost as `ms`."""
     taken = table.leave(placement.of_all(len(table.layers)))
     return describe(table, taken) | {
         "layers": table.layers[list(placement.exits)].tolist(),
         "threshold": list(placement.thresholds),
-        "cost": placement.cost,
+        "ms": placement.cost,
     }

@@ -276,9 +276,10 @@ def risk_thresholds(
 
     Returns:
       The dict of `operating_point` of the tested rows at the thresholds chosen, and `risk`,
-      `delta`, `loss`; `rows_for_order`; `losses`, the tested rows that lost; `p_value` (null
-      where nobody leaves early); `upper`, the share that the loss is below with probability
-      1 - delta, were this policy the only one tested (Clopper and Pearson, 1934);
+      `delta`, `loss`; `rows_for_order`, 0 where there were too few to test any; `losses`, the
+      tested rows that lost; `p_value` (null where nobody leaves early); `upper`, the share that
+      the loss is below with probability 1 - delta, were this policy the only one tested
+      (Clopper and Pearson, 1934);
       `rows_needed`, without which nothing can be shown.
 
     Raises:
@@ -286,16 +287,16 @@ def risk_thresholds(
     """
     check_share("risk", risk)
     check_share("delta", delta)
+    check_loss(loss)
     order = np.random.default_rng(seed).permutation(table.tokens.size)
-    first, rest = np.split(order, [order.size // 4])
-    tested = table.take(rest)
-    lost = tested.lost(loss).astype(float)
+    first, rest = np.split(order, [max(1, order.size // 4)])
     needed = math.ceil(math.log(delta) / math.log1p(-risk))
-    chosen, losses, p_value = [FULL] * len(table.layers), 0, None
-    if rest.size >= needed:
-        ordering = table.take(first)
+    chosen, losses, p_value, tested = [FULL] * len(table.layers), 0, None, table
+    enough = rest.size >= needed
+    if enough:
+        ordering, tested = table.take(first), table.take(rest)
         ordered = policies(ordering, family, ordering.lost(loss))
-        counts = totals(tested, ordered, lost).round()
+        counts = totals(tested, ordered, tested.lost(loss).astype(float)).round()
         p_values = bdtr(counts, rest.size, risk)
         passed = int((p_values <= delta).cumprod().sum())
         if passed:
@@ -306,11 +307,11 @@ def risk_thresholds(
         "risk": float(risk),
         "delta": float(delta),
         "loss": loss,
-        "rows_for_order": first.size,
+        "rows_for_order": first.size if enough else 0,
         "losses": losses,
         "p_value": p_value,
         "upper": upper if p_value is not None else 0.0,
-        "rows_needed": math.ceil(needed * 4 / 3),
+        "rows_needed": max(needed + 1, 4 * (needed - 1) // 3 + 1),
     }
 
 
@@ -354,12 +355,15 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
         columns = [np.append(numbers, 0.0)] * early
     elif family == "per exit":
         curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
+        everyone = bounds is None
         if bounds is None:
             fitted = [
                 _logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)
             ]
             bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
         columns = [_score_at(curve, bounds) for curve in curves]
+        if everyone:  # also those whose loss no score bounds
+            columns = [np.append(column, 0.0) for column in columns]
     else:
         raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
     return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
@@ -391,13 +395,27 @@ def _fit_loss(scores: Float, lost: Float) -> Float:
     """
     x = np.stack([np.ones_like(scores), _logit(scores)], axis=1)
     middle, precision = np.array([0.0, -1.0]), np.array([1e-3, 1.0])
+
+    def objective(weights: Float) -> float:
+        z = x @ weights
+        prior = (precision * (weights - middle) ** 2).sum() / 2
+        return float((np.logaddexp(0, z) - lost * z).sum() + prior)
+
     weights = np.array([-2.0, -0.5])
+    least = objective(weights)
     for _ in range(100):
         p = _logistic(x @ weights)
         gradient = x.T @ (p - lost) + precision * (weights - middle)
         curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(precision)
         step = np.linalg.solve(curvature, gradient)
-        weights = weights - np.clip(step, -1, 1)  # far from the end Newton may overshoot
+        # Far from the minimum, as with many saturated scores, a whole step may overshoot.
+        for scale in 0.5 ** np.arange(30):
+            found = objective(weights - scale * step)
+            if found <= least:
+                break
+        else:
+            break  # no lower value within rounding
+        weights, least = weights - scale * step, found
         if np.abs(step).max() < 1e-9:
             break
     return weights

@@ -34,6 +34,7 @@ from ejax.evaluation.evaluate import (
     timing,
     write_json,
 )
+from ejax.evaluation.labelled import check_beside
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup
 
@@ -107,12 +108,7 @@ def bench(
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
         raise ValueError(f"--against must be among {', '.join(AGAINST)}. Got {unknown[0]!r}.")
-    for name, other in (beside or {}).items():
-        if other.bundle.labels != clf.bundle.labels:
-            raise ValueError(
-                f"--beside {name} must have the labels {', '.join(clf.bundle.labels)}, in this "
-                f"order. Got {', '.join(other.bundle.labels)}."
-            )
+    check_beside(clf.bundle, beside or {})
     levels = clf.bundle.thresholds
     if threshold is not None:
         levels = (float(threshold),) * len(levels)

@@ -147,9 +147,9 @@ def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> f
 
 
 def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float | None:
-    """Seconds by the profile of this machine; None where there is none."""
+    """Seconds by the profile of this machine; None where there is none of these lengths."""
     profile = clf.shapes.profile
-    if profile is None:
+    if profile is None or any((s.tile, s.length) not in profile.seconds for _, s in pools):
         return None
     return sum(
         profile.predict(clf.bundle.exits, exit[rows], shape.tile, shape.length)

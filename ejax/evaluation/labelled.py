@@ -1,6 +1,6 @@
 """Labelled rows for a trained bundle: to evaluate it, or to calibrate it again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def labelled_rows(
     if split not in found:
         raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
     return found[split]
+
+
+def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the classifiers beside have this bundle's labels, in its order."""
+    for name, other in beside.items():
+        if other.bundle.labels != bundle.labels:
+            raise ValueError(
+                f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "
+                f"order. Got {', '.join(other.bundle.labels)}."
+            )
 
 
 def _of(trained: dict[str, Any], field: str, default: Any) -> Any:

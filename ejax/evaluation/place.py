@@ -11,13 +11,13 @@ import numpy as np
 from rich.table import Table as Shown
 
 from ejax.bundle import Bundle
-from ejax.calibration.placement import place, point_of
+from ejax.calibration.placement import check_count, place, point_of
 from ejax.calibration.thresholds import describe
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import ExitConfig
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
-from ejax.evaluation.targets import rows_for_thresholds, rows_used, table_of
+from ejax.evaluation.targets import needed_profile, rows_for_thresholds, rows_used, table_of
 from ejax.hardware import describe as machine
 from ejax.models.early_exit import cut
 
@@ -38,7 +38,7 @@ def place_exits(
 
     Returns:
       The bundle, and, ready for JSON: `found`, per number of exits the cheapest placement
-      within `max_drop` with its `cost` in predicted milliseconds per text; `measured`, the
+      within `max_drop` with `ms`, predicted milliseconds per text; `measured`, the
       milliseconds per text of the bundle as it was (`before`) and with the cheapest placement
       (`after`), medians of `repeats` in turns; `before`, the operating point of the bundle's own
       thresholds; `differ`, rows that leave elsewhere in the new bundle than simulated; `sentence`.
@@ -47,10 +47,8 @@ def place_exits(
       ValueError: without a profile, or where no rows are left.
     """
     bundle = clf.bundle
-    if clf.shapes.profile is None:
-        raise ValueError(
-            "placing exits needs this machine's profile: run `ejax profile` for this bundle first."
-        )
+    needed_profile(clf, "placing exits")
+    check_count(count, len(bundle.exits.layers))
     task = rows_for_thresholds(bundle, split)
     progress("every exit's answers")
     table = table_of(clf, task)
@@ -75,7 +73,7 @@ def place_exits(
     kept = ", ".join(map(str, placed.exits.layers))
     sentence = (
         f"Exits after layers {kept} of {', '.join(map(str, bundle.exits.layers))}: the cheapest "
-        f"here of at most {count} that lose at most {max_drop:g} points on {rows} rows of "
+        f"here of at most {count} exits that lose at most {max_drop:g} points on {rows} rows of "
         f"{split.origin}."
     )
     report = {
@@ -102,7 +100,7 @@ def place_exits(
             name: [parts[e] for e in best.exits]
             for name, parts in bundle.provenance.get("metrics", {}).items()
         },
-        "rows": rows_used(bundle, task),
+        "rows": rows_used(bundle, task, "placed"),
     }
     provenance = bundle.provenance | changed
     provenance.pop("target", None)
@@ -111,8 +109,7 @@ def place_exits(
 
 def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
     """Milliseconds of each row for one layer, and for passing one exit, in a whole tile: [N]."""
-    profile = clf.shapes.profile
-    assert profile is not None
+    profile = needed_profile(clf, "placing exits")
     layer, passing = np.zeros((2, len(encoded)))
     for rows, shape in clf.pools(encoded.lengths):
         part = profile.seconds[shape.tile, shape.length]
@@ -159,11 +156,13 @@ def placements_table(report: dict[str, Any]) -> Shown:
             f"{p['accuracy']:.4f}",
             f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
             f"{p['mean_depth']:.2f}",
-            f"{p['cost']:.3f}",
+            f"{p['ms']:.3f}",
         )
     before, after = report["measured"].values()
+    was = report["before"]
     made.caption = (
-        f"measured, ms per text: {before:.3f} before (accuracy {report['before']['accuracy']:.4f}, "
-        f"depth {report['before']['mean_depth']:.2f}), {after:.3f} with the cheapest"
+        f"chosen on these rows, which flatters the drop; measured, ms per text: {before:.3f} "
+        f"before (accuracy {was['accuracy']:.4f}, depth {was['mean_depth']:.2f}), {after:.3f} "
+        f"with the cheapest"
     )
     return made

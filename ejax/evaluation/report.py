@@ -1,6 +1,6 @@
 """One page on a bundle: what early exit gains and loses on labelled rows, and for whom.
 
-The rows that fitted its temperatures or chose its thresholds are left out.
+The rows that fitted it or chose its thresholds are left out.
 
 Axes: P policies, E exits, N rows, C classes.
 """
@@ -26,6 +26,7 @@ from ejax.calibration.thresholds import (
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
+from ejax.evaluation.labelled import check_beside
 from ejax.evaluation.targets import chosen_on
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
@@ -61,9 +62,10 @@ def make_report(
       and by length at each operating point; `examples`.
 
     Raises:
-      ValueError: when no rows are left.
+      ValueError: when no rows are left, or a model beside has other labels.
     """
     bundle = clf.bundle
+    check_beside(bundle, beside or {})
     progress("tokenising")
     rows = list(split)
     task = encode(split, bundle.tokenizer, bundle.max_length)
@@ -71,8 +73,8 @@ def make_report(
     kept = np.array([i for i, name in enumerate(task.hashes) if name not in seen], int)
     if not len(kept):
         raise ValueError(
-            f"every row of {split.origin} fitted this bundle's temperatures or chose its "
-            f"thresholds: a report needs other rows."
+            f"every row of {split.origin} fitted this bundle or chose its thresholds: a report "
+            f"needs other rows."
         )
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]

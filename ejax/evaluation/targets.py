@@ -21,6 +21,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
+from ejax.inference.cost import Profile
 from ejax.training.finetune import Task, encode
 
 SAMPLE = 200  # texts that are timed alone
@@ -36,16 +37,17 @@ class Target:
       budget: the share of full depth's layers per token that may be spent, in (0, 1].
       budget_ms: mean milliseconds of one text alone on this machine, its tokens given.
       risk: the share of texts that may lose, with probability 1 - delta.
-      delta: of `risk`.
-      loss: of `risk`: "disagreement" with full depth, or "error" where full depth is right.
+      delta: of `risk` alone; None means 0.05.
+      loss: of `risk` alone: "disagreement" with full depth (None means that), or "error", where
+        full depth is right.
     """
 
     max_drop: float | None = None
     budget: float | None = None
     budget_ms: float | None = None
     risk: float | None = None
-    delta: float = 0.05
-    loss: str = "disagreement"
+    delta: float | None = None
+    loss: str | None = None
 
     def __post_init__(self) -> None:
         names = ("max_drop", "budget", "budget_ms", "risk")
@@ -55,21 +57,25 @@ class Target:
                 f"a target must be one of max_drop, budget, budget_ms and risk. "
                 f"Got {' and '.join(given) or 'none'}."
             )
+        if self.risk is None and (self.delta is not None or self.loss is not None):
+            raise ValueError(f"delta and loss go with risk alone. Got {given[0]}.")
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
         for budget in (self.budget, self.budget_ms):
             if budget is not None:
                 thresholds.check_budget(budget)
+        if self.budget is not None and self.budget > 1:
+            raise ValueError(
+                f"budget must be a share of full depth, above 0 and at most 1. Got {self.budget}."
+            )
         if self.risk is not None:
             thresholds.check_share("risk", self.risk)
-            thresholds.check_share("delta", self.delta)
-            thresholds.check_loss(self.loss)
+            thresholds.check_share("delta", 0.05 if self.delta is None else self.delta)
+            thresholds.check_loss(self.loss or "disagreement")
 
     def to_json(self) -> dict[str, Any]:
-        given = {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None
-        }
-        return given if self.risk else {k: given[k] for k in given.keys() - {"delta", "loss"}}
+        values = dataclasses.asdict(self).items()
+        return {name: value for name, value in values if value is not None}
 
 
 def choose(
@@ -81,9 +87,9 @@ def choose(
 ) -> tuple[Bundle, dict[str, Any]]:
     """The bundle with thresholds chosen for `target` on these rows, and a report on the choice.
 
-    Rows that fitted the temperatures are left out, and the rows used are recorded, so that
-    `ejax evaluate` and `ejax report` can leave those out in turn: temperatures, thresholds and
-    reports each have rows of their own. Rows of dev-B that serve here are no longer dev-B.
+    Rows that fitted the bundle are left out, and the rows used are recorded, so that
+    `ejax evaluate` can name and `ejax report` leave out those in turn: temperatures, thresholds
+    and reports each have rows of their own.
 
     Returns:
       The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
@@ -96,6 +102,8 @@ def choose(
       ValueError: where no rows are left, a budget cannot be met, or `budget_ms` has no profile.
     """
     bundle = clf.bundle
+    if target.budget_ms is not None:
+        needed_profile(clf, "budget-ms", 1)
     task = rows_for_thresholds(bundle, split)
     progress("every exit's answers")
     table = table_of(clf, task)
@@ -135,7 +143,7 @@ def choose(
         "thresholds_from": sentence,
         "target": report,
         "operating_points": {"thresholds": chosen},
-        "rows": rows_used(bundle, task),
+        "rows": rows_used(bundle, task, "thresholds"),
     }
     changed = dataclasses.replace(
         bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance
@@ -144,38 +152,36 @@ def choose(
 
 
 def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
-    """The rows that did not fit the temperatures, tokenised.
+    """The rows that had no part in the bundle but its thresholds, tokenised.
 
     Raises:
       ValueError: where none are left.
     """
     task = encode(split, bundle.tokenizer, bundle.max_length)
-    fitted = temperature_rows(bundle)
+    fitted = fitted_on(bundle)
     kept = np.array([i for i, name in enumerate(task.hashes) if name not in fitted], int)
     if not len(kept):
         raise ValueError(
-            f"every row of {split.origin} fitted this bundle's temperatures: thresholds need "
-            f"other rows."
+            f"every row of {split.origin} fitted this bundle: thresholds need other rows."
         )
     return task.take(kept)
 
 
-def rows_used(bundle: Bundle, task: Task) -> dict[str, Any]:
-    """The bundle's record of rows, once these have chosen its thresholds."""
-    rows, used = bundle.provenance.get("rows", {}), set(task.hashes)
-    free = [name for name in rows.get("dev_b", ()) if name not in used]
-    return rows | {"thresholds": task.hashes, "dev_b": free}
+def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
+    """The bundle's record of rows, once these have chosen its thresholds, or its exits."""
+    kept = {k: v for k, v in bundle.provenance.get("rows", {}).items() if k != "thresholds"}
+    return kept | {name: sorted({*kept.get(name, ()), *task.hashes})}
 
 
-def temperature_rows(bundle: Bundle) -> set[str]:
-    """Hashes of the rows that fitted the temperatures."""
+def fitted_on(bundle: Bundle) -> set[str]:
+    """Hashes of the rows that picked the weights, fitted the temperatures or placed the exits."""
     rows = bundle.provenance.get("rows", {})
-    return set(rows.get("calibration") or rows.get("dev_a", ()))
+    return {hash for name in ("dev_a", "calibration", "placed") for hash in rows.get(name, ())}
 
 
 def chosen_on(bundle: Bundle) -> set[str]:
-    """Hashes of the rows that fitted temperatures or chose thresholds: no report on them."""
-    return temperature_rows(bundle) | set(bundle.provenance.get("rows", {}).get("thresholds", ()))
+    """Those and the rows that chose the thresholds: no report on them."""
+    return fitted_on(bundle) | set(bundle.provenance.get("rows", {}).get("thresholds", ()))
 
 
 def table_of(clf: EarlyExitClassifier, task: Task) -> Table:
@@ -190,7 +196,7 @@ class Costs:
     """Milliseconds per text: by this machine's profile, and by trial."""
 
     def __init__(self, clf: EarlyExitClassifier, encoded: Encoded) -> None:
-        self.clf, self.encoded, self.profile = clf, encoded, clf.shapes.profile
+        self.clf, self.encoded = clf, encoded
         self.pools = list(clf.pools(encoded.lengths))
         bundle = clf.bundle
         self.bucket = bucket_of(encoded.lengths, bundle.buckets, bundle.max_length)
@@ -219,13 +225,10 @@ class Costs:
         return self.call + self._alone(np.arange(taken.size), taken)
 
     def _alone(self, rows: np.ndarray, taken: np.ndarray) -> float:
-        if self.profile is None:
-            raise ValueError(
-                "budget-ms needs this machine's profile: run `ejax profile` for this bundle first."
-            )
+        profile = needed_profile(self.clf, "budget-ms", 1)
         pairs = np.stack([taken, self.bucket[rows]])
         seconds = sum(
-            count * self.profile.predict(self.clf.bundle.exits, exit[None], 1, int(length))
+            count * profile.predict(self.clf.bundle.exits, exit[None], 1, int(length))
             for (exit, length), count in zip(*_counts(pairs), strict=True)
         )
         return 1000 * seconds / len(rows)
@@ -234,6 +237,28 @@ class Costs:
         together = predicted(self.clf, self.pools, taken)
         ms = {"ms_together": None if together is None else 1000 * together / taken.size}
         return ms if self.call is None else ms | {"ms_alone": self.alone(taken)}
+
+
+def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None) -> Profile:
+    """This machine's profile, where it holds every length of the bundle.
+
+    Args:
+      rows: of the tiles that are needed; None means those of whole pools.
+
+    Raises:
+      ValueError: where it does not, or there is none.
+    """
+    profile, bundle = clf.shapes.profile, clf.bundle
+    reached = np.arange(1, bundle.max_length + 1)
+    lengths = np.unique(bucket_of(reached, bundle.buckets, bundle.max_length)).tolist()
+    if profile is None or not all(
+        (rows or clf.shapes.tile(length), length) in profile.seconds for length in lengths
+    ):
+        raise ValueError(
+            f"{what} needs this machine's profile of this bundle's lengths: run `ejax profile` "
+            f"for this bundle first."
+        )
+    return profile
 
 
 def _counts(pairs: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -252,8 +277,13 @@ def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[
             table, target.budget_ms, cost=costs.alone, family=family
         )
     assert target.risk is not None
-    loss = thresholds.check_loss(target.loss)
-    return thresholds.risk_thresholds(table, target.risk, target.delta, loss=loss, family=family)
+    return thresholds.risk_thresholds(
+        table,
+        target.risk,
+        0.05 if target.delta is None else target.delta,
+        loss=thresholds.check_loss(target.loss or "disagreement"),
+        family=family,
+    )
 
 
 def in_words(chosen: dict[str, Any], origin: str) -> str:
@@ -274,16 +304,15 @@ def in_words(chosen: dict[str, Any], origin: str) -> str:
         f"at most {100 * chosen['risk']:g} % of texts {what}, with probability "
         f"{1 - chosen['delta']:g}"
     )
-    total = chosen["rows"] + chosen["rows_for_order"]
     if chosen["p_value"] is not None:
         return (
             f"The fastest shown to keep the promise that {asked}: {chosen['losses']} losses "
             f"{where} that chose nothing else (p = {chosen['p_value']:.2g}; Learn then Test)."
         )
-    if total < chosen["rows_needed"]:
+    if not chosen["rows_for_order"]:
         return (
             f"Full depth: to show that {asked}, at least {chosen['rows_needed']} rows are needed, "
-            f"and {origin} has {total}."
+            f"and {chosen['rows']} of {origin} could be used."
         )
     return f"Full depth: no early exit could be shown to keep the promise that {asked}, {where}."
 
