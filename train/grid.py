@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import typer
 from rich.console import Console
@@ -141,6 +142,7 @@ def main(
             continue
         console.print(f"{cell.name}, {number} of {len(chosen)}")
         start = time.time()
+        jax.clear_caches()  # the programs of one cell after another would fill the address space
         folder = finetune(config, workdir / cell.name)
         found = measure(folder, data / cell.data)
         write_json(
