@@ -544,7 +544,7 @@ def thresholds(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.bundle import check_output
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.labelled import labelled_rows
@@ -559,15 +559,8 @@ def thresholds(
     )
     with Console(stderr=True).status("tokenising") as status:
         after, report = choose(clf, rows, target, progress=status.update)
-    after = dataclasses.replace(after, cfg=load_bundle(bundle).cfg)  # not this machine's dtype
-    folder = save_bundle(after, output or bundle)
     show(targets_table(report))
-    if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
-    if report["differ"]:
-        note(f"{report['differ']} rows left at another exit when the engine ran.")
-    note(report["sentence"])
-    note(f"written: {folder}")
+    save_chosen(after, bundle, output or bundle, report)
 
 
 @app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")
@@ -589,7 +582,7 @@ def place(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.bundle import check_output
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.labelled import labelled_rows
@@ -609,16 +602,8 @@ def place(
         after, report = place_exits(
             clf, rows, exits, max_drop=max_drop, repeats=repeats, progress=status.update
         )
-    numerics = load_bundle(bundle).cfg  # not this machine's dtype
-    cfg = dataclasses.replace(numerics, num_hidden_layers=after.cfg.num_hidden_layers)
-    folder = save_bundle(dataclasses.replace(after, cfg=cfg), output)
     show(placements_table(report))
-    if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
-    if report["differ"]:
-        note(f"{report['differ']} rows left at another exit when the engine ran.")
-    note(report["sentence"])
-    note(f"written: {folder}")
+    save_chosen(after, bundle, output, report)
 
 
 @app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")
@@ -668,6 +653,21 @@ def parse_threshold(text: str) -> float:
             f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
         )
     return value
+
+
+def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
+    """Writes what was chosen on some rows, in the numerics of `bundle`, and says on which."""
+    from ejax.bundle import load_bundle, save_bundle
+
+    own = load_bundle(bundle).cfg  # not this machine's compute type
+    cfg = dataclasses.replace(own, num_hidden_layers=after.cfg.num_hidden_layers)
+    folder = save_bundle(dataclasses.replace(after, cfg=cfg), output)
+    if report["rows_left_out"]:
+        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
+    if report["differ"]:
+        note(f"{report['differ']} rows left at another exit when the engine ran.")
+    note(report["sentence"])
+    note(f"written: {folder}")
 
 
 def load_beside(paths: Sequence[Path]) -> dict[str, Any]:

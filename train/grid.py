@@ -131,6 +131,8 @@ def main(
         raise ValueError(f"--cells {cells!r} names no cell. They are {all_cells()[0].name}, ….")
     console = Console(stderr=True)
     for number, cell in enumerate(chosen, 1):
+        if show:
+            break
         path = results / f"{cell.name}.json"
         config = cell.config(data, twelve)
         if path.exists() and (theirs := json.loads(path.read_text())["model"]) != name_of(config):
@@ -138,7 +140,7 @@ def main(
                 f"{path} is of the encoder {theirs}, and {name_of(config)} was asked for: choose "
                 f"other --results."
             )
-        if show or path.exists():
+        if path.exists():
             continue
         console.print(f"{cell.name}, {number} of {len(chosen)}")
         start = time.time()

@@ -27,7 +27,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
-from ejax.evaluation.targets import chosen_on
+from ejax.evaluation.targets import chosen_on, unseen
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.training.finetune import encode
@@ -69,13 +69,8 @@ def make_report(
     progress("tokenising")
     rows = list(split)
     task = encode(split, bundle.tokenizer, bundle.max_length)
-    seen = chosen_on(bundle)
-    kept = np.array([i for i, name in enumerate(task.hashes) if name not in seen], int)
-    if not len(kept):
-        raise ValueError(
-            f"every row of {split.origin} fitted this bundle or chose its thresholds: a report "
-            f"needs other rows."
-        )
+    whose = f"{split.origin} fitted or chose the thresholds of"
+    kept = unseen(task, chosen_on(bundle), whose, "a report needs")
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]
     texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]
