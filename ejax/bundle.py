@@ -9,7 +9,6 @@ README.md           the model card
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Tokenizer, load_tokenizer
 from ejax.models.early_exit import EarlyExitBert, cut
@@ -29,6 +29,7 @@ from ejax.models.weights import from_hf, read_config, to_hf
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
+WRITTEN = (*FILES, "README.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Bundle:
 def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
     """Writes the folder under a temporary name and renames it: all of it or nothing.
 
+    On gs:// the old bundle is gone from the start; exits.json comes last and makes it whole.
+
     Raises:
       ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
     """
@@ -64,13 +67,18 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
         _write(fresh / "config.json", hf_config(bundle))
         _write(fresh / "exits.json", _exits(bundle))
         (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8")
-    return Path(folder)
+    return storage.path_of(folder)
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder`, a bundle or nothing, at the end."""
     folder = check_output(folder)
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="ejax-") as made:
+            yield Path(made)
+            storage.upload(Path(made), folder, last="exits.json")
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -92,7 +100,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 def _swap(folder: Path, fresh: Path) -> None:
     """`fresh` takes the place of the bundle, whose other files it keeps."""
     for item in folder.iterdir():
-        if item.name not in (*FILES, "README.md"):
+        if item.name not in WRITTEN:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, fresh / item.name)
     old = fresh.with_name(fresh.name + "-old")
     folder.rename(old)
@@ -106,14 +114,18 @@ def _swap(folder: Path, fresh: Path) -> None:
 
 def check_output(folder: str | Path) -> Path:
     """Raises ValueError, before any work, where a bundle must not be written."""
-    folder = Path(folder)
-    if folder.exists() and not (folder / "exits.json").exists() and any(_listing(folder)):
+    folder = storage.path_of(folder)
+    with storage.reaching(folder):
+        taken = folder.exists() and not (folder / "exits.json").exists() and any(_listing(folder))
+    if taken:
         raise ValueError(f"{folder} exists and is not a bundle: choose another output folder.")
     return folder
 
 
-def _listing(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else [folder.name]
+def _listing(folder: Any) -> list[str]:
+    """A bundle that was cut off before its exits.json may be written again."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return [name for name in names if not (storage.is_remote(folder) and name in WRITTEN)]
 
 
 def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
@@ -126,6 +138,9 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     Raises:
       ValueError: when a file is missing or damaged, or the format is newer than this ejax.
     """
+    if storage.is_remote(folder):
+        with storage.fetched(folder, FILES) as copy:
+            return load_bundle(copy, **overrides)
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ejax.storage import path_of
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
@@ -24,7 +26,9 @@ UsageError: Any = typer.BadParameter.__base__
 
 FULL = 2.0  # above every score
 
-Bundle = Annotated[Path, typer.Argument(help="A folder that `ejax train` wrote.")]
+Bundle = Annotated[
+    Path, typer.Argument(help="A folder that `ejax train` wrote; gs:// too.", parser=path_of)
+]
 Data = Annotated[
     str, typer.Option(help="A file, a folder with train, dev and test files, or a TFDS name.")
 ]
@@ -35,7 +39,9 @@ TextColumns = Annotated[
 Beside = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Another bundle for the same labels, at full depth; repeatable.", show_default=False
+        help="Another bundle for the same labels, at full depth; repeatable.",
+        show_default=False,
+        parser=path_of,
     ),
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_default=False)]
@@ -149,7 +155,7 @@ def version(
 )
 def train(
     model: Annotated[str, typer.Option(help="A Hugging Face folder, hub id or known name.")],
-    output: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    output: Annotated[Path, typer.Option(help="The bundle's folder.", parser=path_of)],
     train_file: Annotated[str, typer.Option("--train", help="tsv, csv or jsonl, or .gz.")] = "",
     dev: Annotated[str, typer.Option(help="Where there is none, part of train.")] = "",
     test: Annotated[str, typer.Option(help="Reported on, never fitted on.")] = "",
@@ -160,7 +166,11 @@ def train(
     label_column: LabelColumn = "label",
     workdir: Annotated[
         Path | None,
-        typer.Option(help="Checkpoints and logs; else OUTPUT.work.", show_default=False),
+        typer.Option(
+            help="Checkpoints and logs; else OUTPUT.work.",
+            show_default=False,
+            parser=path_of,
+        ),
     ] = None,
     fields: Annotated[
         list[str] | None,
@@ -180,7 +190,7 @@ def train(
     short = {"layers": layers, "pooling": pooling, "epochs": epochs}
     given = [f"{name}={value}" for name, value in short.items() if value]
     config = override(TrainConfig(model=model, data=data), [*given, *(fields or ())])
-    train_and_show(config, workdir or Path(f"{output}.work"), output)
+    train_and_show(config, workdir or path_of(f"{output}.work"), output)
 
 
 def train_and_show(config: Any, workdir: Path, output: Path | None = None) -> None:
@@ -447,7 +457,7 @@ def profile(
 @app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
 def export(
     bundle: Bundle,
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.", parser=path_of)],
     format: Annotated[str, typer.Option(help="hf.")] = "hf",
 ) -> None:
     """Write the last exit as a plain Hugging Face classifier, full depth.
@@ -473,7 +483,8 @@ def calibrate(
         float, typer.Option(help="Points of accuracy the thresholds may lose.")
     ] = 0.5,
     output: Annotated[
-        Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
+        Path | None,
+        typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
     ] = None,
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
@@ -531,7 +542,8 @@ def thresholds(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A new bundle; else in place.", show_default=False)
+        Path | None,
+        typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
     ] = None,
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
@@ -568,7 +580,7 @@ def place(
     bundle: Bundle,
     data: Data,
     exits: Annotated[int, typer.Option(help="At most so many, the last counted.", min=1)],
-    output: Annotated[Path, typer.Option(help="The new bundle.")],
+    output: Annotated[Path, typer.Option(help="The new bundle.", parser=path_of)],
     split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
     max_drop: Annotated[float, typer.Option(help="Points of accuracy to lose.")] = 0.5,
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
@@ -624,7 +636,7 @@ def info(
 
 @app.command(epilog="Example: `ejax quickstart --workdir quickstart`")
 def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Everything goes here.")],
+    workdir: Annotated[Path, typer.Option(help="Everything goes here.", parser=path_of)],
     model: Annotated[str, typer.Option(help="The encoder.")] = "all-MiniLM-L6-v2",
     data: Annotated[str, typer.Option(help="A folder or a TFDS name; else a small set.")] = "",
     smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs.")] = False,
@@ -679,7 +691,7 @@ def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
     from ejax.classifier import EarlyExitClassifier
 
     found: dict[str, Any] = {}
-    for path in map(Path.resolve, paths):
+    for path in (path.resolve() for path in paths):
         alike = sum(path.name == other.resolve().name for other in paths) > 1
         name = f"{path.parent.name}/{path.name}" if alike else path.name
         if name in found:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from ejax import storage
 from ejax.bundle import Bundle, hf_config, replacing
 from ejax.models.weights import to_hf
 
@@ -41,4 +42,4 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
         bundle.tokenizer.save(fresh)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
-    return Path(folder)
+    return storage.path_of(folder)

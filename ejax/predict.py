@@ -11,12 +11,14 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ejax import storage
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.files import Row, find_text_columns, path_format, read_rows, texts_of
 
@@ -227,6 +229,13 @@ def writing(output: str) -> Iterator[BinaryIO]:
     if output == "-":
         yield sys.stdout.buffer
         sys.stdout.flush()
+        return
+    if storage.is_remote(output):
+        target = storage.path_of(output)
+        with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
+            with writing(f"{folder}/{target.name}") as file:
+                yield file
+            storage.upload(Path(folder), target.parent)
         return
     path = Path(os.path.realpath(output))
     if path.is_dir():

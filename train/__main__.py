@@ -11,6 +11,7 @@ import typer
 
 from ejax.cli import keep_programs, run, train_and_show
 from ejax.config import TrainConfig, override, smoke
+from ejax.storage import path_of
 from ejax.training import processes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -24,7 +25,10 @@ def main(
         Path,
         typer.Option(help="A Python file with `config = TrainConfig(…)`; of FILE.py:pod `pod`."),
     ],
-    workdir: Annotated[Path, typer.Option(help="Checkpoints, logs, result and bundle.")],
+    workdir: Annotated[
+        Path,
+        typer.Option(help="Checkpoints, logs, result and bundle; gs:// too.", parser=path_of),
+    ],
     small: Annotated[bool, typer.Option("--smoke", help="A few steps: only whether it runs.")] = (
         False
     ),

@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ejax import storage
+
 FORMATS = ("tsv", "csv", "jsonl", "txt")
 # Recognised text columns, the first match wins.
 TEXT_COLUMNS = (
@@ -221,7 +223,7 @@ def format_of(path: str | Path) -> str:
 
 def check_file(path: str | Path) -> None:
     """Raises ValueError, with the nearest name in the folder, unless `path` is a file."""
-    file = Path(path)
+    file = storage.path_of(path)
     if file.is_dir():
         raise ValueError(f"{path} is a folder: expected a file.")
     if file.is_file():
@@ -238,7 +240,11 @@ def _open(path: str) -> AbstractContextManager[Iterable[bytes]]:
     if path == "-":
         return nullcontext(sys.stdin.buffer)
     check_file(path)
-    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+    packed = path.lower().endswith(".gz")
+    if storage.is_remote(path):
+        file = storage.path_of(path).open("rb")
+        return gzip.open(file) if packed else file
+    return gzip.open(path) if packed else open(path, "rb")
 
 
 def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:

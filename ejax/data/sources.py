@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from ejax import assets
+from ejax import assets, storage
 from ejax.config import DataConfig
 from ejax.data import named
 from ejax.data.files import find_text_columns, read_rows, texts_of
@@ -182,13 +182,14 @@ def _load_files(
     found: dict[str, Split] = {}
     width = 0
     for name in (name for name in SPLITS if name in wanted and name in paths):
-        records = local.open_file(
-            paths[name],
-            root,
-            text_columns=config.text_columns,
-            label_column=config.label_column,
-            labels=labels,
-        )
+        with storage.fetched(paths[name]) as file:
+            records = local.open_file(
+                file,
+                root,
+                text_columns=config.text_columns,
+                label_column=config.label_column,
+                labels=labels,
+            )
         if name == "train" and len(records.labels) < 2:
             raise ValueError(
                 f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
@@ -218,7 +219,7 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
     """The file of each split that has one; a file named by itself wins over the folder."""
     paths: dict[str, Path] = {}
     if config.path:
-        folder = Path(config.path).expanduser()
+        folder = storage.path_of(config.path).expanduser()
         if folder.is_file():
             raise ValueError(f"data.path must be a folder: set data.train={folder} for a file.")
         if not folder.is_dir():
@@ -241,7 +242,7 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
                 f"It holds: {held}."
             )
     single = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
-    return paths | {name: Path(path).expanduser() for name, path in single.items()}
+    return paths | {name: storage.path_of(path).expanduser() for name, path in single.items()}
 
 
 def _sorted_labels(labels: dict[str, int]) -> tuple[str, ...]:

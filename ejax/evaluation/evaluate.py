@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ejax import storage
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier, Shape
 from ejax.data.batches import eval_plan
@@ -266,9 +267,7 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 def write_json(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    storage.write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def save_png(draw: Callable[[Any], None], path: Path) -> None:

@@ -1,9 +1,9 @@
 """Labelled rows for a trained bundle: to evaluate it, or to calibrate it again."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from ejax import storage
 from ejax.bundle import Bundle
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
@@ -43,7 +43,7 @@ def labelled_rows(
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "cache_dir": cache_dir,
     }
-    path = Path(data)
+    path = storage.path_of(data)
     if path.is_file():
         return load(DataConfig(test=data, **options), splits=("test",), labels=bundle.labels)[
             "test"

@@ -1,10 +1,10 @@
 """Orbax checkpoints: the newest for resuming, the best for the bundle."""
 
 import json
+import math
 import shutil
 import warnings
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +13,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from ejax import storage
 from ejax.config import TrainConfig, to_json
 from ejax.hardware import environment
 
 METRIC = "mean_accuracy"
+COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
 # How a run is carried, not what it computes: it may go on with others.
 CARRIED = ("parallel", "accumulate", "remat", "checkpoint_steps")
 
@@ -30,9 +32,9 @@ class Checkpoints:
     a checksum of every array, so that a damaged one is known and set aside.
     """
 
-    def __init__(self, workdir: Path) -> None:
-        self.workdir = workdir
-        self.folder = (workdir / "checkpoints").absolute()
+    def __init__(self, workdir: Any) -> None:
+        self.workdir = workdir if storage.is_remote(workdir) else workdir.absolute()
+        self.folder = self.workdir / "checkpoints"
         unscored: dict[int, Exception] = {}
         for step in self._steps_on_disk():
             try:
@@ -60,7 +62,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Args: state: whole on every local device, and the same on every host."""
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.workdir).free
+        remote = storage.is_remote(self.workdir)
+        free = math.inf if remote else shutil.disk_usage(self.workdir).free
         if free < 1.1 * need:
             raise ValueError(
                 f"{self.workdir} has {free / 1e6:.0f} MB free and a checkpoint needs "
@@ -142,15 +145,17 @@ class Checkpoints:
         return 0, like
 
     def _steps_on_disk(self) -> list[int]:
-        names = [path.name for path in self.folder.glob("*")] if self.folder.exists() else []
-        return [int(name) for name in names if name.isdigit()]
+        """Those that were saved to their end: on gs:// a marker says so, elsewhere the name."""
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        steps = [path for path in paths if path.name.isdigit()]
+        if storage.is_remote(self.folder):
+            steps = [path for path in steps if (path / COMMITTED).exists()]
+        return [int(path.name) for path in steps]
 
     def _set_aside(self, step: int, problem: Any) -> None:
         source, target = self.folder / str(step), self.workdir / "damaged" / str(step)
         if jax.process_index() == 0:
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            source.replace(target)
+            storage.move(source, target)
         barrier("set aside")
         warnings.warn(
             f"{source} is damaged ({_short(problem)}): moved to {target}, the run "
@@ -209,7 +214,7 @@ def _score(metrics: Any) -> float:
     return metrics[METRIC]
 
 
-def claim_workdir(workdir: Path, config: TrainConfig, data: dict[str, str]) -> None:
+def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> None:
     """Writes the config into a new workdir; refuses one of another config or other rows.
 
     Args:
@@ -220,7 +225,8 @@ def claim_workdir(workdir: Path, config: TrainConfig, data: dict[str, str]) -> N
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
-    theirs = json.loads(path.read_text()) if path.exists() else mine
+    with storage.reaching(path):
+        theirs = json.loads(path.read_text()) if path.exists() else mine
     differ = [
         key for key in mine | theirs if key not in CARRIED and mine.get(key) != theirs.get(key)
     ]
@@ -232,9 +238,7 @@ def claim_workdir(workdir: Path, config: TrainConfig, data: dict[str, str]) -> N
     barrier("claim")  # every host has looked before one writes
     if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(mine, indent=2) + "\n")
-        fresh.replace(path)
+        storage.write_text(path, json.dumps(mine, indent=2) + "\n")
     barrier("claimed")
     if not path.exists():
         raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ejax import assets
+from ejax import assets, storage
 from ejax.bundle import Bundle, check_output, save_bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
@@ -67,7 +67,8 @@ def finetune(
 
     Args:
       config: everything the result depends on.
-      workdir: checkpoints, metrics.jsonl, TensorBoard files and result.json go here.
+      workdir: checkpoints, metrics.jsonl, TensorBoard files and result.json go here; a
+        folder that all hosts share, or gs://.
       output: the bundle's folder; None means workdir/bundle.
       console: where progress is shown; None means standard error.
 
@@ -78,13 +79,11 @@ def finetune(
       ValueError: on bad data, a bad config, or a workdir of another config.
       Stopped: after SIGTERM, once all is saved.
     """
-    if "://" in str(workdir):
-        raise ValueError(
-            f"workdir must be a folder that all hosts share, such as a mounted bucket. Got "
-            f"{workdir}: ejax does not write to object storage yet."
-        )
     first_host = jax.process_index() == 0
-    workdir, console = Path(workdir), console or Console(stderr=True, quiet=not first_host)
+    workdir, console = (
+        storage.path_of(workdir),
+        console or Console(stderr=True, quiet=not first_host),
+    )
     output = check_output(output or workdir / "bundle")
     started = time.time()
     splits = sources.load(config.data, seed=config.seed)
@@ -179,7 +178,7 @@ def finetune(
         },
         **environment(),
     }
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     barrier("the bundle is saved")
     return output
 
@@ -230,7 +229,7 @@ def train(
     params: Any,
     task: Task,
     max_length: int,
-    workdir: Path,
+    workdir: Any,
     evaluate: Callable[[Any], dict[str, float]],
     console: Console,
 ) -> tuple[Any, int]:
@@ -295,9 +294,11 @@ def train(
                 log.write(done, "dev_a", scores)
                 cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
                 console.print(f"step {done}: dev-A accuracy per exit {cells}")
+            else:
+                scores = None
+            if saved or stop:
+                log.sync()  # a run that resumes here finds the lines so far
                 checkpoints.save(done, state, scores)
-            elif saved or stop:
-                checkpoints.save(done, state)
             if stop and done < total:
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best = checkpoints.best()
@@ -318,8 +319,9 @@ def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfi
 
 
 def short_path(path: str) -> str:
-    """A local path without the folders above, which are nobody else's business."""
-    return "/".join(Path(path).parts[-2:]) if path and Path(path).exists() else path
+    """A path without the folders above, which are nobody else's business."""
+    known = path and (storage.is_remote(path) or Path(path).exists())
+    return "/".join(Path(path).parts[-2:]) if known else path
 
 
 def public(config: TrainConfig) -> TrainConfig:

@@ -2,20 +2,30 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
+from ejax import storage
 from ejax.data.batches import Step
 
 
 class Log:
-    """metrics.jsonl and TensorBoard files; `cut(step)` forgets what came after a step."""
+    """metrics.jsonl and TensorBoard files; `cut(step)` forgets what came after a step.
 
-    def __init__(self, workdir: Path) -> None:
+    Those of a workdir on gs:// are written here and copied there by `sync`, as nothing can be
+    appended to an object.
+    """
+
+    def __init__(self, workdir: Any) -> None:
         self.workdir = workdir
         self.path = workdir / "metrics.jsonl"
+        self.local = Path(workdir)
+        if storage.is_remote(workdir):
+            self.copy = TemporaryDirectory(prefix="ejax-log-")
+            self.local = Path(self.copy.name)
         self.file: TextIO | None = None  # none but on the first host, which alone writes
 
     def __enter__(self) -> "Log":
@@ -25,6 +35,12 @@ class Log:
         if self.file:
             self.file.close()
             self.board.close()
+            self.sync()
+
+    def sync(self) -> None:
+        if self.file and storage.is_remote(self.workdir):
+            self.board.flush()
+            storage.upload(self.local, self.workdir)
 
     def cut(self, step: int) -> None:
         if jax.process_index() > 0:
@@ -33,11 +49,10 @@ class Log:
 
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in kept))
-        fresh.replace(self.path)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
+        path = self.local / self.path.name
+        storage.write_text(path, "".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}

@@ -1,0 +1,125 @@
+"""Files and folders on object storage (gs://), through etils' paths.
+
+A rename is not atomic there: a folder is copied, and the file that makes it whole comes last.
+"""
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+SCHEME = "gs://"
+
+
+def is_remote(path: str | Path) -> bool:
+    return str(path).startswith(SCHEME)
+
+
+def path_of(path: str | Path) -> Path:
+    """A path of this machine, or one of etils that reads and writes the same way.
+
+    Raises:
+      ValueError: for storage that is not known, or whose library is not installed.
+    """
+    if "://" not in str(path):
+        return Path(path)
+    if not is_remote(path):
+        raise ValueError(f"{path}: only folders and gs:// are known here.")
+    if not importlib.util.find_spec("gcsfs"):
+        raise ValueError(f"{path}: for gs:// pip install 'ejax[gcs]'.")
+    import fsspec
+    from etils import epath
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is told once
+    # Other hosts write too: what a folder held a moment ago says little.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return cast(Path, epath.Path(path))
+
+
+@contextmanager
+def reaching(path: str | Path) -> Iterator[None]:
+    """One sentence for whatever the storage's client raises about remote paths.
+
+    A client has errors of its own for rights, names and networks.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be reached: {first or type(error).__name__}.") from error
+
+
+@contextmanager
+def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
+    """A local copy of a remote file, or of those of `names` that a remote folder holds.
+
+    What is local comes as it is. A ValueError inside names the remote path.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    source: Any = path_of(path)
+    with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
+        copy = Path(folder, source.parent.name, source.name)
+        with reaching(path):
+            copy.parent.mkdir()
+            if names:
+                copy.mkdir()
+            for part, target in [(source / n, copy / n) for n in names] or [(source, copy)]:
+                if not names or part.exists():
+                    part.copy(target)
+        try:
+            yield copy
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from error
+
+
+def files_in(folder: Any) -> Iterator[Any]:
+    """All of them, at any depth."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_in(path)
+        else:
+            yield path
+
+
+def upload(source: Path, target: Any, last: str = "") -> None:
+    """Copies a folder; without its file `last` it is not whole, so that goes first and comes last.
+
+    Other files of the target stay.
+    """
+    from etils import epath
+
+    with reaching(target):
+        if last and (target / last).exists():
+            (target / last).unlink()
+        for path in sorted(files_in(source), key=lambda path: path.name == last):
+            epath.Path(path).copy(target / path.relative_to(source), overwrite=True)
+
+
+def write_text(path: Any, text: str) -> None:
+    """All of it or nothing; an object on gs:// is never half of one."""
+    fresh = path if is_remote(path) else path.with_suffix(".tmp")
+    fresh.write_text(text, encoding="utf-8")
+    if fresh != path:
+        fresh.replace(path)
+
+
+def move(source: Any, target: Any) -> None:
+    """A folder to where nothing is, or what is there is replaced."""
+    if target.exists():
+        target.rmtree()
+    if not is_remote(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+        return
+    for path in files_in(source):
+        path.copy(target / path.relative_to(source), overwrite=True)
+    source.rmtree()
