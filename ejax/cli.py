@@ -27,7 +27,7 @@ UsageError: Any = typer.BadParameter.__base__
 FULL = 2.0  # above every score
 
 Bundle = Annotated[
-    Path, typer.Argument(help="A folder that `ejax train` wrote; gs:// too.", parser=path_of)
+    Path, typer.Argument(help="A folder that `ejax train` wrote.", metavar="BUNDLE", parser=path_of)
 ]
 Data = Annotated[
     str, typer.Option(help="A file, a folder with train, dev and test files, or a TFDS name.")

@@ -91,11 +91,12 @@ def test_wrong_input(arguments: list[str], text: str) -> None:
 @pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
 def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     out = tmp_path / "aot.json"
-    aot(
+    arguments = [
         "--config", str(ROOT / "configs/bert_base_sst2.py"), "--topology", "v5e:2x2",
         "--rows", "256", "--output", str(out),
-    )  # fmt: skip
-    found = json.loads(out.read_text())
+    ]  # fmt: skip
+    aot(*arguments)
+    (found,) = json.loads(out.read_text())["slices"]
     step, early = found["training"], found["early_exit"]
     assert step["fits"]
     assert early["fits"]
@@ -106,3 +107,8 @@ def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     assert step["collectives"]["bytes"] >= step["memory"]["parameters"]
     assert np.isclose(step["memory"]["optimizer"], 2 * step["memory"]["parameters"], rtol=0.01)
     assert step["memory"]["total"] < found["chip"]["memory"]
+    # What a file holds is not compiled again, and it stays of one config.
+    written = out.stat().st_mtime_ns
+    assert "v5e:2x2" in aot(*arguments)
+    assert out.stat().st_mtime_ns == written
+    assert "is of another config" in aot(*arguments, "dropout=0.2", code=2)

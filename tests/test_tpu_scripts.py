@@ -201,7 +201,7 @@ def test_a_setting_without_a_value_is_named(name, cloud):
         ("ZONE", "us-west4", "a zone, such as us-west4-a"),
         ("SPOT", "true", "yes or no"),
         ("COMMIT", "main", "a commit, 7 to 40 hex digits"),
-        ("WORKDIR", "gs://bucket/sst2", "a folder that all workers share"),
+        ("WORKDIR", "s3://bucket/sst2", "a folder that all workers share"),
         ("MAX_RECREATIONS", "many", "a whole number"),
         ("SERVICE_ACCOUNT", "me", "an e-mail address"),
         ("FIELDS", "epochs=3", "an array"),
@@ -295,6 +295,13 @@ def test_fetch_copies_from_worker_0(cloud):
         worker = commands(cloud("fetch", "--dry-run", "here"))[0]
         assert worker[1:5] == ["compute", "tpus", "tpu-vm", "scp"]
         assert {"ejax:/mnt/sst2/bundle", "here/", "--recurse", "--worker=0"} < set(worker)
+
+
+def test_fetch_copies_from_a_bucket(cloud):
+    cloud.settings(WORKDIR="gs://bucket/sst2/")
+    (command,) = commands(cloud("fetch", "--dry-run", "here"))
+    assert command[1:4] == ["storage", "cp", "--recursive"]
+    assert command[4:6] == ["gs://bucket/sst2/bundle", "here/"]
 
 
 def test_fetch_overwrites_nothing(cloud, tmp_path):

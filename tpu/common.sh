@@ -59,7 +59,8 @@ read_settings() {
   must REPOSITORY '^(https|ssh|file)://[^[:space:]]+$' "a URL that git clones, https://…"
   must COMMIT '^[0-9a-f]{7,40}$' "a commit, 7 to 40 hex digits (git rev-parse HEAD)"
   must CONFIG '^[A-Za-z0-9_./-]+[.]py$' "a config of the repository, configs/NAME.py"
-  must WORKDIR '^/[A-Za-z0-9_./=-]+$' "the absolute path of a folder that all workers share"
+  must WORKDIR '^(gs:/)?/[A-Za-z0-9_./=-]+$' \
+    "gs://BUCKET/FOLDER, or the absolute path of a folder that all workers share"
   must MAX_RECREATIONS '^[0-9]+$' "a whole number"
   must POLL_SECONDS '^[0-9]+([.][0-9]+)?$' "a number of seconds"
   must SERVICE_ACCOUNT '^$|^[^[:space:]@]+@[^[:space:]@]+$' "an e-mail address, or empty"

@@ -1,4 +1,4 @@
-"""python -m train.aot --config configs/NAME.py --topology v5e:4x8 [field=value …]
+"""python -m train.aot --config configs/NAME.py --topology v5e:4x8[,v5p:2x2x2 …] [field=value …]
 
 Compiles the training step and the early-exit program for a slice of TPU chips with the TPU's own
 compiler, on a machine that has none (`pip install '.[tpu]'`), and says what each chip would hold
@@ -9,11 +9,13 @@ compiled in a straight line, times how often they run; memory comes from the who
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,15 +77,21 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def main(
     config: Annotated[Path, typer.Option(help="As of python -m train.")],
     topology: Annotated[
-        str, typer.Option(help="Generation and chips, such as v5e:4x8, v4:2x2x2 or v6e:1x1.")
+        str,
+        typer.Option(help="Generation and chips, such as v5e:4x8 or v4:2x2x2; several by commas."),
     ],
+    per_chip: Annotated[
+        int, typer.Option(min=0, help="Rows of a chip's step; 0: batch_size over the chips.")
+    ] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Of one chip's pool, for early exit.")] = 2048,
     tile: Annotated[int, typer.Option(min=1, help="Rows per tile, for early exit.")] = 32,
     labels: Annotated[int, typer.Option(min=0, help="Classes; 0: those of the TFDS set.")] = 0,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Also the largest that fits, in powers of two.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="JSON.")] = Path("aot.json"),
+    output: Annotated[
+        Path, typer.Option(help="JSON; slices that it holds already are not compiled again.")
+    ] = Path("aot.json"),
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
     ] = None,
@@ -91,13 +99,39 @@ def main(
     """Compile a config for TPU chips that are not there; memory, roofline, collectives."""
     check_json(output)
     chosen = override(load_config(config), fields or ())
-    devices = slice_of(topology)
+    slices = {name: slice_of(name) for name in topology.split(",")}
     console = Console(stderr=True)
-    with console.status("compiling"), compiling_for("tpu"):
-        found = report(chosen, topology, devices, labels, rows, tile, largest_batch)
-    found |= {"command": " ".join(["python -m train.aot", *sys.argv[1:]])}
-    write_json(found, output)
-    Console().print(table(found))
+    asked = {
+        "config": to_json(chosen), "rows": [per_chip, rows, tile], "labels": labels,
+        "versions": environment()["versions"],
+    }  # fmt: skip
+    known = json.loads(output.read_text()) if output.exists() else {"asked": asked}
+    if known.get("asked") != asked:
+        raise ValueError(f"{output} is of another config or version: choose another --output.")
+    done = {part["topology"]: part for part in known.get("slices", ())}
+    kept: dict[Any, Any] = {}
+    for number, (name, devices) in enumerate(slices.items(), 1):
+        if name in done and not (largest_batch and "largest_rows" not in done[name]["training"]):
+            continue
+        with (
+            console.status(f"compiling for {name}, {number} of {len(slices)}"),
+            compiling_for("tpu"),
+        ):
+            done[name] = report(
+                chosen, name, devices, labels, rows, tile, largest_batch, per_chip, kept
+            )
+        written = {
+            "command": " ".join(["python -m train.aot", *sys.argv[1:]]),
+            "asked": asked,
+            "slices": list(done.values()),
+            "date": time.strftime("%Y-%m-%d"),
+            **environment(),
+        }
+        write_json(written, output)
+    for name in slices:
+        Console().print(table(chosen.model, done[name]))
+    if len(slices) > 1:
+        Console(width=140).print(overview(chosen.model, [done[name] for name in slices]))
 
 
 def slice_of(topology: str) -> list[jax.Device]:
@@ -134,31 +168,40 @@ def report(
     pool_rows: int,
     tile: int,
     largest: bool,
+    given_rows: int,
+    kept: dict[Any, Any],
 ) -> dict[str, Any]:
-    """Everything that the command prints, ready for JSON; all of it per chip."""
+    """Everything that the command prints, ready for JSON; all of it per chip.
+
+    `kept` holds what does not depend on the number of chips, from one slice to the next.
+    """
     chip = CHIPS[topology.partition(":")[0]]
     model = model_of(config, labels)
     longest = np.array([config.data.max_length])
     length = int(bucket_of(longest, config.data.buckets, config.data.max_length)[0])
-    per_chip = -(-config.batch_size // len(devices))
+    per_chip = given_rows or -(-config.batch_size // len(devices))
     per_chip += -per_chip % config.accumulate
     found: dict[str, Any] = {
-        "config": to_json(config),
         "topology": topology,
         "chips": len(devices),
         "chip": chip._asdict(),
         "tokens_per_row": length,
-        "training": {"rows": per_chip} | training(config, model, chip, devices, per_chip, length),
+        "training": {"rows": per_chip}
+        | training(config, model, chip, devices, per_chip, length, kept),
         "early_exit": {"rows": pool_rows, "tile": tile}
-        | inference(model, chip, devices[0], pool_rows, length, tile),
-        "date": time.strftime("%Y-%m-%d"),
-        **environment(),
+        | once(kept, chip, lambda: inference(model, chip, devices[0], pool_rows, length, tile)),
     }
     if largest:
         found["training"]["largest_rows"] = largest_rows(
             config, model, chip, devices, per_chip, length
         )
     return found
+
+
+def once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
@@ -225,6 +268,7 @@ def training(
     devices: list[jax.Device],
     rows: int,
     length: int,
+    kept: dict[Any, Any],
 ) -> dict[str, Any]:
     try:
         program, state = step_program(config, model, devices, rows, length)
@@ -232,7 +276,9 @@ def training(
         return {"fits": False, "why": str(error)}
     held = memory(program)
     micro = rows // config.accumulate
-    pieces = training_pieces(config, model, devices[0], micro, length)
+    pieces = once(
+        kept, (chip, micro), lambda: training_pieces(config, model, devices[0], micro, length)
+    )
     micro_step = pieces["layer"] * model.exits.num_layers + pieces["ends"]
     total = micro_step * config.accumulate + pieces["optimizer"]
     bound = total.roofline(chip)
@@ -421,10 +467,43 @@ def largest_rows(
     return rows if fits(rows) else 0
 
 
-def table(found: dict[str, Any]) -> Table:
+def overview(model: str, slices: list[dict[str, Any]]) -> Table:
+    """A row per slice; memory and time of one chip, tokens per second of all."""
+    made = Table(title=f"{model}: compiled, not run")
+    for heading in (
+        "slice", "chips", "rows", "GiB", "of", "step, ms", "of peak", "tokens/s", "all-reduce, MiB",
+        "early exit: rows", "GiB", "a layer, of peak", "tokens/s, nobody leaves",
+    ):  # fmt: skip
+        made.add_column(heading, justify="right")
+    for found in slices:
+        step, early, chips = found["training"], found["early_exit"], found["chips"]
+        cells = [found["topology"], str(chips), str(step["rows"])]
+        if "memory" in step:
+            cells += [
+                f"{step['memory']['total'] / 2**30:.1f}",
+                f"{found['chip']['memory'] / 2**30:.0f}",
+                f"{1e3 * step['step']['seconds']:.1f}",
+                f"{step['step']['share_of_peak']:.2f}",
+                f"{step['tokens_per_second']:.3g}",
+                f"{step['collectives']['bytes'] / 2**20:.0f}",
+            ]
+        else:
+            cells += ["does not fit", f"{found['chip']['memory'] / 2**30:.0f}", *["–"] * 4]
+        if "memory" in early:
+            cells += [
+                str(early["rows"]),
+                f"{early['memory']['total'] / 2**30:.1f}",
+                f"{early['layer_forward']['share_of_peak']:.2f}",
+                f"{chips * early['tokens_per_second']:.3g}",
+            ]
+        made.add_row(*cells)
+    return made
+
+
+def table(model: str, found: dict[str, Any]) -> Table:
     """The report as people read it, a chip at a time."""
     made = Table(
-        title=f"{found['config']['model']}, {found['tokens_per_row']} tokens, per chip of "
+        title=f"{model}, {found['tokens_per_row']} tokens, per chip of "
         f"{found['topology']} ({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): "
         "compiled, not run",
         show_header=False,
