@@ -396,8 +396,8 @@ def draw(result: dict[str, Any], axes: Any) -> None:
     )  # fmt: skip
     for one in result["contenders"]:
         x, y = one["offline"]["texts_per_second"], 100 * one["accuracy"]
-        axes.plot([x], [y], "s" if one["name"].startswith("ejax") else "o")
-        axes.annotate(one["name"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        ours = one["name"].startswith("ejax")
+        axes.plot([x], [y], "s" if ours else "o", label=one["name"], alpha=0.8)
     axes.set(xlabel="texts per second, offline", ylabel="accuracy, %", xlim=(0, None))
-    axes.set_title(f"{result['rows']} texts, {result['hardware']}, {result['date']}", fontsize=9)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title(f"{result['rows']} texts, {result['date']}\n{result['hardware']}", fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
