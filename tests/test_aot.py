@@ -88,6 +88,33 @@ def test_wrong_input(arguments: list[str], text: str) -> None:
     assert "Traceback" not in said
 
 
+def test_bytes_of_hbm() -> None:
+    """One product: a weight is fetched to the chip, its result stays there, a norm is written."""
+    program = """
+%fused (p: f32[8,128]) -> f32[8,128] {
+  ROOT %big = f32[1024,1024]{1,0} add(%p, %p)
+}
+
+ENTRY %main (w: bf16[128,128], x: f32[8,128]) -> f32[8,128] {
+  %w = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %copy-start = (bf16[128,128]{1,0:S(1)}, bf16[128,128]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[128,128]{1,0:S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,128]{1,0}), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %slice-done = f32[2,128]{1,0:S(1)} slice-done(%slice-start)
+  %dot = (f32[8,128]{1,0:S(1)}, pred[8]{0:S(1)}) fusion(%x, %copy-done), kind=kOutput
+  %part = f32[8,128]{1,0:S(1)} get-tuple-element(%dot), index=0
+  ROOT %norm = f32[8,128]{1,0:T(8,128)} fusion(%part, %slice-done), calls=%fused
+}
+"""
+    weight, x, part = 2 * 128 * 128, 4 * 8 * 128, 4 * 2 * 128
+    count = "import sys; from train.roofline import hbm_bytes; print(hbm_bytes(sys.argv[1]))"
+    found = python(count, program)
+    assert float(found) == weight + part + x + x  # x is read by the product, the norm is written
+    loop = program.replace("fusion(%part, %slice-done)", "while(%part)")
+    assert float(python(count, loop)) == float("inf")
+
+
 @pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
 def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     out = tmp_path / "aot.json"
@@ -107,6 +134,8 @@ def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     assert step["collectives"]["bytes"] >= step["memory"]["parameters"]
     assert np.isclose(step["memory"]["optimizer"], 2 * step["memory"]["parameters"], rtol=0.01)
     assert step["memory"]["total"] < found["chip"]["memory"]
+    for layer in (step["layer"], step["layer_forward"], early["layer_forward"]):
+        assert layer["least_bytes"] < layer["bytes"] < layer["xla_bytes"]
     # What a file holds is not compiled again, and it stays of one config.
     written = out.stat().st_mtime_ns
     assert "v5e:2x2" in aot(*arguments)

@@ -105,10 +105,10 @@ def main(
         "config": to_json(chosen), "rows": [per_chip, rows, tile], "labels": labels,
         "versions": environment()["versions"],
     }  # fmt: skip
-    known = json.loads(output.read_text()) if output.exists() else {"asked": asked}
+    known: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"asked": asked}
     if known.get("asked") != asked:
         raise ValueError(f"{output} is of another config or version: choose another --output.")
-    done = {part["topology"]: part for part in known.get("slices", ())}
+    done: dict[str, Any] = {part["topology"]: part for part in known.get("slices", ())}
     kept: dict[Any, Any] = {}
     for number, (name, devices) in enumerate(slices.items(), 1):
         if name in done and not (largest_batch and "largest_rows" not in done[name]["training"]):
@@ -149,9 +149,13 @@ def slice_of(topology: str) -> list[jax.Device]:
     sides = [int(side) for side in shape.split("x")]
     count = math.prod(sides)
     # A slice smaller than a host is described by what its host then holds.
-    small = {"chips_per_host_bounds": (*sides, *[1] * (3 - len(sides)))} if count == 1 else {}
+    given: dict[str, Any] = {}
+    if count == 1:
+        given["chips_per_host_bounds"] = (*sides, *[1] * (3 - len(sides)))
+    if generation == "v4":  # a device is a chip, its two cores as one, as jax has it on a v4
+        given["chip_config_name"] = "megacore"
     try:
-        made = topologies.get_topology_desc(topology, "tpu", **small)
+        made = topologies.get_topology_desc(topology, "tpu", **given)
     except Exception as error:
         raise ValueError(
             f"the TPU compiler does not know {topology} ({' '.join(str(error).split())[:160]}): "
@@ -419,7 +423,7 @@ def inference(
         device, weights, vectors,
     )  # fmt: skip
     # A step also reads and writes the stream of its tile.
-    step = head + Cost(0.0, 2 * size(x))
+    step = head + Cost(0.0, 2 * size(x), 2 * size(x))
     tiles = -(-rows // tile)
     total = (layer * exits.num_layers + step * count) * tiles
     bound = total.roofline(chip)
@@ -543,10 +547,11 @@ def table(model: str, found: dict[str, Any]) -> Table:
 
 
 def bound_text(part: dict[str, float]) -> str:
-    least = f" (at least {part['least_bytes'] / 1e9:.3g})" if "least_bytes" in part else ""
+    least = f", at least {part['least_bytes'] / 1e9:.3g}" if "least_bytes" in part else ""
     return (
         f"{1e3 * part['seconds']:.3g} ms: {part['flops'] / 1e12:.3g} TFLOP, "
-        f"{part['bytes'] / 1e9:.3g} GB{least}, {part['share_of_peak']:.2f} of peak"
+        f"{part['bytes'] / 1e9:.3g} GB of HBM (XLA's count {part['xla_bytes'] / 1e9:.3g}{least}), "
+        f"{part['share_of_peak']:.2f} of peak ({part['share_of_peak_by_xla_bytes']:.2f})"
     )
 
 

@@ -29,13 +29,14 @@ class Cost(NamedTuple):
     """Of one chip."""
 
     flops: float
-    bytes: float
+    bytes: float  # between HBM and the core
+    xla_bytes: float  # as XLA counts: what stays in the memory on the chip counts too
 
     def __add__(self, other: Any) -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(*(one + two for one, two in zip(self, other, strict=True)))
 
     def __mul__(self, times: Any) -> "Cost":
-        return Cost(times * self.flops, times * self.bytes)
+        return Cost(*(times * one for one in self))
 
     def roofline(self, chip: Chip) -> dict[str, float]:
         """The time is the larger of FLOPs over peak and bytes over bandwidth."""
@@ -46,6 +47,8 @@ class Cost(NamedTuple):
             "bytes": self.bytes,
             "seconds": seconds,
             "share_of_peak": compute / seconds,
+            "xla_bytes": self.xla_bytes,
+            "share_of_peak_by_xla_bytes": compute / max(compute, self.xla_bytes / chip.bandwidth),
         }
 
 
@@ -88,7 +91,56 @@ def cost(f: Callable[..., Any], device: jax.Device, *given: Any) -> Cost:
     here = SingleDeviceSharding(device)
     program = compiled(jax.jit(f, in_shardings=here, out_shardings=here).lower(*given))
     counted = program.cost_analysis()
-    return Cost(float(counted["flops"]), float(counted["bytes accessed"]))
+    flops, xla_bytes = float(counted["flops"]), float(counted["bytes accessed"])
+    return Cost(flops, min(xla_bytes, hbm_bytes(program.as_text())), xla_bytes)
+
+
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)")
+SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
+NO_COPY = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done",
+}  # fmt: skip
+
+
+def hbm_bytes(text: str) -> float:
+    """What the instructions of a straight-line TPU program read from HBM and write there.
+
+    The compiler says of every array where it lies; S(1) and S(2) are memories on the chip. An
+    array of which only a part is read counts whole, and a program with a loop, whose body stands
+    for many, counts as infinite: XLA's own count is the smaller of the two then.
+    """
+    shapes: dict[str, str] = {}
+    total = 0.0
+    for line in text[text.index("\nENTRY") :].splitlines()[1:]:
+        found = INSTRUCTION.match(line)
+        if not found:
+            continue
+        name, shape, kind, operands = found.groups()
+        shapes[name] = shape
+        if kind == "while":
+            return math.inf
+        if kind in NO_COPY:
+            continue
+        if kind in ("copy-start", "slice-start"):  # (copy, original) and (original, part)
+            (one, here), (two, there) = arrays(shape)[:2]
+            total += (here + there) * min(one, two)
+            continue
+        given = [shapes.get(operand, "") for operand in re.findall(r"%([\w.-]+)", operands)]
+        total += sum(size * in_hbm for one in (shape, *given) for size, in_hbm in arrays(one))
+    return total
+
+
+def arrays(shape: str) -> list[tuple[float, bool]]:
+    """(bytes, whether in HBM) of each array in a shape as XLA prints it."""
+    return [
+        (math.prod(int(side) for side in sides.split(",") if side) * width(kind), "S(" not in where)
+        for kind, sides, where in SHAPE.findall(shape)
+    ]
+
+
+def width(kind: str) -> float:
+    """Bytes of an element: of pred 1, else by the bits in its name."""
+    return 1 if kind == "pred" else int(re.sub(r"\D", "", kind)[:2]) / 8
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
