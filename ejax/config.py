@@ -214,6 +214,7 @@ class TrainConfig:
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
     distillation: float = 0.0  # loss weight of KL(last exit || exit); 0 = none
     gradient_stop: bool = False  # an exit teaches only the layers since the exit before
+    alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 2
     batch_size: int = 32  # rows over all devices
     learning_rate: float = 5e-5
@@ -222,6 +223,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     dropout: float = 0.1
     train_embeddings: bool = True
+    train_encoder: bool = True  # False: the exits' heads learn, on the encoder as it is
     average_decay: float = 0.0  # of a running mean of the weights, which is what is kept; 0 = none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what is fastest here
     residual_dtype: Dtype = "float32"

@@ -57,7 +57,7 @@ def test_every_cell_has_a_name_of_its_own():
     by_name = {cell.name: cell for cell in cells}
     assert by_name["imdb-twelve-cut6-0"].layers == (6,)
     assert by_name["snli-minilm-standard-2"].layers == (6,)
-    assert by_name["snli-minilm-stop-0"].config(tiny.HOME, "").gradient_stop
+    assert by_name["snli-minilm-stop-0"].config(tiny.HOME, "", tiny.HOME).gradient_stop
 
 
 def test_a_cell_that_is_not(tmp_path, capsys):

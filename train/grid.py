@@ -56,6 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "sum": {},  # the paper
     "weights": {"exit_weights": EXITS["minilm"]},  # by depth: PABEE
     "stop": {"gradient_stop": True},  # SWEET
+    "alternate": {"alternate": True},  # BERxiT
+    "frozen": {"train_encoder": False},  # of the standard model: DeeBERT
 }
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -80,9 +82,12 @@ class Cell:
             return exits
         return exits[-1:] if self.kind == "standard" else (int(self.kind.removeprefix("cut")),)
 
-    def config(self, root: Path, twelve: str) -> TrainConfig:
+    def config(self, root: Path, twelve: str, workdir: Path) -> TrainConfig:
+        model = "all-MiniLM-L6-v2" if self.encoder == "minilm" else twelve
+        if self.kind == "frozen":
+            model = str(workdir / dataclasses.replace(self, kind="standard").name / "bundle")
         return TrainConfig(
-            model="all-MiniLM-L6-v2" if self.encoder == "minilm" else twelve,
+            model=model,
             data=DataConfig(path=str(root / self.data), limit=ROWS, max_length=TOKENS),
             layers=self.layers,
             epochs=2 if self.encoder == "minilm" else 1,
@@ -134,7 +139,7 @@ def main(
         if show:
             break
         path = results / f"{cell.name}.json"
-        config = cell.config(data, twelve)
+        config = cell.config(data, twelve, workdir)
         if path.exists() and (theirs := json.loads(path.read_text())["model"]) != name_of(config):
             raise ValueError(
                 f"{path} is of the encoder {theirs}, and {name_of(config)} was asked for: choose "

@@ -3,6 +3,8 @@
 Axes: E exits, B batch, C classes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,12 +12,25 @@ import optax
 Array = jax.Array
 
 
+def alternating_weights(weights: Array, step: Array) -> Array:
+    """The last exit alone at odd steps, all of them at even ones.
+
+    Xin et al., "BERxiT" (EACL 2021), section 3.2.
+
+    Args:
+      weights: float32 [E].
+      step: int32 scalar.
+    """
+    last = jnp.arange(weights.size) == weights.size - 1
+    return jnp.where((step % 2 == 1) & ~last, 0.0, weights)
+
+
 def joint_loss(
     logits: Array,
     labels: Array,
     weights: Array,
     *,
-    exit_weights: tuple[float, ...] = (),
+    exit_weights: Any = (),
     class_weights: tuple[float, ...] = (),
     distillation: float = 0.0,
 ) -> tuple[Array, Array]:
@@ -56,5 +71,5 @@ def joint_loss(
         distances = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), teacher)
         rows = rows + distillation * distances  # of the last exit: 0
     per_exit = (rows * weights[None]).sum(axis=1)
-    scale = jnp.asarray(exit_weights or (1.0,) * logits.shape[0], jnp.float32)
+    scale = jnp.asarray(exit_weights if len(exit_weights) else jnp.ones(logits.shape[0]))
     return (per_exit * scale).sum(), weights.sum()

@@ -49,13 +49,13 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
         ),
         optax.masked(optax.scale(MIX_RATE), is_mix),
     )
-    if config.train_embeddings:
+    still = "embeddings" if config.train_encoder else "bert"
+    if config.train_encoder and config.train_embeddings:
         return optimizer
+
+    def train_or_still(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "still" if still in {key.key for key in path} else "train", params
+        )
+
     return optax.partition({"train": optimizer, "still": optax.set_to_zero()}, train_or_still)
-
-
-def train_or_still(params: Any) -> Any:
-    """ "still" for the embeddings and their norm."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "still" if "embeddings" in {key.key for key in path} else "train", params
-    )

@@ -14,7 +14,7 @@ import optax
 from ejax.config import TrainConfig
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
-from ejax.training.losses import joint_loss
+from ejax.training.losses import alternating_weights, joint_loss
 
 Array = jax.Array
 AXIS = "devices"
@@ -71,15 +71,22 @@ def make_train_step(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, rows.numbers)
 
         def local_loss(params: Any) -> tuple[Array, tuple[Array, Array]]:
-            if not config.train_embeddings:
-                still = jax.lax.stop_gradient(params["bert"]["embeddings"])
-                params = params | {"bert": params["bert"] | {"embeddings": still}}
+            still = jax.lax.stop_gradient(params["bert"])
+            if not config.train_encoder:
+                params = params | {"bert": still}
+            elif not config.train_embeddings:
+                embeddings = {"embeddings": still["embeddings"]}
+                params = params | {"bert": params["bert"] | embeddings}
             logits: Any = model.apply({"params": params}, rows.batch, keys=keys)
+            exit_weights: Any = config.exit_weights
+            if config.alternate:
+                each = jnp.asarray(exit_weights or (1.0,) * logits.shape[0], jnp.float32)
+                exit_weights = alternating_weights(each, step)
             loss, count = joint_loss(
                 logits,
                 rows.labels,
                 rows.weights,
-                exit_weights=config.exit_weights,
+                exit_weights=exit_weights,
                 class_weights=config.class_weights,
                 distillation=config.distillation,
             )
