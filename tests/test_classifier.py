@@ -57,6 +57,15 @@ def test_thresholds_at_their_ends(clf: EarlyExitClassifier) -> None:
     np.testing.assert_allclose(clf.decide(TEXTS, threshold=2).logits, full, atol=1e-5)
 
 
+def test_an_easy_text_leaves_early_and_a_twisted_one_goes_deeper(clf: EarlyExitClassifier) -> None:
+    """One word that says it, against two that say the opposite of each other."""
+    easy = clf(["the film was great", "a poor film tonight"], threshold=0.7)
+    twisted = clf(["the film was great and the plot awful", "great awful"], threshold=0.7)
+    assert {answer["exit_layer"] for answer in easy} == {1}
+    assert {answer["exit_layer"] for answer in twisted} == {3}
+    assert min(a["score"] for a in easy) > max(a["score"] for a in twisted)
+
+
 def test_each_text_can_have_its_own_threshold(clf: EarlyExitClassifier) -> None:
     thresholds = np.full((23, 2), 2.0)
     thresholds[::3] = 0
