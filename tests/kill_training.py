@@ -4,8 +4,8 @@
 
 One process, then two with each as the victim. SIGKILL while a checkpoint is being written in the
 background, before the first one or during an evaluation; SIGKILL or SIGTERM anywhere. After each
-the same command goes on, and the first run that ends otherwise ends this script. About a quarter of
-an hour on 2 cores with nothing beside it.
+the same command goes on, and the first run that ends otherwise ends this script. About ten
+minutes on 2 cores with nothing beside it.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from rich.console import Console
 from test_processes import assert_same_run, child_of, finish, start, start_two, write_config
+
+from ejax.hardware import environment
 
 # (processes, victim, what the kills hit)
 PLAN = [
@@ -191,7 +193,9 @@ def main() -> None:
         "inside_a_save": sum(one["inside_a_save"] for one in found),
         "signals": dict(Counter(one["signal"] for one in found)),
         "seed": chosen.seed,
+        "command": " ".join(["python tests/kill_training.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
+        **environment(),
         "each": found,
     }
     console.print({key: value for key, value in result.items() if key != "each"})
