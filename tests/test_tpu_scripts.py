@@ -370,7 +370,7 @@ def test_setup_installs_once_per_commit_and_run_needs_it(cloud):
     for _ in range(2):
         done = cloud("setup")
         assert done.returncode == 0, done.stderr
-    assert cloud.lines("installed") == ["install --quiet .[tpu]"]
+    assert cloud.lines("installed") == ["install --quiet .[tpu,gcs]"]
     cloud.settings(REPOSITORY=f"file://{cloud.folder}/source", COMMIT=COMMIT)
     assert cloud("setup").returncode != 0  # no such commit there
     assert "tpu/setup first" in cloud("run").stderr
