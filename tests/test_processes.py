@@ -54,13 +54,13 @@ def start(config: Path, workdir: Path, *more: str, devices: int = 1, **env: str)
     )
 
 
-def start_two(config: Path, workdir: Path):
+def start_two(config: Path, workdir: Path, *more: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
-            config, workdir, "--distributed", devices=2, JAX_NUM_PROCESSES="2",
+            config, workdir, "--distributed", *more, devices=2, JAX_NUM_PROCESSES="2",
             JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i),
         )
         for i in range(2)

@@ -1,4 +1,4 @@
-"""A trained bundle on real text: set EJAX_QUICKSTART to a workdir of `ejax quickstart`."""
+"""The real encoder on real text: set EJAX_QUICKSTART to a workdir of `ejax quickstart`."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_processes import ROOT, finish, start, start_two, weights
 
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.batches import eval_plan
@@ -36,3 +37,22 @@ def test_the_engine_takes_the_exits_of_the_reference():
         total += len(lines)
     assert total > 10_000
     assert differing <= total / 1000
+
+
+@pytest.mark.skipif(not WORKDIR, reason="EJAX_QUICKSTART names no workdir of `ejax quickstart`")
+def test_two_processes_four_devices_and_one_train_the_same_model(tmp_path: Path):
+    """The real encoder on real text, with dropout, in float32."""
+    config = ROOT / "configs" / "sst2_minilm.py"
+    fields = (
+        "--smoke", f"data.path={Path(WORKDIR).absolute()}/data", "dtype=float32",
+    )  # fmt: skip
+    finish(start(config, tmp_path / "one", *fields))
+    finish(start(config, tmp_path / "four", *fields, devices=4))
+    for process in start_two(config, tmp_path / "two", *fields):
+        finish(process)
+    one = weights(tmp_path / "one")
+    for name in ("four", "two"):
+        for key, value in weights(tmp_path / name).items():
+            # Sums in another order; one step of Adam moves a weight by up to 1.5e-4, and one whose
+            # gradient is nothing but rounding (a key's bias) moves too: 2e-6 in 16 steps.
+            np.testing.assert_allclose(value, one[key], rtol=0, atol=2e-5, err_msg=f"{name}, {key}")
