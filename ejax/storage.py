@@ -114,8 +114,9 @@ def write_text(path: Any, text: str) -> None:
 
 def move(source: Any, target: Any) -> None:
     """A folder to where nothing is, or what is there is replaced."""
-    if target.exists():
-        target.rmtree()
+    from etils import epath
+
+    epath.Path(target).rmtree(missing_ok=True)
     if not is_remote(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
-from ejax.storage import files_in, path_of, upload
+from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 
 pytest.importorskip("gcp_storage_emulator", reason="pip install '.[dev]'")
@@ -155,6 +155,16 @@ def test_a_damaged_checkpoint_is_set_aside(bucket: Any, how: str) -> None:
         checkpoints.save(2, state)
     assert (workdir / "damaged" / "3" / "state").is_dir()
     assert not (workdir / "checkpoints" / "3").exists()
+
+
+def test_a_folder_takes_the_place_of_one_set_aside_before(bucket: Any, tmp_path: Path) -> None:
+    for root in (tmp_path, bucket / "aside"):
+        for text in ("first", "second"):
+            (root / "from").mkdir(parents=True, exist_ok=True)
+            (root / "from" / "file").write_text(text)
+            move(root / "from", root / "to" / "7")
+        assert (root / "to" / "7" / "file").read_text() == "second"
+        assert not (root / "from").exists()
 
 
 def test_half_a_bundle_is_none(bucket: Any) -> None:
