@@ -30,6 +30,7 @@ from ejax.models.weights import from_hf, read_config, to_hf
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
+ARCHITECTURE = "EarlyExitBert"  # in config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="ejax-") as made:
             yield Path(made)
-            storage.upload(Path(made), folder, last="exits.json")
+            storage.upload(Path(made), folder, first="config.json", last="exits.json")
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,16 +117,27 @@ def check_output(folder: str | Path) -> Path:
     """Raises ValueError, before any work, where a bundle must not be written."""
     folder = storage.path_of(folder)
     with storage.reaching(folder):
-        taken = folder.exists() and not (folder / "exits.json").exists() and any(_listing(folder))
+        taken = folder.exists() and not (folder / "exits.json").exists() and _taken(folder)
     if taken:
         raise ValueError(f"{folder} exists and is not a bundle: choose another output folder.")
     return folder
 
 
-def _listing(folder: Any) -> list[str]:
-    """A bundle that was cut off before its exits.json may be written again."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    return [name for name in names if not (storage.is_remote(folder) and name in WRITTEN)]
+def _taken(folder: Any) -> bool:
+    """By anything but, on gs://, a bundle whose writing was cut off: its config.json came first."""
+    if not folder.is_dir():
+        return True
+    # A console marks an empty folder by an object of its name.
+    held = {path.name for path in folder.iterdir()} - (
+        {folder.name} if storage.is_remote(folder) else set()
+    )
+    cut_off = (
+        storage.is_remote(folder)
+        and held <= set(WRITTEN)
+        and "config.json" in held
+        and ARCHITECTURE in (folder / "config.json").read_text()
+    )
+    return bool(held) and not cut_off
 
 
 def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
@@ -243,7 +255,7 @@ def hf_config(bundle: Bundle) -> dict[str, Any]:
         del values[name]
     return values | {
         "model_type": "bert",
-        "architectures": ["EarlyExitBert"],
+        "architectures": [ARCHITECTURE],
         "id2label": {str(i): label for i, label in enumerate(bundle.labels)},
         "label2id": {label: i for i, label in enumerate(bundle.labels)},
         "problem_type": "single_label_classification",

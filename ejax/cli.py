@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ejax import storage
 from ejax.storage import path_of
 
 app = typer.Typer(
@@ -102,6 +103,8 @@ def explain(error: Exception) -> str:
     """What the user can mend, as a sentence; "" for a bug."""
     if hasattr(error, "exit_code") or (isinstance(error, ValueError) and _is_ours(error)):
         return str(error)
+    if storage.is_of_client(error):
+        return f"object storage cannot be reached: {storage.first_line(error)}."
     if isinstance(error, OSError):
         return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -627,7 +630,7 @@ def info(
     from ejax.evaluation.describe import exit_tables, facts, model_facts, show
     from ejax.models.weights import load_bert
 
-    if (Path(name) / "exits.json").exists():
+    if storage.is_remote(name) or (Path(name) / "exits.json").exists():
         bundle = load_bundle(name)
         show(facts(bundle), *exit_tables(bundle))
     else:
@@ -636,7 +639,7 @@ def info(
 
 @app.command(epilog="Example: `ejax quickstart --workdir quickstart`")
 def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Everything goes here.", parser=path_of)],
+    workdir: Annotated[Path, typer.Option(help="Everything goes here.")],
     model: Annotated[str, typer.Option(help="The encoder.")] = "all-MiniLM-L6-v2",
     data: Annotated[str, typer.Option(help="A folder or a TFDS name; else a small set.")] = "",
     smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs.")] = False,
@@ -651,6 +654,7 @@ def quickstart(
     from ejax.evaluation.quickstart import quickstart
 
     console = Console(stderr=True)
+    path_of(workdir)  # not on gs://
     quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
 
 
@@ -691,8 +695,9 @@ def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
     from ejax.classifier import EarlyExitClassifier
 
     found: dict[str, Any] = {}
-    for path in (path.resolve() for path in paths):
-        alike = sum(path.name == other.resolve().name for other in paths) > 1
+    paths = [path if storage.is_remote(path) else path.resolve() for path in paths]
+    for path in paths:
+        alike = sum(path.name == other.name for other in paths) > 1
         name = f"{path.parent.name}/{path.name}" if alike else path.name
         if name in found:
             raise ValueError(f"--beside {name} is given twice.")
@@ -720,6 +725,7 @@ def check_json(output: Path) -> None:
 
 def check_output_file(output: Path, suffix: str) -> None:
     """Before the work: whether the result can be written."""
+    path_of(output)  # not on gs://
     if output.suffix != suffix:
         raise ValueError(f"--output must end in {suffix}. Got {output}.")
     if output.is_dir() or not output.absolute().parent.is_dir():

@@ -231,7 +231,15 @@ def writing(output: str) -> Iterator[BinaryIO]:
         sys.stdout.flush()
         return
     if storage.is_remote(output):
-        target = storage.path_of(output)
+        target: Any = storage.path_of(output)
+        with storage.reaching(output):
+            taken = target.is_dir()
+        if taken:
+            raise ValueError(f"{output} is a folder: give the name of a file to write.")
+        probe = target.with_name(f".{target.name}.probe")
+        with storage.reaching(output):  # the right to write is asked for before the work
+            probe.write_text("")
+            probe.unlink()
         with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
             with writing(f"{folder}/{target.name}") as file:
                 yield file

@@ -5,6 +5,7 @@ A rename is not atomic there: a folder is copied, and the file that makes it who
 
 import importlib.util
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ def path_of(path: str | Path) -> Path:
     Raises:
       ValueError: for storage that is not known, or whose library is not installed.
     """
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", str(path)):  # what pathlib makes of gs://
+        raise ValueError(f"{path} must be a folder here, or gs:// as a string where that can be.")
     if "://" not in str(path):
         return Path(path)
     if not is_remote(path):
@@ -47,13 +50,29 @@ def reaching(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
         if not is_remote(path):
             raise
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} cannot be reached: {first or type(error).__name__}.") from error
+        raise ValueError(f"{path} cannot be reached: {first_line(error)}.") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def is_of_client(error: BaseException) -> bool:
+    """Whether the storage's client raised it: rights, names, networks."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp")
+
+
+def is_damage(error: Exception, path: str | Path) -> bool:
+    """Whether an error says that what was read is damaged, rather than out of reach."""
+    if not is_remote(path):
+        return True
+    away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return not (
+        away or is_of_client(error) or re.search("UNAVAILABLE|DEADLINE|PERMISSION", str(error))
+    )
 
 
 @contextmanager
@@ -61,6 +80,10 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
     """A local copy of a remote file, or of those of `names` that a remote folder holds.
 
     What is local comes as it is. A ValueError inside names the remote path.
+
+    Raises:
+      ValueError: where it cannot be reached, or the last of `names`, which makes the folder
+        whole, is not the same after the copies as before.
     """
     if not is_remote(path):
         yield Path(path)
@@ -72,13 +95,21 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
             copy.parent.mkdir()
             if names:
                 copy.mkdir()
+                before = contents(source / names[-1])
             for part, target in [(source / n, copy / n) for n in names] or [(source, copy)]:
                 if not names or part.exists():
                     part.copy(target)
+            after = contents(source / names[-1]) if names else None
+        if names and before != after:
+            raise ValueError(f"{path} is being written at this moment: try again.")
         try:
             yield copy
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(path))) from error
+
+
+def contents(path: Any) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def files_in(folder: Any) -> Iterator[Any]:
@@ -90,18 +121,25 @@ def files_in(folder: Any) -> Iterator[Any]:
             yield path
 
 
-def upload(source: Path, target: Any, last: str = "") -> None:
-    """Copies a folder; without its file `last` it is not whole, so that goes first and comes last.
+def upload(source: Path, target: Any, first: str = "", last: str = "") -> None:
+    """Copies a folder: the file `first`, the others, and `last`, without which it is not whole.
 
-    Other files of the target stay.
+    Other files of the target stay, but for an old `last`, which goes before anything comes.
     """
     from etils import epath
 
     with reaching(target):
         if last and (target / last).exists():
             (target / last).unlink()
-        for path in sorted(files_in(source), key=lambda path: path.name == last):
-            epath.Path(path).copy(target / path.relative_to(source), overwrite=True)
+        for path in sorted(
+            files_in(source), key=lambda path: (path.name == last) - (path.name == first)
+        ):
+            there = target / path.relative_to(source)
+            try:
+                epath.Path(path).copy(there, overwrite=True)
+            except BaseException:  # closing an object that is half-written ends it all the same
+                there.unlink(missing_ok=True)
+                raise
 
 
 def write_text(path: Any, text: str) -> None:

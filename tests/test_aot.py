@@ -115,6 +115,23 @@ ENTRY %main (w: bf16[128,128], x: f32[8,128]) -> f32[8,128] {
     assert float(python(count, loop)) == float("inf")
 
 
+def test_a_file_of_other_things_is_not_gone_on_with(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from train.aot import known_slices\n"
+        "try: print(sorted(known_slices(Path(sys.argv[1]), {'rows': [1]})))\n"
+        "except ValueError as error: print(error)"
+    )
+    path = tmp_path / "aot.json"
+    for text, said in (
+        ('{"asked": {"rows": [1]}, "slices": [{"topology": "v5e:1x1"}]}', "['v5e:1x1']"),
+        ('{"asked": {"rows": [2]}, "slices": []}', "is of another config"),
+        ("[1]", "is no file of train.aot"),
+        ('{"asked"', "is no file of train.aot"),
+    ):
+        path.write_text(text)
+        assert said in python(code, str(path))
+
+
 @pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
 def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     out = tmp_path / "aot.json"

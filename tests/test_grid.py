@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -58,6 +59,21 @@ def test_every_cell_has_a_name_of_its_own():
     assert by_name["imdb-twelve-cut6-0"].layers == (6,)
     assert by_name["snli-minilm-standard-2"].layers == (6,)
     assert by_name["snli-minilm-stop-0"].config(tiny.HOME, "", tiny.HOME).gradient_stop
+
+
+def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):
+    """Its result is known by that cell, not by where the bundle lay."""
+    args = [
+        *("--data", str(tmp_path), "--workdir", str(tmp_path / "runs")),
+        *("--results", str(tmp_path / "grid"), "--cells", "snli-minilm-frozen-0"),
+    ]
+    assert run(grid.app, "train.grid", args) == 2
+    assert "starts from snli-minilm-standard-0: run that cell first" in capsys.readouterr().err
+    (tmp_path / "grid").mkdir()
+    kept = Path(grid.__file__).parents[1] / "configs/results/grid/sst2-minilm-frozen-0.json"
+    shutil.copy(kept, tmp_path / "grid")
+    args[-1] = "sst2-minilm-frozen-0"
+    assert run(grid.app, "train.grid", args) == 0
 
 
 def test_a_cell_that_is_not(tmp_path, capsys):

@@ -17,6 +17,8 @@ import pytest
 import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
+from ejax import storage
+from ejax.cli import explain
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 
@@ -167,7 +169,7 @@ def test_a_folder_takes_the_place_of_one_set_aside_before(bucket: Any, tmp_path:
         assert not (root / "from").exists()
 
 
-def test_half_a_bundle_is_none(bucket: Any) -> None:
+def test_half_a_bundle_is_none(bucket: Any, tmp_path: Path) -> None:
     """exits.json is written last; what came before it may be written over."""
     folder = bucket / "half"
     upload(tiny.trained()[0], folder)
@@ -177,6 +179,45 @@ def test_half_a_bundle_is_none(bucket: Any) -> None:
     done = tiny.ejax("calibrate", tiny.trained()[0], "--data", tiny.data(), "--output", folder)
     assert done.code == 0, done.err
     assert tiny.ejax("calibrate", folder, "--data", tiny.data()).code == 0  # in place
+    shown = tiny.ejax("info", folder)
+    assert shown.code == 0, shown.err
+    assert "layer" in shown.out
+    beside = ("--beside", folder, "--against", "none", "--data", tiny.data())
+    assert "--beside bucket/half is given twice" in tiny.refused(
+        "bench", tiny.trained()[0], *beside, "--beside", folder, "--output", tmp_path / "b.json"
+    )
+
+
+def test_a_model_of_others_is_not_written_over(bucket: Any) -> None:
+    """It has the names of a bundle's files, and no exits.json either."""
+    folder = bucket / "hf"
+    upload(tiny.model(), folder)
+    sentence = tiny.refused(
+        "calibrate", tiny.trained()[0], "--data", tiny.data(), "--output", folder
+    )
+    assert sentence.startswith("gs://bucket/hf exists and is not a bundle")
+
+
+def test_a_bundle_that_is_being_written_is_not_read(bucket: Any, monkeypatch) -> None:
+    folder = bucket / "busy"
+    upload(tiny.trained()[0], folder)
+    seen = iter([b"old", b"new"])
+    monkeypatch.setattr(storage, "contents", lambda path: next(seen))
+    assert "gs://bucket/busy is being written" in tiny.refused("predict", folder)
+
+
+def test_out_of_reach_is_not_damage(bucket: Any) -> None:
+    from gcsfs.retry import HttpError
+
+    rights = HttpError({"message": "no rights", "code": 401})
+    remote, here = bucket / "run", Path("run")
+    for error, damaged in (
+        (rights, False), (OSError("Forbidden"), False), (ValueError("UNAVAILABLE: x"), False),
+        (FileNotFoundError("x"), True), (ValueError("checkpoint 3: …"), True),
+    ):  # fmt: skip
+        assert storage.is_damage(error, remote) is damaged
+        assert storage.is_damage(error, here)
+    assert explain(rights) == "object storage cannot be reached: no rights, 401."
 
 
 def test_wrong_input(bucket: Any) -> None:
@@ -189,6 +230,11 @@ def test_wrong_input(bucket: Any) -> None:
          "Did you mean gs://bucket/other/test.tsv?"),
         (["calibrate", tiny.trained()[0], "--data", tiny.data(), "--output", bucket / "other"],
          "gs://bucket/other exists and is not a bundle"),
+        (["predict", tiny.trained()[0], "--input", tiny.data() / "test.tsv", "--output",
+          bucket / "other"], "gs://bucket/other is a folder"),
+        (["evaluate", tiny.trained()[0], "--data", tiny.data(), "--output", bucket / "e.json"],
+         "must be a folder here"),
+        (["quickstart", "--workdir", bucket / "q"], "must be a folder here"),
     ):  # fmt: skip
         assert text in tiny.refused(*arguments)
     (bucket / "other" / "dev.tsv").write_text("label\ttext\ngood\ta film\nbad\n")

@@ -333,6 +333,14 @@ def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
         claim_workdir(tmp_path / "run", TrainConfig(seed=2), {"train": "a1"})
     with pytest.raises(ValueError, match=r"it differs in rows\)"):
         claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "b2"})
+    # A run of before a field was there had its default.
+    path = tmp_path / "run" / "config.json"
+    older = json.loads(path.read_text())
+    del older["alternate"], older["train_encoder"]
+    path.write_text(json.dumps(older))
+    claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+    with pytest.raises(ValueError, match=r"differs in train_encoder"):
+        claim_workdir(tmp_path / "run", TrainConfig(seed=1, train_encoder=False), {"train": "a1"})
 
 
 def tiny_config(**changes: object) -> TrainConfig:

@@ -37,7 +37,6 @@ import typer
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
-from rich.table import Table
 
 from ejax import assets
 from ejax.cli import check_json, run
@@ -56,6 +55,7 @@ from ejax.training.losses import joint_loss
 from ejax.training.optim import make_optimizer
 from ejax.training.step import AXIS, Rows, first_state, make_train_step
 from train.__main__ import load_config
+from train.aot_tables import overview, table
 from train.roofline import CHIPS, Chip, Cost, DoesNotFit, collectives, compiled, cost, memory, size
 
 # Shapes of the encoders that configs/ names by hub id: no weights are needed here.
@@ -101,14 +101,13 @@ def main(
     chosen = override(load_config(config), fields or ())
     slices = {name: slice_of(name) for name in topology.split(",")}
     console = Console(stderr=True)
+    compiler = next(iter(slices.values()))[0].client.platform_version.rpartition("\n")[2]
+    versions = environment()["versions"] | {"tpu_compiler": compiler}
     asked = {
         "config": to_json(chosen), "rows": [per_chip, rows, tile], "labels": labels,
-        "versions": environment()["versions"],
+        "versions": versions,
     }  # fmt: skip
-    known: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"asked": asked}
-    if known.get("asked") != asked:
-        raise ValueError(f"{output} is of another config or version: choose another --output.")
-    done: dict[str, Any] = {part["topology"]: part for part in known.get("slices", ())}
+    done = known_slices(output, json.loads(json.dumps(asked)))
     kept: dict[Any, Any] = {}
     for number, (name, devices) in enumerate(slices.items(), 1):
         if name in done and not (largest_batch and "largest_rows" not in done[name]["training"]):
@@ -120,18 +119,33 @@ def main(
             done[name] = report(
                 chosen, name, devices, labels, rows, tile, largest_batch, per_chip, kept
             )
-        written = {
+        done[name] |= {
             "command": " ".join(["python -m train.aot", *sys.argv[1:]]),
-            "asked": asked,
-            "slices": list(done.values()),
             "date": time.strftime("%Y-%m-%d"),
-            **environment(),
         }
-        write_json(written, output)
+        write_json({"asked": asked, "slices": list(done.values())}, output)
     for name in slices:
         Console().print(table(chosen.model, done[name]))
     if len(slices) > 1:
         Console(width=140).print(overview(chosen.model, [done[name] for name in slices]))
+
+
+def known_slices(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """By name, what an earlier command for the same found.
+
+    Raises:
+      ValueError: where the file is of something else.
+    """
+    if not output.exists():
+        return {}
+    try:
+        known = json.loads(output.read_text())
+        found = {part["topology"]: part for part in known["slices"]}
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{output} is no file of train.aot: choose another --output.") from None
+    if known.get("asked") != asked:
+        raise ValueError(f"{output} is of another config or version: choose another --output.")
+    return found
 
 
 def slice_of(topology: str) -> list[jax.Device]:
@@ -469,90 +483,6 @@ def largest_rows(
     while rows > config.accumulate and not fits(rows):
         rows //= 2
     return rows if fits(rows) else 0
-
-
-def overview(model: str, slices: list[dict[str, Any]]) -> Table:
-    """A row per slice; memory and time of one chip, tokens per second of all."""
-    made = Table(title=f"{model}: compiled, not run")
-    for heading in (
-        "slice", "chips", "rows", "GiB", "of", "step, ms", "of peak", "tokens/s", "all-reduce, MiB",
-        "early exit: rows", "GiB", "a layer, of peak", "tokens/s, nobody leaves",
-    ):  # fmt: skip
-        made.add_column(heading, justify="right")
-    for found in slices:
-        step, early, chips = found["training"], found["early_exit"], found["chips"]
-        cells = [found["topology"], str(chips), str(step["rows"])]
-        if "memory" in step:
-            cells += [
-                f"{step['memory']['total'] / 2**30:.1f}",
-                f"{found['chip']['memory'] / 2**30:.0f}",
-                f"{1e3 * step['step']['seconds']:.1f}",
-                f"{step['step']['share_of_peak']:.2f}",
-                f"{step['tokens_per_second']:.3g}",
-                f"{step['collectives']['bytes'] / 2**20:.0f}",
-            ]
-        else:
-            cells += ["does not fit", f"{found['chip']['memory'] / 2**30:.0f}", *["–"] * 4]
-        if "memory" in early:
-            cells += [
-                str(early["rows"]),
-                f"{early['memory']['total'] / 2**30:.1f}",
-                f"{early['layer_forward']['share_of_peak']:.2f}",
-                f"{chips * early['tokens_per_second']:.3g}",
-            ]
-        made.add_row(*cells)
-    return made
-
-
-def table(model: str, found: dict[str, Any]) -> Table:
-    """The report as people read it, a chip at a time."""
-    made = Table(
-        title=f"{model}, {found['tokens_per_row']} tokens, per chip of "
-        f"{found['topology']} ({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): "
-        "compiled, not run",
-        show_header=False,
-    )
-    for name, key in (("training step", "training"), ("early exit, nobody leaves", "early_exit")):
-        part = found[key]
-        made.add_row(f"[bold]{name}", f"{part['rows']} rows")
-        if "memory" not in part:
-            made.add_row("memory", f"does not fit: {part['why']}")
-            made.add_row("", "lower batch_size or raise accumulate, or remat=True")
-            continue
-        held = part["memory"]
-        cells = [
-            f"{what} {held[what] / 2**30:.2f}"
-            for what in ("parameters", "optimizer", "activations", "total")
-            if what in held
-        ]
-        fits = "" if part["fits"] else ": does not fit, lower batch_size, raise accumulate or remat"
-        made.add_row("memory, GiB", ", ".join(cells) + fits)
-        whole = part["step" if key == "training" else "full_depth"]
-        made.add_row(
-            "whole", f"{bound_text(whole)}; {whole['flops'] / part['analytic_flops']:.2f} of the "
-            "operations that its shapes ask for",
-        )  # fmt: skip
-        made.add_row("a layer, forward", bound_text(part["layer_forward"]))
-        if "layer" in part:
-            made.add_row("a layer, both ways", bound_text(part["layer"]))
-            made.add_row(
-                "collectives",
-                f"{part['collectives']['count']}, {part['collectives']['bytes'] / 2**20:.0f} MiB",
-            )
-        made.add_row("at most, on all chips" if key == "training" else "at most",
-                     f"{part['tokens_per_second']:.3g} tokens per second")  # fmt: skip
-        if "largest_rows" in part:
-            made.add_row("largest batch that fits", f"{part['largest_rows']} rows")
-    return made
-
-
-def bound_text(part: dict[str, float]) -> str:
-    least = f", at least {part['least_bytes'] / 1e9:.3g}" if "least_bytes" in part else ""
-    return (
-        f"{1e3 * part['seconds']:.3g} ms: {part['flops'] / 1e12:.3g} TFLOP, "
-        f"{part['bytes'] / 1e9:.3g} GB of HBM (XLA's count {part['xla_bytes'] / 1e9:.3g}{least}), "
-        f"{part['share_of_peak']:.2f} of peak ({part['share_of_peak_by_xla_bytes']:.2f})"
-    )
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ class Cell:
         return f"{self.data}-{self.encoder}-{self.kind}-{self.seed}"
 
     @property
+    def standard(self) -> str:
+        return dataclasses.replace(self, kind="standard").name
+
+    @property
     def layers(self) -> tuple[int, ...]:
         exits = EXITS[self.encoder]
         if self.kind in RECIPES:
@@ -85,7 +89,7 @@ class Cell:
     def config(self, root: Path, twelve: str, workdir: Path) -> TrainConfig:
         model = "all-MiniLM-L6-v2" if self.encoder == "minilm" else twelve
         if self.kind == "frozen":
-            model = str(workdir / dataclasses.replace(self, kind="standard").name / "bundle")
+            model = str(workdir / self.standard / "bundle")
         return TrainConfig(
             model=model,
             data=DataConfig(path=str(root / self.data), limit=ROWS, max_length=TOKENS),
@@ -140,13 +144,16 @@ def main(
             break
         path = results / f"{cell.name}.json"
         config = cell.config(data, twelve, workdir)
-        if path.exists() and (theirs := json.loads(path.read_text())["model"]) != name_of(config):
+        model = f"{cell.standard}/bundle" if cell.kind == "frozen" else short_path(config.model)
+        if path.exists() and (theirs := json.loads(path.read_text())["model"]) != model:
             raise ValueError(
-                f"{path} is of the encoder {theirs}, and {name_of(config)} was asked for: choose "
-                f"other --results."
+                f"{path} is of the encoder {theirs}, and {model} was asked for: choose other "
+                f"--results."
             )
         if path.exists():
             continue
+        if cell.kind == "frozen" and not Path(config.model).exists():
+            raise ValueError(f"{cell.name} starts from {cell.standard}: run that cell first.")
         console.print(f"{cell.name}, {number} of {len(chosen)}")
         start = time.time()
         jax.clear_caches()  # the programs of one cell after another would fill the address space
@@ -155,7 +162,7 @@ def main(
         write_json(
             {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
             | dataclasses.asdict(cell)
-            | {"model": name_of(config), "train_rows_at_most": ROWS, "max_length": TOKENS}
+            | {"model": model, "train_rows_at_most": ROWS, "max_length": TOKENS}
             | {"seconds": time.time() - start}
             | found
             | {"date": time.strftime("%Y-%m-%d"), **environment()},
@@ -169,11 +176,6 @@ def main(
             size=(4 * len({r["data"] for r in known}), 3.6 * len({r["encoder"] for r in known})),
             panels=(len({r["encoder"] for r in known}), len({r["data"] for r in known})),
         )  # fmt: skip
-
-
-def name_of(config: TrainConfig) -> str:
-    """The encoder, without the folders it lies in."""
-    return short_path(config.model)
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -348,7 +350,8 @@ def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
             axes.plot(*zip(*sorted(cuts), strict=True), "s--", label="standard and cut models")
         axes.set_title(f"{data}, {encoder}", fontsize=10)
         axes.set(xlabel="share of full depth", ylabel="accuracy, %")
-        axes.legend(fontsize=7)
+        if axes.lines:  # a data set may have nothing but other recipes yet
+            axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -40,17 +40,21 @@ class Checkpoints:
             try:
                 _score(json.loads((self.folder / str(step) / "metrics" / "metrics").read_text()))
             except (OSError, ValueError, LookupError) as error:  # Orbax would open none of them
+                if not storage.is_damage(error, self.folder):
+                    raise
                 unscored[step] = error
         barrier("looked")  # every host before one moves anything
         for step, problem in unscored.items():
             self._set_aside(step, problem)
+        barrier("set aside")
         policy = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=_score, n=1)])
-        self.manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
-            ),
-        )
+        with storage.reaching(self.folder):
+            self.manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy, best_fn=_score, cleanup_tmp_directories=True
+                ),
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -128,10 +132,13 @@ class Checkpoints:
             try:
                 state, problem = self.restore(step, like), None
             except Exception as error:  # damage shows in many ways
+                if not storage.is_damage(error, self.folder):
+                    raise
                 problem = error
             if _all_hosts(problem is None):
                 for newer, why in problems.items():
                     self._set_aside(newer, why)
+                barrier("set aside")
                 if problems:
                     self.manager.reload()
                 return step, state
@@ -156,7 +163,6 @@ class Checkpoints:
         source, target = self.folder / str(step), self.workdir / "damaged" / str(step)
         if jax.process_index() == 0:
             storage.move(source, target)
-        barrier("set aside")
         warnings.warn(
             f"{source} is damaged ({_short(problem)}): moved to {target}, the run "
             f"goes on from the one before.",
@@ -226,7 +232,9 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
     with storage.reaching(path):
-        theirs = json.loads(path.read_text()) if path.exists() else mine
+        text = path.read_text() if path.exists() else "null"
+    theirs = json.loads(text) or mine
+    theirs = json.loads(json.dumps(to_json(TrainConfig()))) | theirs  # a field that is newer
     differ = [
         key for key in mine | theirs if key not in CARRIED and mine.get(key) != theirs.get(key)
     ]

@@ -36,6 +36,8 @@ class Log:
             self.file.close()
             self.board.close()
             self.sync()
+        if storage.is_remote(self.workdir):
+            self.copy.cleanup()
 
     def sync(self) -> None:
         if self.file and storage.is_remote(self.workdir):

@@ -1,0 +1,89 @@
+"""What `train.aot` found, as people read it."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def overview(model: str, slices: list[dict[str, Any]]) -> Table:
+    """A row per slice; memory and time of one chip, tokens per second of all."""
+    made = Table(title=f"{model}: compiled, not run")
+    for heading in (
+        "slice", "chips", "rows", "GiB", "of", "step, ms", "of peak", "tokens/s", "all-reduce, MiB",
+        "early exit: rows", "GiB", "a layer, of peak", "tokens/s, nobody leaves",
+    ):  # fmt: skip
+        made.add_column(heading, justify="right")
+    for found in slices:
+        step, early, chips = found["training"], found["early_exit"], found["chips"]
+        cells = [found["topology"], str(chips), str(step["rows"])]
+        if "memory" in step:
+            cells += [
+                f"{step['memory']['total'] / 2**30:.1f}",
+                f"{found['chip']['memory'] / 2**30:.0f}",
+                f"{1e3 * step['step']['seconds']:.1f}",
+                f"{step['step']['share_of_peak']:.2f}",
+                f"{step['tokens_per_second']:.3g}",
+                f"{step['collectives']['bytes'] / 2**20:.0f}",
+            ]
+        else:
+            cells += ["does not fit", f"{found['chip']['memory'] / 2**30:.0f}", *["–"] * 4]
+        if "memory" in early:
+            cells += [
+                str(early["rows"]),
+                f"{early['memory']['total'] / 2**30:.1f}",
+                f"{early['layer_forward']['share_of_peak']:.2f}",
+                f"{chips * early['tokens_per_second']:.3g}",
+            ]
+        made.add_row(*cells)
+    return made
+
+
+def table(model: str, found: dict[str, Any]) -> Table:
+    """The report as people read it, a chip at a time."""
+    made = Table(
+        title=f"{model}, {found['tokens_per_row']} tokens, per chip of "
+        f"{found['topology']} ({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): "
+        "compiled, not run",
+        show_header=False,
+    )
+    for name, key in (("training step", "training"), ("early exit, nobody leaves", "early_exit")):
+        part = found[key]
+        made.add_row(f"[bold]{name}", f"{part['rows']} rows")
+        if "memory" not in part:
+            made.add_row("memory", f"does not fit: {part['why']}")
+            made.add_row("", "lower batch_size or raise accumulate, or remat=True")
+            continue
+        held = part["memory"]
+        cells = [
+            f"{what} {held[what] / 2**30:.2f}"
+            for what in ("parameters", "optimizer", "activations", "total")
+            if what in held
+        ]
+        fits = "" if part["fits"] else ": does not fit, lower batch_size, raise accumulate or remat"
+        made.add_row("memory, GiB", ", ".join(cells) + fits)
+        whole = part["step" if key == "training" else "full_depth"]
+        made.add_row(
+            "whole", f"{bound_text(whole)}; {whole['flops'] / part['analytic_flops']:.2f} of the "
+            "operations that its shapes ask for",
+        )  # fmt: skip
+        made.add_row("a layer, forward", bound_text(part["layer_forward"]))
+        if "layer" in part:
+            made.add_row("a layer, both ways", bound_text(part["layer"]))
+            made.add_row(
+                "collectives",
+                f"{part['collectives']['count']}, {part['collectives']['bytes'] / 2**20:.0f} MiB",
+            )
+        made.add_row("at most, on all chips" if key == "training" else "at most",
+                     f"{part['tokens_per_second']:.3g} tokens per second")  # fmt: skip
+        if "largest_rows" in part:
+            made.add_row("largest batch that fits", f"{part['largest_rows']} rows")
+    return made
+
+
+def bound_text(part: dict[str, float]) -> str:
+    least = f", at least {part['least_bytes'] / 1e9:.3g}" if "least_bytes" in part else ""
+    return (
+        f"{1e3 * part['seconds']:.3g} ms: {part['flops'] / 1e12:.3g} TFLOP, "
+        f"{part['bytes'] / 1e9:.3g} GB of HBM (XLA's count {part['xla_bytes'] / 1e9:.3g}{least}), "
+        f"{part['share_of_peak']:.2f} of peak ({part['share_of_peak_by_xla_bytes']:.2f})"
+    )
