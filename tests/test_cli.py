@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli import run
+from ejax.command import run
 from ejax.data.files import read_rows
 from ejax.data.sources import row_hash
 from ejax.evaluation.labelled import labelled_rows
@@ -40,8 +40,8 @@ def answers(text: str) -> list[dict]:
 
 
 def test_help_and_version_are_quick_and_load_no_jax():
-    code = "import sys; from ejax.cli import app, run; code = run(app, 'ejax', {args}); "
-    code += "sys.exit(code or ('jax' in sys.modules))"
+    code = "import sys; from ejax.cli import app; from ejax.command import run; "
+    code += "code = run(app, 'ejax', {args}); sys.exit(code or ('jax' in sys.modules))"
     for args in (["--help"], ["--version"], ["predict", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", code.format(args=args)], capture_output=True, text=True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ejax.cli import run
+from ejax.command import run
 from train import grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty rows are few

@@ -18,7 +18,7 @@ import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
 from ejax import storage
-from ejax.cli import explain
+from ejax.command import explain
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 

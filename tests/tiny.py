@@ -18,7 +18,8 @@ from typing import NamedTuple
 import jax
 from safetensors.numpy import save_file
 
-from ejax.cli import app, run
+from ejax.cli import app
+from ejax.command import run
 from ejax.config import BertConfig, to_json
 from ejax.models.bert import Batch, BertModel
 from ejax.models.weights import to_hf

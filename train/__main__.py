@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ejax.cli import keep_programs, run, train_and_show
+from ejax.cli import train_and_show
+from ejax.command import keep_programs, run
 from ejax.config import TrainConfig, override, smoke
 from ejax.storage import path_of
 from ejax.training import processes

@@ -39,7 +39,7 @@ from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
 from ejax import assets
-from ejax.cli import check_json, run
+from ejax.command import check_json, run
 from ejax.config import BertConfig, ExitConfig, TrainConfig, override, to_json
 from ejax.data.batches import bucket_of
 from ejax.data.named import TFDS

@@ -34,7 +34,7 @@ from ejax.calibration.thresholds import (
     oracle,
 )
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli import run
+from ejax.command import run
 from ejax.config import DataConfig, TrainConfig
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation.bench import spread

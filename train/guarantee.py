@@ -20,7 +20,7 @@ from scipy.special import bdtri
 
 from ejax.calibration.thresholds import Loss, Table, check_loss, policies, risk_thresholds, totals
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli import Bundle, Data, check_json, check_split, run
+from ejax.command import Bundle, Data, check_json, check_split, run
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of

@@ -1,0 +1,187 @@
+"""What every command shares: exit codes, words for errors, options and checks."""
+
+import dis
+import errno
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ejax import storage
+from ejax.storage import path_of
+
+# Of click or of typer's own copy of it, by version; not public under its name in either.
+UsageError: Any = typer.BadParameter.__base__
+
+FULL = 2.0  # above every score
+
+Bundle = Annotated[
+    Path, typer.Argument(help="A folder that `ejax train` wrote.", metavar="BUNDLE", parser=path_of)
+]
+Data = Annotated[
+    str, typer.Option(help="A file, a folder with train, dev and test files, or a TFDS name.")
+]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", help="Column of the text; twice for pairs.", show_default=False),
+]
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Another bundle for the same labels, at full depth; repeatable.",
+        show_default=False,
+        parser=path_of,
+    ),
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_default=False)]
+
+
+def keep_programs() -> None:
+    """Compiled programs are kept between runs, in the user's cache, apart for each CPU type.
+
+    What is set already stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    from ejax.assets import cache_dir
+    from ejax.hardware import cpu_type
+
+    kind = hashlib.sha256(cpu_type().encode()).hexdigest()[:12]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / kind))
+
+
+def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
+    """Runs a command line and returns its exit code.
+
+    0: done. 2: wrong usage, or what `explain` has words for, as one sentence on standard
+    error. 75: stopped by SIGTERM, and 76: another process of the run is gone; both to be
+    repeated. 130: Ctrl-C. 141: nobody reads standard output any more. Every other exception is
+    a bug and passes through.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        try:
+            command = typer.main.get_command(app)
+            with command.make_context(name, list(argv) or ["--help"]) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+            return 0
+        except typer.Exit as done:
+            return done.exit_code
+        except UsageError as error:
+            asked = error.ctx.command_path if error.ctx else name
+            return _say(name, f"{error.format_message()} See `{asked} --help`.", 2)
+        except KeyboardInterrupt:
+            return _say(name, "interrupted.", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
+            sentence = explain(error)
+            if not sentence:
+                raise
+            return _say(name, sentence, getattr(error, "exit_code", 2))
+
+
+def explain(error: Exception) -> str:
+    """What the user can mend, as a sentence; "" for a bug."""
+    if hasattr(error, "exit_code") or (isinstance(error, ValueError) and _is_ours(error)):
+        return str(error)
+    if storage.is_of_client(error):
+        return f"object storage cannot be reached: {storage.first_line(error)}."
+    if isinstance(error, OSError):
+        return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(code) in str(error):  # array_record and tensorstore say it in words only
+            return (
+                f"{os.strerror(code)} ({' '.join(str(error).split())[:300]}). Make room and "
+                f"repeat the command."
+            )
+    return ""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this package made it, rather than a call that went wrong."""
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if last is None:
+        return False
+    code, module = last.tb_frame.f_code, last.tb_frame.f_globals.get("__name__", "")
+    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and module.partition(".")[0] in ("ejax", "train", "__main__")
+
+
+def _say(name: str, sentence: str, code: int) -> int:
+    print(f"{name}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def note(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def parse_threshold(text: str) -> float:
+    """A number of at least 0, or "full"; above 1 is full depth."""
+    try:
+        value = FULL if text.strip() == "full" else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
+        )
+    return value
+
+
+def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
+    """Other bundles by name; of those called alike, with the folder they lie in.
+
+    Raises:
+      ValueError: where a bundle is given twice.
+    """
+    from ejax.classifier import EarlyExitClassifier
+
+    found: dict[str, Any] = {}
+    paths = [path if storage.is_remote(path) else path.resolve() for path in paths]
+    for path in paths:
+        alike = sum(path.name == other.name for other in paths) > 1
+        name = f"{path.parent.name}/{path.name}" if alike else path.name
+        if name in found:
+            raise ValueError(f"--beside {name} is given twice.")
+        found[name] = EarlyExitClassifier.from_pretrained(path)
+    return found
+
+
+def check_split(split: str) -> None:
+    if split == "train":
+        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+
+
+def parse_top_k(text: str) -> int | None:
+    """A positive number, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--top-k must be a positive number or all. Got {text!r}.")
+    return int(text)
+
+
+def check_json(output: Path) -> None:
+    check_output_file(output, ".json")
+
+
+def check_output_file(output: Path, suffix: str) -> None:
+    """Before the work: whether the result can be written."""
+    path_of(output)  # not on gs://
+    if output.suffix != suffix:
+        raise ValueError(f"--output must end in {suffix}. Got {output}.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"--output must be a file in a folder that exists. Got {output}.")
