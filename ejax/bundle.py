@@ -127,14 +127,13 @@ def _taken(folder: Any) -> bool:
     """By anything but, on gs://, a bundle whose writing was cut off: its config.json came first."""
     if not folder.is_dir():
         return True
-    # A console marks an empty folder by an object of its name.
-    held = {path.name for path in folder.iterdir()} - (
-        {folder.name} if storage.is_remote(folder) else set()
-    )
+    held = {path.name for path in folder.iterdir()}
+    if not storage.is_remote(folder):
+        return bool(held)
+    held.discard(folder.name)  # a console marks an empty folder by an object of its name
     cut_off = (
-        storage.is_remote(folder)
+        "config.json" in held
         and held <= set(WRITTEN)
-        and "config.json" in held
         and ARCHITECTURE in (folder / "config.json").read_text()
     )
     return bool(held) and not cut_off

@@ -57,10 +57,12 @@ def test_a_config_and_its_pod_variant_build(path: Path) -> None:
 
 def test_the_shapes_are_those_of_bert() -> None:
     found = python(
-        "import sys, json, jax; from pathlib import Path; import train.aot as aot\n"
+        "import sys, json, jax; from pathlib import Path; import train.aot\n"
+        "from train.__main__ import load_config\n"
+        "from train.aot_programs import model_of, shapes_of\n"
         "def count(path):\n"
-        "    model = aot.model_of(aot.load_config(Path(path)), 0)\n"
-        "    shapes = aot.shapes_of(model)\n"
+        "    model = model_of(load_config(Path(path)), 0)\n"
+        "    shapes = shapes_of(model)\n"
         "    return sum(leaf.size for leaf in jax.tree.leaves(shapes['bert'])), "
         "shapes['heads']['exits']['classifier']['bias'].shape\n"
         "print(json.dumps([count(path) for path in sys.argv[1:]]))",
