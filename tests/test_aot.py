@@ -160,3 +160,22 @@ def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
     assert "v5e:2x2" in aot(*arguments)
     assert out.stat().st_mtime_ns == written
     assert "is of another config" in aot(*arguments, "dropout=0.2", code=2)
+
+
+@pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_fits_a_chip(path: Path) -> None:
+    """A v5e alone, at the paper's batch."""
+    found = python(
+        "import json, sys; from pathlib import Path; from train.aot import slice_of\n"
+        "from ejax.hardware import compiling_for\n"
+        "from train.__main__ import load_config\n"
+        "from train.aot_programs import model_of, step_program; from train.roofline import memory\n"
+        "config, (chip,) = load_config(Path(sys.argv[1])), slice_of('v5e:1x1')\n"
+        "with compiling_for('tpu'):\n"
+        "    made = step_program(config, model_of(config, 0), [chip], config.batch_size, 128)[0]\n"
+        "print(json.dumps(memory(made)))",
+        str(path),
+    )
+    # The weights and Adam's two moments of each, in float32.
+    assert 3 * 4 * ENCODERS[path.stem.split("_")[1]] < json.loads(found)["total"] < 16 * 2**30
