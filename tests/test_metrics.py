@@ -100,6 +100,26 @@ def test_ece_floor_is_what_a_calibrated_classifier_shows():
     assert metrics.ece_floor(probs_of([1.0, 1.0])) == 0
 
 
+def test_what_the_best_temperature_can_and_cannot_mend():
+    rng = np.random.default_rng(6)
+    logits = rng.normal(size=(4000, 3)) * 2
+    labels = (rng.random(4000)[:, None] > metrics.softmax(logits).cumsum(1)).sum(1)
+    temperature, least = metrics.best_temperature(2.5 * logits, labels)
+    assert 2.1 < temperature < 3.0  # neighbours of the ladder of temperatures
+    assert least < 0.01  # rows of 0.01 and less are within the noise of 4000
+    low, high = metrics.ece_interval(metrics.softmax(2.5 * logits), labels)
+    off = metrics.ece(metrics.softmax(2.5 * logits), labels)
+    assert 0.05 < low < off < high + 0.01 < off + 0.04
+    low, high = metrics.ece_interval(metrics.softmax(logits), labels)
+    assert low < 0.005 < high < 0.02
+    # The surer half is right less often: a temperature keeps the order of the two halves, so
+    # the ECE is at least half of 0.9 - 0.6.
+    odds = np.repeat([math.log(0.6 / 0.4), math.log(0.95 / 0.05)], 1000)
+    wrong = np.concatenate([np.arange(1000) >= 900, np.arange(1000) >= 600]).astype(int)
+    _, least = metrics.best_temperature(np.stack([odds, 0 * odds], axis=1), wrong)
+    assert least > 0.15 - 0.02  # the floor taken off
+
+
 def test_failure_auroc_by_hand():
     # right rows 0.9 and 0.6, wrong rows 0.6 and 0.5: pairs 1, 1, 1/2, 1.
     probs = probs_of([0.9, 0.6, 0.6, 0.5])

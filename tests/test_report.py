@@ -91,6 +91,9 @@ def test_its_numbers_are_those_of_the_rows(made):
     for e, leave in enumerate(report["exits"]):
         assert sum(leave["labels_of_leavers"]) == leave["leave"]
         assert leave["after"]["accuracy"] == rows.correct[e].mean()
+        # The ladder of temperatures comes near the one in use, if not as near as 22 rows' bins.
+        assert leave["ece_minus_floor_low"] <= leave["ece_minus_floor_high"]
+        assert leave["ece_minus_floor_at_best"] < leave["after"]["ece_width_minus_floor"] + 0.05
 
 
 def test_macro_f1_of_weighted_rows():
