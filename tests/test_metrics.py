@@ -100,24 +100,33 @@ def test_ece_floor_is_what_a_calibrated_classifier_shows():
     assert metrics.ece_floor(probs_of([1.0, 1.0])) == 0
 
 
-def test_what_the_best_temperature_can_and_cannot_mend():
+def test_ece_bounds_tell_a_wrong_temperature_from_a_wrong_shape():
     rng = np.random.default_rng(6)
     logits = rng.normal(size=(4000, 3)) * 2
     labels = (rng.random(4000)[:, None] > metrics.softmax(logits).cumsum(1)).sum(1)
-    temperature, least = metrics.best_temperature(2.5 * logits, labels)
-    assert 2.1 < temperature < 3.0  # neighbours of the ladder of temperatures
-    assert least < 0.01  # rows of 0.01 and less are within the noise of 4000
-    low, high = metrics.ece_interval(metrics.softmax(2.5 * logits), labels)
-    off = metrics.ece(metrics.softmax(2.5 * logits), labels)
-    assert 0.05 < low < off < high + 0.01 < off + 0.04
-    low, high = metrics.ece_interval(metrics.softmax(logits), labels)
-    assert low < 0.005 < high < 0.02
+    right = metrics.ece_bounds(logits, labels, 1.0)
+    # Labels drawn from the probabilities: an ECE of 4000 rows strays by less than 0.01 from its
+    # floor (five standard errors), and drawing the rows again can only add.
+    assert right["ece_minus_floor_low"] < 0.01
+    assert right["ece_minus_floor_at_best"] < 0.01
+    too_sure = metrics.ece_bounds(2.5 * logits, labels, 1.0)
+    assert too_sure["ece_minus_floor_low"] > 0.05
+    assert 2.5 / 1.2 < too_sure["best_temperature"] < 2.5 * 1.2
+    assert too_sure["ece_minus_floor_at_best"] < 0.01
     # The surer half is right less often: a temperature keeps the order of the two halves, so
-    # the ECE is at least half of 0.9 - 0.6.
+    # the ECE is at least half of 0.9 - 0.6; the floor of 2000 rows is below 0.02.
     odds = np.repeat([math.log(0.6 / 0.4), math.log(0.95 / 0.05)], 1000)
     wrong = np.concatenate([np.arange(1000) >= 900, np.arange(1000) >= 600]).astype(int)
-    _, least = metrics.best_temperature(np.stack([odds, 0 * odds], axis=1), wrong)
-    assert least > 0.15 - 0.02  # the floor taken off
+    shape = metrics.ece_bounds(np.stack([odds, 0 * odds], axis=1), wrong, 1.0)
+    assert shape["ece_minus_floor_at_best"] > 0.15 - 0.02
+
+
+def test_the_best_temperature_is_no_worse_than_the_one_in_use(rows):
+    logits, labels = rows
+    for temperature in (0.31, 1.07, 3.9):  # none of them is on the ladder
+        probs = metrics.softmax(logits, temperature=temperature)
+        in_use = metrics.ece(probs, labels) - metrics.ece_floor(probs, samples=20)
+        assert metrics.ece_bounds(logits, labels, temperature)["ece_minus_floor_at_best"] <= in_use
 
 
 def test_failure_auroc_by_hand():

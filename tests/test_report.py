@@ -91,9 +91,6 @@ def test_its_numbers_are_those_of_the_rows(made):
     for e, leave in enumerate(report["exits"]):
         assert sum(leave["labels_of_leavers"]) == leave["leave"]
         assert leave["after"]["accuracy"] == rows.correct[e].mean()
-        # The ladder of temperatures comes near the one in use, if not as near as 22 rows' bins.
-        assert leave["ece_minus_floor_low"] <= leave["ece_minus_floor_high"]
-        assert leave["ece_minus_floor_at_best"] < leave["after"]["ece_width_minus_floor"] + 0.05
 
 
 def test_macro_f1_of_weighted_rows():
@@ -112,6 +109,7 @@ def test_the_page_needs_nothing_else(made):
     page = output.read_text(encoding="utf-8")
     assert all(at.startswith("data:") for at in re.findall(r"(?:src|href)=\"?([^\s>]*)", page))
     assert HOSTILE not in page
+    assert "at the best temperature" in page
     assert page.count("data:image/png;base64,") == 4
     names = {path.name for path in output.parent.glob("report*")}
     pictures = {f"report_{name}.png" for name in ("tradeoff", "time", "exits", "reliability")}

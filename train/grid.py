@@ -191,21 +191,13 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     clf = EarlyExitClassifier.from_pretrained(folder)
     test = encode(labelled_rows(bundle, str(data)), bundle.tokenizer, bundle.max_length)
     logits = clf.exit_logits(test.encoded)
-    exits = []
-    for layer, quality, one in zip(
-        bundle.exits.layers,
-        metrics.report(logits, test.labels, bundle.temperatures),
-        logits,
-        strict=True,
-    ):
-        probs = metrics.softmax(one, temperature=quality["temperature"])
-        low, high = metrics.ece_interval(probs, test.labels)
-        best, least = metrics.best_temperature(one, test.labels)
-        exits.append(
-            {"layer": layer, "temperature": quality["temperature"], **quality["after"]}
-            | {"ece_minus_floor_low": low, "ece_minus_floor_high": high}
-            | {"best_temperature": best, "ece_minus_floor_at_best": least}
+    exits = [
+        {"layer": layer, **quality["after"], **metrics.ece_bounds(one, test.labels, t)}
+        for layer, quality, one, t in zip(
+            bundle.exits.layers, metrics.report(logits, test.labels, bundle.temperatures),
+            logits, bundle.temperatures, strict=True,
         )
+    ]  # fmt: skip
     found: dict[str, Any] = {
         "layers": list(bundle.exits.layers),
         "rows": len(test.labels),
@@ -344,7 +336,8 @@ def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
             axes.plot(*zip(*sorted(cuts), strict=True), "s--", label="standard and cut models")
         axes.set_title(f"{data}, {encoder}", fontsize=10)
         axes.set(xlabel="share of full depth", ylabel="accuracy, %")
-        if axes.lines:  # a data set may have nothing but other recipes yet
+        axes.set_visible(bool(axes.lines))  # a data set may have nothing but other recipes yet
+        if axes.lines:
             axes.legend(fontsize=7)
 
 

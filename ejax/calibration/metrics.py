@@ -201,48 +201,36 @@ def ece_floor(
     return float(np.mean(draws))
 
 
-def ece_interval(
-    probs: Any, labels: Any, *, level: float = 0.95, resamples: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """Of the ECE less its floor: low and high, by drawing the rows with replacement.
+def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]:
+    """How sure an exit's ECE less its floor is, and what another temperature would make of it.
 
     Args:
-      probs: <float>[N, C].
+      logits: <float>[N, C], before temperature.
       labels: <int>[N] in 0..C-1.
-      level: in (0, 1).
-    """
-    values = _check_probs(probs)
-    checked = _check_labels(labels, *values.shape)
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(resamples):
-        rows = rng.integers(checked.size, size=checked.size)
-        floor = ece_floor(values[rows], samples=20)
-        found.append(ece(values[rows], checked[rows]) - floor)
-    low, high = np.quantile(found, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
-
-
-def best_temperature(logits: Any, labels: Any) -> tuple[float, float]:
-    """The temperature with the least ECE less its floor on these very rows, and that ECE.
-
-    What no temperature fitted on other rows can beat: the part of an exit's ECE that lies in
-    the shape of its confidences.
-
-    Args:
-      logits: <float>[N, C].
-      labels: <int>[N] in 0..C-1.
+      temperature: the one in use.
 
     Returns:
-      (temperature, of 61 between 1/5 and 5; ECE less its floor).
+      `ece_minus_floor_low` and `_high`: 95 %, by drawing the rows with replacement.
+      `best_temperature`: of the one in use and 61 from 1/5 to 5, that with the least ECE less
+      its floor on these very rows, which is `ece_minus_floor_at_best`.
     """
     values, checked = check_rows(np.asarray(logits)[None], labels)
-    tried = []
-    for temperature in np.geomspace(0.2, 5, 61):
-        probs = softmax(values[0], temperature=temperature)
-        tried.append((ece(probs, checked) - ece_floor(probs, samples=20), float(temperature)))
-    least, temperature = min(tried)
-    return temperature, least
+
+    def excess(probs: Float, labels: Int) -> float:
+        return ece(probs, labels) - ece_floor(probs, samples=20)
+
+    probs = softmax(values[0], temperature=temperature)
+    draws = np.random.default_rng(0).integers(checked.size, size=(200, checked.size))
+    low, high = np.quantile([excess(probs[d], checked[d]) for d in draws], (0.025, 0.975))
+    ladder = [float(temperature), *np.geomspace(0.2, 5, 61).tolist()]
+    tried = ((excess(softmax(values[0], temperature=t), checked), t) for t in ladder)
+    least, best = min(tried)
+    return {
+        "ece_minus_floor_low": float(low),
+        "ece_minus_floor_high": float(high),
+        "best_temperature": best,
+        "ece_minus_floor_at_best": least,
+    }
 
 
 def reliability(

@@ -210,15 +210,10 @@ def per_exit(
         before, after = (
             metrics.softmax(logits[e], temperature=t) for t in (1.0, float(temperatures[e]))
         )
-        low, high = metrics.ece_interval(after, table.labels)
-        best, least = metrics.best_temperature(logits[e], table.labels)
         found.append(
             quality
+            | metrics.ece_bounds(logits[e], table.labels, float(temperatures[e]))
             | {
-                "ece_minus_floor_low": low,
-                "ece_minus_floor_high": high,
-                "best_temperature": best,
-                "ece_minus_floor_at_best": least,
                 "layer": int(table.layers[e]),
                 "leave": rows.size,
                 "accuracy_of_leavers": float(table.correct[e, rows].mean()) if rows.size else None,
