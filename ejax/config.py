@@ -213,7 +213,7 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
     distillation: float = 0.0  # loss weight of KL(last exit || exit); 0 = none
-    gradient_stop: bool = False  # an exit teaches only the layers since the exit before
+    gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 2
     batch_size: int = 32  # rows over all devices
@@ -248,6 +248,11 @@ class TrainConfig:
         for name in ("warmup_fraction", "dropout", "average_decay"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1). Got {value}.")
+        _check(
+            0 <= self.gradient_stop <= 1,
+            f"gradient_stop must be between 0 (none is held back) and 1 (all). Got "
+            f"{self.gradient_stop}.",
+        )
         for name in ("weight_decay", "max_drop", "seed", "distillation"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must be 0 or above. Got {value}.")

@@ -181,7 +181,7 @@ def test_gradients_reach_every_head_and_the_mix(arrays):
 def test_with_gradient_stop_an_exit_teaches_its_own_layers_alone(arrays, mix):
     exits = ExitConfig((2, 3, 6), 4, mix=mix)
     variables = random_variables(CFG, exits, seed=3)
-    plain, apart = EarlyExitBert(CFG, exits), EarlyExitBert(CFG, exits, gradient_stop=True)
+    plain, apart = EarlyExitBert(CFG, exits), EarlyExitBert(CFG, exits, gradient_stop=1.0)
     batch = Batch(*arrays)
     np.testing.assert_array_equal(plain.apply(variables, batch), apart.apply(variables, batch))
     for e, own in enumerate([{0, 1}, {2}, {3, 4, 5}]):
@@ -200,6 +200,33 @@ def test_with_gradient_stop_an_exit_teaches_its_own_layers_alone(arrays, mix):
             assert embedded == (name == "plain" or e == 0)
         assert reached["plain"] == set(range((2, 3, 6)[e]))
         assert reached["apart"] == own
+
+
+@pytest.mark.parametrize(
+    ("layers", "mix"), [((2, 3, 6), "last"), ((1, 2), "softmax")], ids=["one way", "two ways"]
+)
+def test_with_gradient_stop_a_share_is_held_back_at_each_exit_below(arrays, layers, mix):
+    """Down the stream and through the mix alike: 1 - share per exit between a layer and its own."""
+    exits = ExitConfig(layers, 4, mix=mix)
+    variables = random_variables(CFG, exits, seed=3)
+    batch = Batch(*arrays)
+
+    def slopes(stop, e):
+        model = EarlyExitBert(CFG, exits, gradient_stop=stop)
+
+        def loss(params):
+            return jnp.square(model.apply({"params": params}, batch)[e]).sum()
+
+        return jax.tree.leaves(jax.grad(loss)(variables["params"])["bert"]["layers"])
+
+    for e, last in enumerate(layers):
+        between = [sum(layer <= end < last for end in layers) for layer in range(1, layers[-1] + 1)]
+        whole, part = slopes(0.0, e), slopes(0.25, e)
+        # float32 rounding; the slope of a key's bias is nothing but rounding.
+        limit = 1e-6 * max(np.abs(leaf).max() for leaf in whole)
+        for leaf, less in zip(whole, part, strict=True):
+            scale = 0.75 ** np.array(between).reshape(-1, *[1] * (leaf.ndim - 1))
+            np.testing.assert_allclose(less, leaf * scale, rtol=1e-4, atol=limit)
 
 
 def test_heads_drop_out_apart(arrays):

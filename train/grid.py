@@ -54,7 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "exits": {"distillation": 1.0},  # self-distillation: FastBERT, RomeBERT
     "sum": {},  # the paper
     "weights": {"exit_weights": EXITS["minilm"]},  # by depth: PABEE
-    "stop": {"gradient_stop": True},  # SWEET
+    "stop": {"gradient_stop": 1.0},  # SWEET
+    "partial": {"distillation": 1.0, "gradient_stop": 0.5},
     "alternate": {"alternate": True},  # BERxiT
     "frozen": {"train_encoder": False},  # of the standard model: DeeBERT
 }

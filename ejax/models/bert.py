@@ -288,6 +288,23 @@ class EncoderLayer(nn.Module):
         return x.astype(cfg.residual_dtype)
 
 
+@jax.custom_vjp
+def pass_back(x: Array, share: Array) -> Array:
+    """x as it is, <float>[...]; of its gradient a share passes, float32 broadcast to x."""
+    return x
+
+
+def _pass_back_fwd(x: Array, share: Array) -> tuple[Array, Array]:
+    return x, share
+
+
+def _pass_back_bwd(share: Array, grad: Array) -> tuple[Array, Array]:
+    return (share * grad).astype(grad.dtype), jnp.zeros_like(share)
+
+
+pass_back.defvjp(_pass_back_fwd, _pass_back_bwd)
+
+
 def fold_in(keys: Array | None, number: Array | int) -> Array | None:
     """`jax.random.fold_in` for one key per row, or None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -343,7 +360,7 @@ class BertModel(nn.Module):
         *,
         carry: Any = None,
         columns: Any = None,
-        stops: Any = None,
+        passes: Any = None,
         read: Read = lambda carry, x, _: (carry, None),
     ) -> tuple[Array, Any, Any]:
         """Scans the layers; `read(carry, x, column)` sees the output of each.
@@ -353,7 +370,8 @@ class BertModel(nn.Module):
           mask: int [B, T].
           carry: what `read` hands from layer to layer, such as the exits' mix.
           columns: a pytree of arrays [L, ...]; `read` gets one row per layer.
-          stops: bool [L], the layers behind which no gradient flows back; None means nowhere.
+          passes: float32 [L], the share of the gradient that flows back into each layer's output
+            from the layers above; None means all.
 
         Returns:
           The last layer's output, the last carry, and what `read` gave, stacked [L, ...].
@@ -363,11 +381,11 @@ class BertModel(nn.Module):
             layer: EncoderLayer, state: tuple[Array, Any], inputs: tuple[Array, Any, Any]
         ) -> tuple[tuple[Array, Any], Any]:
             x, carry = state
-            number, column, stop = inputs
+            number, column, share = inputs
             x = layer(x, mask, fold_in(keys, number))
             carry, seen = read(carry, x, column)
-            if stop is not None:
-                x = jnp.where(stop, lax.stop_gradient(x), x)
+            if share is not None:
+                x = pass_back(x, share)
             return (x, carry), seen
 
         length = self.cfg.num_hidden_layers
@@ -383,5 +401,5 @@ class BertModel(nn.Module):
         )
         # 0 stands for the embeddings.
         numbers = jnp.arange(1, length + 1)
-        (x, carry), seen = scan(self.layers, (x, carry), (numbers, columns, stops))
+        (x, carry), seen = scan(self.layers, (x, carry), (numbers, columns, passes))
         return x, carry, seen

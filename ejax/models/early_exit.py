@@ -28,14 +28,17 @@ class EarlyExitBert(nn.Module):
 
     With one exit, mix "last" and pooling "cls" this is the standard BERT classifier,
     or a cut one; with several it is the model of Schwartz et al. (ACL 2020). `gradient_stop`
-    changes training only: the classifiers do not pull at the same layers, as in SWEET (Rotem,
-    Hassid, Mamou, Schwartz, "Finding the SWEET Spot", Findings of ACL 2023, section 4).
+    changes training only: of the gradient of an exit, this share is held back at each exit below
+    it. With 1 no two exits pull at the same layer, as in SWEET (Rotem, Hassid, Mamou, Schwartz,
+    "Finding the SWEET Spot", Findings of ACL 2023, section 4); between 0 and 1 the layers below
+    listen less to the exits above, as when gradients are scaled to one another (Li, Zhang, Qi,
+    Yang, Huang, "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019).
     """
 
     cfg: BertConfig
     exits: ExitConfig
     remat: bool = False  # layers run again in a backward pass, which then holds less
-    gradient_stop: bool = False  # an exit teaches only the layers since the exit before
+    gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
 
     def setup(self) -> None:
         cfg = cut(self.cfg, self.exits)
@@ -54,19 +57,20 @@ class EarlyExitBert(nn.Module):
         """
         batch = batch.arrays()
         mixed = jnp.zeros((batch.ids.shape[0], len(self.exits.layers), self.cfg.hidden_size))
-        teaches = stops = None
+        teaches = passes = None
         if self.gradient_stop:
             layer, ends = np.arange(1, self.exits.num_layers + 1), np.asarray(self.exits.layers)
             segment = np.searchsorted(ends, layer)  # the exit that each layer leads to
-            teaches = jnp.asarray(segment[:, None] == np.arange(len(ends)))  # [L, E]
-            stops = jnp.asarray(np.isin(layer, ends))
+            below = np.maximum(np.arange(len(ends)) - segment[:, None], 0)  # exits in between
+            teaches = jnp.asarray((1 - self.gradient_stop) ** below, jnp.float32)  # [L, E]
+            passes = jnp.asarray(1 - self.gradient_stop * np.isin(layer, ends), jnp.float32)
         _, mixed, _ = self.bert.encode(
             self.bert.embed(batch, keys),
             batch.mask,
             keys,
             carry=mixed,
             columns=(self.heads.columns(), teaches),
-            stops=stops,
+            passes=passes,
             read=lambda mixed, x, column: (
                 mix_in(mixed, column[0], x, batch.mask, self.exits, column[1]),
                 None,

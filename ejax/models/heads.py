@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejax.config import BertConfig, ExitConfig
-from ejax.models.bert import Projection, dropout, fold_in
+from ejax.models.bert import Projection, dropout, fold_in, pass_back
 
 Array = jax.Array
 
@@ -60,11 +60,12 @@ def mix_in(
       column: float32 [E], this layer's row of `mix_columns`.
       x: <float>[B, T, D], the layer's output.
       mask: int [B, T].
-      teaches: bool [E], the exits whose gradient reaches this layer; None means all.
+      teaches: float32 [E], the share of each exit's gradient that reaches this layer; None means
+        all.
     """
     pooled = pool(x, mask, exits)[:, None, :]
     if teaches is not None:
-        pooled = jnp.where(teaches[None, :, None], pooled, jax.lax.stop_gradient(pooled))
+        pooled = pass_back(jnp.broadcast_to(pooled, mixed.shape), teaches[None, :, None])
     return mixed + column[None, :, None] * pooled
 
 
