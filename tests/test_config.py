@@ -55,6 +55,8 @@ def test_the_defaults_are_bert_base():
         (DataConfig, {"buckets": ()}, r"data.buckets must be ascending"),
         (TrainConfig, {"epochs": 0}, r"epochs must be at least 1. Got 0"),
         (TrainConfig, {"batch_size": 0}, r"batch_size must be at least 1"),
+        (TrainConfig, {"gradient_stop": 1.5}, r"gradient_stop must be between 0 .* Got 1.5"),
+        (TrainConfig, {"gradient_stop": True}, r"gradient_stop must be float. Got True"),
         (TrainConfig, {"learning_rate": 0.0}, r"learning_rate must be above 0"),
         (TrainConfig, {"warmup_fraction": 1.0}, r"warmup_fraction must be in \[0, 1\)"),
         (TrainConfig, {"max_drop": -0.5}, r"max_drop must be 0 or above. Got -0.5"),

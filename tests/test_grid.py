@@ -58,7 +58,11 @@ def test_every_cell_has_a_name_of_its_own():
     by_name = {cell.name: cell for cell in cells}
     assert by_name["imdb-twelve-cut6-0"].layers == (6,)
     assert by_name["snli-minilm-standard-2"].layers == (6,)
-    assert by_name["snli-minilm-stop-0"].config(tiny.HOME, "", tiny.HOME).gradient_stop
+    shares = [
+        by_name[f"snli-minilm-{kind}-0"].config(tiny.HOME, "", tiny.HOME).gradient_stop
+        for kind in ("exits", "partial", "stop")
+    ]
+    assert shares == [0, 0.5, 1]
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):
