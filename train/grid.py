@@ -193,7 +193,8 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     test = encode(labelled_rows(bundle, str(data)), bundle.tokenizer, bundle.max_length)
     logits = clf.exit_logits(test.encoded)
     exits = [
-        {"layer": layer, **quality["after"], **metrics.ece_bounds(one, test.labels, t)}
+        {"layer": layer, "temperature": t, **quality["after"]}
+        | metrics.ece_bounds(one, test.labels, t)
         for layer, quality, one, t in zip(
             bundle.exits.layers, metrics.report(logits, test.labels, bundle.temperatures),
             logits, bundle.temperatures, strict=True,
