@@ -44,7 +44,7 @@ def test_no_such_file_names_the_nearest(tmp_path):
         ("no_label.tsv", "class\ttext\nbad\ta\ngood\tb\n", "no column 'label' for the label"),
         ("cells.tsv", GOOD + "bad\ta\tb\n", "line 4: expected 2 columns (label, text). Got 3."),
         ("utf8.tsv", (GOOD + "bad\tcaf\xe9\n").encode("latin-1"), "line 4: not UTF-8"),
-        ("cut.tsv.gz", gzip.compress(GOOD.encode() * 9)[:-9], "cut.tsv.gz cannot be read"),
+        ("cut.tsv.gz", gzip.compress(GOOD.encode() * 9, mtime=0)[:-9], "cut.tsv.gz cannot be read"),
         ("multi.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "multi_label_classification"),
         ("number.jsonl", '{"text": "a", "label": 0.5}\n', '"regression" is not supported'),
         ("number.tsv", "label\ttext\n3.75\ta\n", '"regression" is not supported'),

@@ -261,7 +261,7 @@ TWO = "expected 2 columns (text, label)."
     ("name", "text", "expected"),
     [
         ("t.tsv", "", " is empty."),
-        ("t.tsv.gz", gzip.compress(b""), " is empty."),
+        ("t.tsv.gz", gzip.compress(b"", mtime=0), " is empty."),
         ("t.tsv", "text\tlabel\n", " has a header but no rows."),
         ("t.csv", "text,label\n\n", " has a header but no rows."),
         ("t.jsonl", "\n", " has a header but no rows."),
@@ -355,7 +355,7 @@ TWO = "expected 2 columns (text, label)."
         ("t.tsv.gz", "text\tlabel\n", " cannot be read: Not a gzipped file (b'te')."),
         (
             "t.tsv.gz",
-            gzip.compress(b"text\tlabel\nx\ta\ny\tb\n")[:-9],
+            gzip.compress(b"text\tlabel\nx\ta\ny\tb\n", mtime=0)[:-9],
             " cannot be read: Compressed file ended before the end-of-stream marker was reached.",
         ),
     ],
