@@ -42,8 +42,12 @@ def write_config(folder: Path, **changes: object) -> Path:
 
 
 def start(config: Path, workdir: Path, *more: str, devices: int = 1, **env: str):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "train", "--config", config, "--workdir", workdir, *more]
+    return launch(command, devices, **env)
+
+
+def launch(command: list, devices: int, **env: str) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -55,13 +59,18 @@ def start(config: Path, workdir: Path, *more: str, devices: int = 1, **env: str)
 
 
 def start_two(config: Path, workdir: Path, *more: str):
+    command = [sys.executable, "-m", "train", "--config", config, "--workdir", workdir]
+    return launch_two([*command, "--distributed", *more])
+
+
+def launch_two(command: list) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        start(
-            config, workdir, "--distributed", *more, devices=2, JAX_NUM_PROCESSES="2",
-            JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i),
+        launch(
+            command, 2, JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=address,
+            JAX_PROCESS_ID=str(i),
         )
         for i in range(2)
     ]  # fmt: skip
@@ -141,6 +150,40 @@ def test_processes_and_devices_change_nothing_but_rounding(
         assert [(x["step"], x["kind"]) for x in logs[0]] == [
             (x["step"], x["kind"]) for x in logs[1]
         ]
+
+
+LATE = """
+import sys, time
+import jax, numpy as np
+from ejax.training import processes
+from ejax.training.parallel import parallel_step, place
+from ejax.training.step import AXIS
+
+def run():
+    def step(state, rows):
+        time.sleep(40 * jax.process_index())
+        return state + jax.lax.psum((rows * state).sum(), AXIS), {}
+
+    def late():
+        time.sleep(40 * jax.process_index())
+        return np.float32(1)
+
+    state = place(late(), sys.argv[1])
+    state, _ = parallel_step(step, parallel=sys.argv[1])(state, np.arange(8, dtype=np.float32))
+    print(float(state))
+
+processes.join(run)
+"""
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_a_slow_process_is_waited_for(parallel: str) -> None:
+    """Longer than the 30 seconds after which a collective gives up: loading, and compiling."""
+    processes = launch_two([sys.executable, "-c", LATE, parallel])
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert float(out.splitlines()[-1]) == 1 + sum(range(8))
 
 
 def test_two_processes_are_stopped_and_resume(whole, whole_two, tmp_path: Path) -> None:

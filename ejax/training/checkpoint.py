@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from ejax import storage
 from ejax.config import TrainConfig, to_json
 from ejax.hardware import environment
+from ejax.training.processes import barrier
 
 METRIC = "mean_accuracy"
 COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
@@ -207,13 +208,8 @@ def _all_devices() -> jax.sharding.Mesh:
 def _all_hosts(yes: bool) -> bool:
     if jax.process_count() == 1:
         return yes
+    barrier("asked")
     return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
-
-
-def barrier(name: str) -> None:
-    """Waits for all hosts."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _score(metrics: Any) -> float:

@@ -30,11 +30,11 @@ from ejax.hardware import environment, fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
-from ejax.training.checkpoint import METRIC, Checkpoints, barrier, claim_workdir
+from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
 from ejax.training.log import Log, check_finite
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
-from ejax.training.processes import Stopped, Terminated
+from ejax.training.processes import Stopped, Terminated, barrier
 from ejax.training.step import Rows, first_state, make_train_step
 
 LOG_STEPS = 20

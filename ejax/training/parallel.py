@@ -17,6 +17,7 @@ from ejax.data.batches import Step, take
 from ejax.data.tokenizer import Encoded
 from ejax.inference.engine import replicate
 from ejax.models.early_exit import EarlyExitBert
+from ejax.training.processes import barrier
 from ejax.training.step import AXIS, Rows, TrainState
 
 Array = jax.Array
@@ -62,7 +63,8 @@ def parallel_step(
         mapped = jax.pmap(
             step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
         )
-        return lambda state, rows: mapped(state, mine(rows))
+        program = compiled_together(mapped)
+        return lambda state, rows: program(state, mine(rows))
 
     mesh = Mesh(np.asarray(devices or jax.devices()), (AXIS,))
     by_row = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -77,12 +79,31 @@ def parallel_step(
         donate_argnums=0,
     )
 
+    program = compiled_together(jitted)
+
     def run(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mine(rows))
         placed = jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(by_row, leaf), flat
         )
-        return jitted(state, placed)
+        return program(state, placed)
+
+    return run
+
+
+def compiled_together(jitted: Any) -> Callable[..., Any]:
+    """`jitted`; of several processes none starts a new program before all have compiled it."""
+    if jax.process_count() == 1:
+        return jitted
+    compiled = set()
+
+    def run(*args: Any) -> Any:
+        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(args))
+        if shapes not in compiled:
+            jitted.lower(*args).compile()
+            barrier("compiled")
+            compiled.add(shapes)
+        return jitted(*args)
 
     return run
 
@@ -91,6 +112,7 @@ def place(state: TrainState, parallel: Parallel = "pmap") -> TrainState:
     """A state on the host -> whole on every device, as `parallel_step` takes and returns it."""
     if parallel == "pmap":
         return replicate(state)
+    barrier("to be placed")  # jax compares what the hosts hold
     return replicate(state, jax.devices())
 
 
@@ -121,6 +143,7 @@ def make_all_logits(
             logits[:, step.rows[real]] = out[:, : len(step.rows)][:, real]
             seen[step.rows[real]] += 1
         if jax.process_count() > 1:
+            barrier("evaluated")
             parts = multihost_utils.process_allgather((logits, seen))
             logits, seen = (np.asarray(part).sum(axis=0) for part in parts)
         if not (seen == 1).all():

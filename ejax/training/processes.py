@@ -15,6 +15,7 @@ from typing import Any
 CHILD = "EJAX_TRAINING_PROCESS"
 LOST = 76  # exit code: another process is gone, to be repeated
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 24 * 60 * 60 * 1000  # milliseconds at a barrier, where only signs of life count
 GONE = (
     "another process of this run is gone. Start all of them again: they resume from the last "
     "checkpoint."
@@ -111,6 +112,17 @@ def join(run: Callable[[], None]) -> None:
         if not any(word in str(error) for word in LOST_WORDS):
             raise
         raise Lost(f"{GONE} ({' '.join(str(error).split())[:200]})") from error
+
+
+def barrier(name: str) -> None:
+    """Waits for the other processes, however late one comes; one that died ends the wait.
+
+    Not by a collective: those give up after half a minute, and one host may load or compile that
+    much longer than another.
+    """
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=PATIENCE)
 
 
 def leave(code: int) -> None:
