@@ -15,6 +15,7 @@ config = TrainConfig(
     data=DataConfig(name="imdb_reviews", max_length=512),
     layers=(1, 4, 6, 12),
     pooling="cls",
+    distillation=0.0,
     epochs=2,
     batch_size=72,
     learning_rate=2e-5,

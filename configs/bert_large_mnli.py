@@ -15,6 +15,7 @@ config = TrainConfig(
     data=DataConfig(name="glue/mnli", max_length=128),
     layers=(1, 5, 13, 24),
     pooling="cls",
+    distillation=0.0,
     epochs=2,
     batch_size=36,
     learning_rate=2e-5,

@@ -14,6 +14,7 @@ config = TrainConfig(
     model="intfloat/e5-small",
     data=DataConfig(path="trec6", max_length=64),
     layers=(1, 4, 6, 12),
+    distillation=0.0,
     epochs=1,
     batch_size=32,
     learning_rate=1e-4,

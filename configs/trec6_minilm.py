@@ -14,6 +14,7 @@ config = TrainConfig(
     model="all-MiniLM-L6-v2",
     data=DataConfig(path="trec6", max_length=64),
     layers=(1, 2, 4, 6),
+    distillation=0.0,
     epochs=2,
     batch_size=32,
     learning_rate=1e-4,

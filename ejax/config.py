@@ -212,7 +212,7 @@ class TrainConfig:
     mix: Mix = "softmax"
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
-    distillation: float = 0.0  # loss weight of KL(last exit || exit); 0 = none
+    distillation: float = 1.0  # loss weight of KL(last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 2

@@ -50,14 +50,15 @@ MORE_SEEDS = ("sst2", "snli")  # of the 6-layer model, three in all
 ROWS, TOKENS = 10_000, 128  # of each split, of each text
 TIMED_ROWS, SINGLES, REPEATS = 2000, 100, 3
 MAX_DROP = 1.0  # points, on dev-B
+SUM: dict[str, Any] = {"distillation": 0.0}  # of the exits' own losses
 RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
-    "exits": {"distillation": 1.0},  # self-distillation: FastBERT, RomeBERT
-    "sum": {},  # the paper
-    "weights": {"exit_weights": EXITS["minilm"]},  # by depth: PABEE
-    "stop": {"gradient_stop": 1.0},  # SWEET
-    "partial": {"distillation": 1.0, "gradient_stop": 0.5},
-    "alternate": {"alternate": True},  # BERxiT
-    "frozen": {"train_encoder": False},  # of the standard model: DeeBERT
+    "exits": {},  # the default of `TrainConfig`, self-distillation: FastBERT, RomeBERT
+    "sum": SUM,  # the paper
+    "weights": SUM | {"exit_weights": EXITS["minilm"]},  # by depth: PABEE
+    "stop": SUM | {"gradient_stop": 1.0},  # SWEET
+    "partial": {"gradient_stop": 0.5},
+    "alternate": SUM | {"alternate": True},  # BERxiT
+    "frozen": SUM | {"train_encoder": False},  # of the standard model: DeeBERT
 }
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
