@@ -58,11 +58,12 @@ def test_every_cell_has_a_name_of_its_own():
     by_name = {cell.name: cell for cell in cells}
     assert by_name["imdb-twelve-cut6-0"].layers == (6,)
     assert by_name["snli-minilm-standard-2"].layers == (6,)
-    shares = [
-        by_name[f"snli-minilm-{kind}-0"].config(tiny.HOME, "", tiny.HOME).gradient_stop
-        for kind in ("exits", "partial", "stop")
+    recipes = [
+        (config.distillation, config.gradient_stop)
+        for kind in ("exits", "sum", "partial", "stop")
+        for config in [by_name[f"snli-minilm-{kind}-0"].config(tiny.HOME, "", tiny.HOME)]
     ]
-    assert shares == [0, 0.5, 1]
+    assert recipes == [(1, 0), (0, 0), (1, 0.5), (0, 1)]
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):

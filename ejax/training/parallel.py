@@ -63,7 +63,7 @@ def parallel_step(
         mapped = jax.pmap(
             step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
         )
-        program = compiled_together(mapped)
+        program = mapped if devices else compiled_together(mapped)
         return lambda state, rows: program(state, mine(rows))
 
     mesh = Mesh(np.asarray(devices or jax.devices()), (AXIS,))
@@ -79,7 +79,7 @@ def parallel_step(
         donate_argnums=0,
     )
 
-    program = compiled_together(jitted)
+    program = jitted if devices else compiled_together(jitted)
 
     def run(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mine(rows))
@@ -91,19 +91,19 @@ def parallel_step(
     return run
 
 
-def compiled_together(jitted: Any) -> Callable[..., Any]:
-    """`jitted`; of several processes none starts a new program before all have compiled it."""
+def compiled_together(jitted: Any) -> Callable[[TrainState, Rows], Any]:
+    """`jitted` on the devices of all processes; of several processes none starts a new program before all have compiled it."""
     if jax.process_count() == 1:
         return jitted
     compiled = set()
 
-    def run(*args: Any) -> Any:
-        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(args))
+    def run(state: TrainState, rows: Rows) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(rows))  # the state keeps its own
         if shapes not in compiled:
-            jitted.lower(*args).compile()
+            jitted.lower(state, rows).compile()
             barrier("compiled")
             compiled.add(shapes)
-        return jitted(*args)
+        return jitted(state, rows)
 
     return run
 
