@@ -92,7 +92,10 @@ def parallel_step(
 
 
 def compiled_together(jitted: Any) -> Callable[[TrainState, Rows], Any]:
-    """`jitted` on the devices of all processes; of several processes none starts a new program before all have compiled it."""
+    """`jitted` on the devices of all processes.
+
+    None starts a new program before all have compiled it.
+    """
     if jax.process_count() == 1:
         return jitted
     compiled = set()
