@@ -163,7 +163,7 @@ def main(
         write_json(
             {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
             | dataclasses.asdict(cell)
-            | {"model": model, "train_rows_at_most": ROWS, "max_length": TOKENS}
+            | {"model": model, "rows_at_most": ROWS, "max_length": TOKENS}
             | {"seconds": time.time() - start}
             | found
             | {"date": time.strftime("%Y-%m-%d"), **environment()},
@@ -191,7 +191,7 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     """
     bundle = load_bundle(folder)
     clf = EarlyExitClassifier.from_pretrained(folder)
-    test = encode(labelled_rows(bundle, str(data)), bundle.tokenizer, bundle.max_length)
+    test = encode(labelled_rows(bundle, str(data), limit=ROWS), bundle.tokenizer, bundle.max_length)
     logits = clf.exit_logits(test.encoded)
     exits = [
         {"layer": layer, "temperature": t, **quality["after"]}

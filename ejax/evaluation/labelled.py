@@ -17,6 +17,7 @@ def labelled_rows(
     *,
     text_columns: Sequence[str] = (),
     label_column: str = "",
+    limit: int = 0,
     cache_dir: str = "",
 ) -> Split:
     """One split, its labels those of the bundle by name.
@@ -29,6 +30,7 @@ def labelled_rows(
         a TFDS name.
       text_columns: () means those of the training.
       label_column: "" means that of the training.
+      limit: at most so many rows, drawn by a fixed seed; 0 means all.
 
     Raises:
       ValueError: one sentence; for a label that the bundle does not know it names the
@@ -41,6 +43,7 @@ def labelled_rows(
         "text_columns": tuple(text_columns) or tuple(_of(trained, "text_columns", ())),
         "label_column": label_column or _of(trained, "label_column", "label"),
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
+        "limit": limit,
         "cache_dir": cache_dir,
     }
     path = storage.path_of(data)
