@@ -19,12 +19,14 @@ from ejax.inference.engine import (
     SMALL_TILE,
     Prepared,
     early_exit,
+    exit_logits,
     full_depth,
     prepare,
     replicate,
     tile_sizes,
 )
 from ejax.inference.policy import Decision
+from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 
 Text = str | tuple[str, str]
@@ -100,14 +102,19 @@ class Running:
         for rows, found in self.pools:
             for whole, piece in zip(out, found, strict=True):
                 whole[rows] = np.asarray(piece)[: len(rows)]
-        bad = np.flatnonzero(~np.isfinite(out.logits).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"text {self.first + bad[0]} (counted from 0) has logits that are not finite, "
-                f"{out.logits[bad[0]].tolist()}: the weights of this bundle are damaged, or "
-                f"its training diverged."
-            )
+        check_finite(out.logits, self.first)
         return out
+
+
+def check_finite(logits: np.ndarray, first: int = 0) -> None:
+    """Raises ValueError naming a text of [N, C] whose logits are not finite."""
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"text {first + bad[0]} (counted from 0) has logits that are not finite, "
+            f"{logits[bad[0]].tolist()}: the weights of this bundle are damaged, or "
+            f"its training diverged."
+        )
 
 
 class EarlyExitClassifier:
@@ -301,31 +308,42 @@ class EarlyExitClassifier:
                 f"Got {np.shape(thresholds)}."
             )
         running = Running(total, len(self.bundle.labels), first)
-        for rows, shape in self.pools(encoded.lengths, len(self.devices)):
-            alone = len(rows) == 1
-            size = shape.pool if alone else shape.pool * len(self.devices)
+        for rows, given, options in self._calls(encoded):
             part = thresholds
             if per_row:
-                part = np.full((size, exits), 2.0, np.float32)
+                part = np.full((len(given[-1].ids), exits), 2.0, np.float32)
                 part[: len(rows)] = np.asarray(thresholds)[rows]
-            model, weights = self._single if alone else (self.model, self._copies)
-            found = early_exit(
-                model,
-                weights,
-                pad(encoded, padded(rows, size), shape.length),
-                part,
-                temperatures=self.bundle.temperatures,
-                tile=shape.tile,
-                rows=len(rows),
-                devices=None if alone else self.devices,
-            )
+            found = early_exit(*given, part, temperatures=self.bundle.temperatures, **options)
             running.pools.append((rows, found))
         return running
 
     def exit_logits(self, encoded: Encoded) -> np.ndarray:
-        """Every exit's logits float32 [E, N, C] as the engine computes them: one run per exit."""
-        send_to = np.where(np.eye(len(self.bundle.exits.layers), dtype=bool), 0.0, 2.0)
-        return np.stack([self.decide_encoded(encoded, threshold=exit).logits for exit in send_to])
+        """Every exit's logits float32 [E, N, C] as the engine computes them, in one full run.
+
+        Raises:
+          ValueError: naming a text whose logits are not finite.
+        """
+        exits, classes = len(self.bundle.exits.layers), len(self.bundle.labels)
+        logits = np.zeros((exits, len(encoded), classes), np.float32)
+        for rows, given, options in self._calls(encoded):
+            found = np.asarray(exit_logits(*given, **options))
+            logits[:, rows] = found[: len(rows)].swapaxes(0, 1)
+        for one in logits:
+            check_finite(one)
+        return logits
+
+    def _calls(
+        self, encoded: Encoded
+    ) -> Iterator[tuple[np.ndarray, tuple[EarlyExitBert, Prepared, Batch], dict[str, Any]]]:
+        """For every pool its rows, and what the engine takes: model, weights, batch; options."""
+        for rows, shape in self.pools(encoded.lengths, len(self.devices)):
+            alone = len(rows) == 1
+            size = shape.pool if alone else shape.pool * len(self.devices)
+            model, weights = self._single if alone else (self.model, self._copies)
+            batch = pad(encoded, padded(rows, size), shape.length)
+            devices = None if alone else self.devices
+            options = {"tile": shape.tile, "rows": len(rows), "devices": devices}
+            yield rows, (model, weights, batch), options
 
     def full_logits(self, encoded: Encoded) -> np.ndarray:
         """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""

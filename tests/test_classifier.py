@@ -112,6 +112,8 @@ def test_devices_share_the_rows(devices: int) -> None:
         found = many.decide(TEXTS[:count], threshold=threshold)
         np.testing.assert_allclose(found.score, wanted.score, atol=1e-5)
         np.testing.assert_array_equal(found.exit, wanted.exit)
+    texts = one.encode(TEXTS)
+    np.testing.assert_allclose(many.exit_logits(texts), one.exit_logits(texts), atol=1e-5)
 
 
 def test_the_number_of_programs_is_bounded() -> None:

@@ -22,7 +22,7 @@ from reference import random_batch, random_variables
 
 from ejax.config import BertConfig, ExitConfig
 from ejax.inference import engine
-from ejax.inference.engine import early_exit, full_depth, prepare
+from ejax.inference.engine import early_exit, exit_logits, full_depth, prepare
 from ejax.inference.policy import RULE_NAMES, Decision, confidence, exit_scores, select_exit
 from ejax.models.bert import FEW_ROWS, Batch, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert
@@ -280,6 +280,17 @@ def test_rows_of_these_models_leave_at_every_exit():
         for seed in range(5):
             taken |= set(case.run(*inputs(case, seed), 0.6).exit.tolist())
         assert taken == set(range(len(case.exits.layers)))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_exit_logits_of_one_run_are_those_of_a_run_to_each_exit(case):
+    variables, batch = inputs(case, 4)
+    found = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile))
+    np.testing.assert_array_equal(found.swapaxes(0, 1), forced(case, variables, batch))
+    rows = case.rows - 2
+    some = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile, rows=rows))
+    np.testing.assert_allclose(some[:rows], found[:rows], rtol=0, atol=case.bound)
+    assert (some[rows:] == 0).all()
 
 
 # Promise 2: the limits

@@ -158,7 +158,7 @@ class Pieces:
         return partial(
             run_pool, self.model, self.weights, Batch(ids.astype(np.int32)).arrays(),
             broadcast_thresholds(2.0, count, exits), check_temperatures(None, exits),
-            jnp.int32(count), "confidence", rows, layer,
+            jnp.int32(count), "confidence", rows, False, layer,
         )  # fmt: skip
 
     def stream(self, rows: int, length: int) -> jax.Array:

@@ -57,6 +57,7 @@ class State(NamedTuple):
     pool: Rows
     left: Array  # int32 [N' + B], the rows that `out` speaks of; N' stands for nobody
     out: Decision  # [N' + B, ...], in the order in which rows leave
+    every: Array  # float32 [N' + B, E or 0, C], see `exit_logits`
     segment: Array  # int32, the exit being worked towards
     start: Array  # int32, rows of this segment already run
     alive: Array  # int32, rows to run in this segment
@@ -103,15 +104,45 @@ def early_exit(
       ValueError: on a wrong shape, threshold, temperature, rule or tile, and for a pool
         that does not fit into the device's memory.
     """
+    found: Decision = _run(
+        model, variables, batch, thresholds, temperatures, rule, tile, rows, devices
+    )
+    return found
+
+
+def exit_logits(
+    model: EarlyExitBert,
+    variables: Any,
+    batch: Batch,
+    *,
+    tile: int = 32,
+    rows: Any = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Array:
+    """Every exit's logits, float32 [N, E, C], as `early_exit` computes them, in one run.
+
+    Its loop, with nobody leaving before the end. Arguments and errors as of `early_exit`; what
+    is padding gets zeros.
+    """
+    found: Array = _run(
+        model, variables, batch, 2.0, None, "confidence", tile, rows, devices, every=True
+    )
+    return found
+
+
+def _run(
+    model: EarlyExitBert, variables: Any, batch: Batch, thresholds: Any, temperatures: Any,
+    rule: str, tile: int, rows: Any, devices: Sequence[jax.Device] | None, *, every: bool = False,
+) -> Any:  # fmt: skip
     batch, tile, rows = _checked(batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
     weights, levels = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
     temperatures, rule = check_temperatures(temperatures, exits), check_rule(rule)
     check_memory(model, total, batch.ids.shape[1], tile, devices or jax.local_devices()[:1])
     if devices is None or len(devices) == 1:
-        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile)
+        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile, every)
     count = len(devices)
-    run = _on_devices(model, rule, min(tile, -(-total // count)), tuple(devices))
+    run = _on_devices(model, rule, min(tile, -(-total // count)), every, tuple(devices))
     shares = np.maximum(np.asarray(rows) - np.arange(count) + count - 1, 0) // count
     dealt = jax.tree.map(lambda leaf: _deal(leaf, count), (batch, levels))
     found = run(weights, *dealt, temperatures, shares.astype(np.int32))
@@ -122,12 +153,12 @@ def early_exit(
 
 @functools.lru_cache
 def _on_devices(
-    model: EarlyExitBert, rule: str, tile: int, devices: tuple[jax.Device, ...]
-) -> Callable[..., Decision]:
+    model: EarlyExitBert, rule: str, tile: int, every: bool, devices: tuple[jax.Device, ...]
+) -> Callable[..., Any]:
     def one(
         weights: Prepared, batch: Batch, levels: Array, temperatures: Array, rows: Array
     ) -> Any:
-        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile)
+        return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile, every)
 
     return jax.pmap(one, "devices", in_axes=(None, 0, 0, None, 0), devices=devices)
 
@@ -248,7 +279,7 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     )
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7, 8))
+@partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
 def run_pool(
     model: EarlyExitBert,
     weights: Prepared,
@@ -258,9 +289,13 @@ def run_pool(
     rows: Array | int,
     rule: str,
     tile: int,
+    every: bool = False,
     layer: "RunLayer | None" = None,
-) -> Decision:
-    """`early_exit`'s program, on checked arguments; `layer` stands in for `run_layer`."""
+) -> Any:
+    """`early_exit`'s program, on checked arguments, or that of `exit_logits`.
+
+    `layer` stands in for `run_layer`.
+    """
     run_one = layer or run_layer
     batch, thresholds, temperatures = jax.tree.map(jnp.asarray, (batch, thresholds, temperatures))
     cfg, exits = cut(model.cfg, model.exits), model.exits
@@ -334,6 +369,11 @@ def run_pool(
         places = pool.places.at[:, segment].set(start + jnp.arange(tile))
         found = Decision(logits, jnp.full((tile,), segment), score)
         left, out = _append((state.left, state.out), (pool.row, found), leave, state.gone)
+        seen_logits = state.every
+        if every:  # all stay to the end, so that rows stand in the order of the input
+            seen_logits = lax.dynamic_update_slice(
+                seen_logits, logits[:, None], (start, segment, 0)
+            )
         stayed = state.stayed + stay.sum(dtype=jnp.int32)
         done = width >= rest
         return State(
@@ -342,6 +382,7 @@ def run_pool(
             _append(state.pool, Rows(pool.row, places, agreed), stay, state.stayed),
             left,
             out,
+            seen_logits,
             segment + done.astype(jnp.int32),
             jnp.where(done, 0, start + width),
             jnp.where(done, stayed, state.alive),
@@ -368,6 +409,7 @@ def run_pool(
             zeros(size + tile),
             zeros(size + tile, dtype=jnp.float32),
         ),
+        every=zeros(size + tile, last + 1 if every else 0, exits.num_labels, dtype=jnp.float32),
         segment=zeros(),
         start=zeros(),
         alive=jnp.minimum(rows, total),
@@ -376,9 +418,10 @@ def run_pool(
     )
     state = lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state)
     order = jnp.argsort(state.left)[:total]  # rows 0, 1, ... and then nobody
+    ordered = state.every[:total] if every else jax.tree.map(lambda leaf: leaf[order], state.out)
     real = jnp.arange(total) < rows
     return jax.tree.map(
-        lambda leaf: jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[order], 0), state.out
+        lambda leaf: jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), ordered
     )
 
 
