@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty r
 def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "EXITS", {"minilm": (1, 3), "twelve": (1, 3)})
     monkeypatch.setattr(grid, "ROWS", 28)  # of 30 test rows
+    monkeypatch.setattr(grid, "TIMED_TOKENS", 100)
     shutil.copytree(tiny.data(), tmp_path / "data" / "sst2")
     results = tmp_path / "grid"
     args = [
@@ -35,12 +36,14 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     assert chosen["rows"] == 28
     assert exits["oracle"]["accuracy"] >= chosen["accuracy"]
     assert exits["at_budget"]["1"]["cost"] == pytest.approx(1 / 3)
+    assert exits["at_budget"]["1"]["speed"]["mean_depth"] == 1
     assert exits["at_budget"]["1"]["accuracy"] == exits["exits"][0]["accuracy"]
     assert exits["curve"][-1]["accuracy"] == exits["exits"][-1]["accuracy"]
     assert exits["calibration"]["temperatures, per exit"] == chosen
     low, high = (exits["exits"][0][f"ece_minus_floor_{end}"] for end in ("low", "high"))
     assert low < high
     assert all(exits["speed"][name] > 0 for name in ("speedup", "single_ms", "single_full_ms"))
+    assert 0 < exits["speed"]["rows"] < 28
     assert results.with_suffix(".png").exists()
     shown = capsys.readouterr().out
     assert f"{cut['exits'][0]['accuracy']:.4f}" in shown

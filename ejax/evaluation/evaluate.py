@@ -29,14 +29,14 @@ from ejax.training.parallel import make_all_logits
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
 TRIAL_TOKENS = 4 * TILE_TOKENS[-1]
-Level = float | str | None  # a threshold, "full" for the baseline, None for the bundle's own
+Level = float | tuple[float, ...] | str | None  # of a run, "full" is the baseline
 
 
 def evaluate(
     clf: EarlyExitClassifier,
     encoded: Encoded,
     labels: np.ndarray,
-    thresholds: Sequence[float | None],
+    thresholds: Sequence[float | tuple[float, ...] | None],
     *,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
@@ -46,8 +46,8 @@ def evaluate(
     Args:
       encoded: the rows' tokens, N of them.
       labels: int [N].
-      thresholds: above 1 stands for full depth through the early-exit program, None for
-        the bundle's own, one per exit.
+      thresholds: numbers, or tuples of one per exit; above 1 stands for full depth through
+        the early-exit program, None for the bundle's own.
       repeats: timed passes; the median and the extremes are reported.
 
     Returns:
