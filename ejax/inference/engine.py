@@ -57,7 +57,7 @@ class State(NamedTuple):
     pool: Rows
     left: Array  # int32 [N' + B], the rows that `out` speaks of; N' stands for nobody
     out: Decision  # [N' + B, ...], in the order in which rows leave
-    every: Array  # float32 [N' + B, E or 0, C], see `exit_logits`
+    every: Array | None  # float32 [N' + B, E, C], for `exit_logits`
     segment: Array  # int32, the exit being worked towards
     start: Array  # int32, rows of this segment already run
     alive: Array  # int32, rows to run in this segment
@@ -369,11 +369,10 @@ def run_pool(
         places = pool.places.at[:, segment].set(start + jnp.arange(tile))
         found = Decision(logits, jnp.full((tile,), segment), score)
         left, out = _append((state.left, state.out), (pool.row, found), leave, state.gone)
-        seen_logits = state.every
-        if every:  # all stay to the end, so that rows stand in the order of the input
-            seen_logits = lax.dynamic_update_slice(
-                seen_logits, logits[:, None], (start, segment, 0)
-            )
+        all_logits = state.every
+        if all_logits is not None:  # nobody leaves before the end: rows stand as in the input
+            corner = (start, segment, 0)
+            all_logits = lax.dynamic_update_slice(all_logits, logits[:, None], corner)
         stayed = state.stayed + stay.sum(dtype=jnp.int32)
         done = width >= rest
         return State(
@@ -382,7 +381,7 @@ def run_pool(
             _append(state.pool, Rows(pool.row, places, agreed), stay, state.stayed),
             left,
             out,
-            seen_logits,
+            all_logits,
             segment + done.astype(jnp.int32),
             jnp.where(done, 0, start + width),
             jnp.where(done, stayed, state.alive),
@@ -409,7 +408,7 @@ def run_pool(
             zeros(size + tile),
             zeros(size + tile, dtype=jnp.float32),
         ),
-        every=zeros(size + tile, last + 1 if every else 0, exits.num_labels, dtype=jnp.float32),
+        every=zeros(size + tile, last + 1, exits.num_labels, dtype=jnp.float32) if every else None,
         segment=zeros(),
         start=zeros(),
         alive=jnp.minimum(rows, total),
@@ -418,7 +417,9 @@ def run_pool(
     )
     state = lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state)
     order = jnp.argsort(state.left)[:total]  # rows 0, 1, ... and then nobody
-    ordered = state.every[:total] if every else jax.tree.map(lambda leaf: leaf[order], state.out)
+    ordered = jax.tree.map(lambda leaf: leaf[order], state.out)
+    if state.every is not None:
+        ordered = state.every[:total]
     real = jnp.arange(total) < rows
     return jax.tree.map(
         lambda leaf: jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), ordered
