@@ -211,6 +211,8 @@ def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:
     texts = ["the film was great"] * 9
     assert len(clf(texts)) == 9
     texts[7] = "the music was great"
+    with pytest.raises(ValueError, match="text 7 "):
+        clf.exit_logits(clf.encode(texts))
     with pytest.raises(
         ValueError, match=r"text 7 \(counted from 0\) has logits that are not finite"
     ):
