@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,6 +256,7 @@ def report(
 
     check_split(split)
     check_output_file(output, ".html")
+    started = time.perf_counter()
     clf = EarlyExitClassifier.from_pretrained(bundle)
     others = load_beside(beside or ())
     rows = labelled_rows(
@@ -264,6 +266,9 @@ def report(
         made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
     for path in write_page(made | {"bundle": bundle.name}, output):
         note(f"written: {path}")
+    inference = made["inference_seconds"]
+    rest = time.perf_counter() - started - inference
+    note(f"{inference:.0f} s of inference, compiling and timing; {rest:.0f} s for the rest")
 
 
 @app.command(

@@ -39,6 +39,7 @@ def made(tmp_path_factory):
         "report", tiny.trained()[0], "--data", source, *beside, "--output", output
     )  # fmt: skip
     assert done.code == 0, done.err
+    assert "s of inference, compiling and timing; " in done.err
     return source, output, json.loads(output.with_suffix(".json").read_text())
 
 

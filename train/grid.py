@@ -230,7 +230,8 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
         for family in FAMILIES:
             chosen = drop_thresholds(a, MAX_DROP, family=family)["threshold"]
             calibration[f"{name}, {family}"] = operating_point(b, chosen)
-    times, *others = speed(clf, [thresholds, *(p["threshold"] for p in at_budget.values())], test)
+    policies = [thresholds, *(p["threshold"] for p in at_budget.values())]
+    times, *others = speed(clf, policies, test, logits)
     for point, measured in zip(at_budget.values(), others, strict=True):
         point |= {"speed": measured}
     taken = report.leave(thresholds)
@@ -253,7 +254,7 @@ def curve_of(fit: Table) -> list[Sequence[float]]:
 
 
 def speed(
-    clf: EarlyExitClassifier, policies: Sequence[Sequence[float]], test: Task
+    clf: EarlyExitClassifier, policies: Sequence[Sequence[float]], test: Task, logits: np.ndarray
 ) -> list[dict[str, Any]]:
     """Each policy measured against the straight scan, in turns, all rows at once.
 
@@ -264,7 +265,10 @@ def speed(
     timed = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices[:1])
     count = int((test.encoded.lengths.cumsum() <= TIMED_TOKENS).sum())
     rows = test.take(np.arange(count))
-    offline = evaluate(timed, rows.encoded, rows.labels, [None, *others], repeats=REPEATS)
+    offline = evaluate(
+        timed, rows.encoded, rows.labels, [None, *others],
+        repeats=REPEATS, exit_logits=logits[:, :count],
+    )  # fmt: skip
     alone = [rows.encoded.subset(np.array([row])) for row in spread(count, SINGLES)]
     runs: dict[str, Callable[[Encoded], Any]] = {
         "single_full_ms": timed.full_logits,

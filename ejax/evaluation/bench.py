@@ -203,7 +203,7 @@ def bench(
                 clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
             )
         },
-        "exit_accuracy": exit_accuracy(clf, encoded, truth),
+        "exit_accuracy": exit_accuracy(clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.cfg.dtype,
         "profiled": clf.shapes.profile is not None,

@@ -19,12 +19,10 @@ from rich.table import Table
 from ejax import storage
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier, Shape
-from ejax.data.batches import eval_plan
 from ejax.data.tokenizer import Encoded
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
-from ejax.training.parallel import make_all_logits
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
@@ -39,6 +37,7 @@ def evaluate(
     thresholds: Sequence[float | tuple[float, ...] | None],
     *,
     repeats: int = 3,
+    exit_logits: np.ndarray | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measures every threshold against full depth, side by side on one device.
@@ -49,6 +48,7 @@ def evaluate(
       thresholds: numbers, or tuples of one per exit; above 1 stands for full depth through
         the early-exit program, None for the bundle's own.
       repeats: timed passes; the median and the extremes are reported.
+      exit_logits: every exit's [E, N, C], where they are at hand.
 
     Returns:
       Ready for JSON. `full`: the baseline, a straight scan of the same model with its
@@ -110,12 +110,14 @@ def evaluate(
                 "predicted_seconds": predicted(clf, pools, decision.exit),
             }
         )
+    if exit_logits is None:
+        exit_logits = clf.exit_logits(encoded)
     return {
         "rows": rows,
         "layers": list(clf.bundle.exits.layers),
         "dtype": clf.bundle.cfg.dtype,
         "repeats": repeats,
-        "exit_accuracy": exit_accuracy(clf, encoded, labels),
+        "exit_accuracy": exit_accuracy(exit_logits, labels),
         "full": full,
         "thresholds": points,
         "date": time.strftime("%Y-%m-%d"),
@@ -126,13 +128,8 @@ def evaluate(
 Pools = Sequence[tuple[np.ndarray, Shape]]
 
 
-def exit_accuracy(clf: EarlyExitClassifier, encoded: Encoded, labels: np.ndarray) -> list[float]:
-    """Of every exit on all rows."""
-    bundle = clf.bundle
-    plan = eval_plan(
-        encoded.lengths, buckets=bundle.buckets, max_length=bundle.max_length, batch_size=64
-    )
-    logits = make_all_logits(clf.model, list(clf.devices))(bundle.variables, encoded, plan)
+def exit_accuracy(logits: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Of every exit on all rows, from its logits [E, N, C]."""
     return [accuracy(one.argmax(axis=1), labels) for one in logits]
 
 

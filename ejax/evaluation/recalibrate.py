@@ -8,12 +8,10 @@ import numpy as np
 
 from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
-from ejax.data.batches import eval_plan
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.training.finetune import encode
-from ejax.training.parallel import make_all_logits
 
-BATCH = 128
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
@@ -40,14 +38,7 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
             f"calibration needs at least {FEWEST} rows, and {split.origin} has {len(fit)} that are "
             f"not in the dev-B of this bundle, which is kept for reports: give other rows."
         )
-    plan = eval_plan(
-        task.encoded.lengths,
-        buckets=bundle.buckets,
-        max_length=bundle.max_length,
-        batch_size=BATCH,
-    )
-    logits = make_all_logits(bundle.model)(bundle.variables, task.encoded, plan)
-
+    logits = EarlyExitClassifier(bundle).exit_logits(task.encoded)
     rows = Answers(logits, task.labels, task.encoded.lengths)
     parts = {"calibration": rows.take(fit)} | ({"dev_b": rows.take(kept)} if len(kept) else {})
     chosen = calibrate(

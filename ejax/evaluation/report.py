@@ -59,7 +59,8 @@ def make_report(
       of rows that leave at random as often at each exit; `oracle`; `beside`; `exits`: per exit
       quality on all rows and on those that leave there, calibration before and after
       temperature, and who leaves; `overthinking`; `slices`: accuracy, drop and depth by label
-      and by length at each operating point; `examples`.
+      and by length at each operating point; `examples`; `inference_seconds`: of all that
+      ran through models, compiling and timed passes included.
 
     Raises:
       ValueError: when no rows are left, or a model beside has other labels.
@@ -74,14 +75,21 @@ def make_report(
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]
     texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]
+    started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
     table = make_table(
         logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths
     )
     measured = evaluate(
-        clf, task.encoded, task.labels, [*LADDER, None, FULL], repeats=repeats, progress=progress
-    )
+        clf, task.encoded, task.labels, [*LADDER, None, FULL],
+        repeats=repeats, exit_logits=logits, progress=progress,
+    )  # fmt: skip
+    others = {
+        name: full_depth_of(other, pairs, task.labels, repeats)
+        for name, other in (beside or {}).items()
+    }
+    inference = time.perf_counter() - started
     progress("sums")
     flops = exit_flops(bundle.cfg, bundle.exits, table.tokens)
     whole = full_flops(bundle.cfg, bundle.exits, table.tokens).sum()
@@ -98,14 +106,12 @@ def make_report(
         "measured": measured,
         "curves": {family: curve(table, family, flops / whole) for family in FAMILIES},
         "oracle": describe(table, oracle(table)) | {"flops": share(flops, oracle(table)) / whole},
-        "beside": {
-            name: full_depth_of(other, pairs, task.labels, repeats)
-            for name, other in (beside or {}).items()
-        },
+        "beside": others,
         "exits": per_exit(table, logits, bundle.temperatures, taken),
         "overthinking": overthinking(table, texts, bundle.labels),
         "slices": slices(table, bundle.labels, [*LADDER, tuple(bundle.thresholds)]),
         "examples": examples(table, taken, texts, bundle.labels),
+        "inference_seconds": inference,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
     }
