@@ -107,7 +107,7 @@ def model() -> Path:
     """A random encoder of 3 layers, saved as Hugging Face saves it."""
     folder = HOME / "model"
     folder.mkdir()
-    params = BertModel(CFG).init(jax.random.key(0), Batch([[0, 0]]))["params"]
+    params = jax.jit(BertModel(CFG).init)(jax.random.key(0), Batch([[0, 0]]))["params"]
     save_file(to_hf(params, CFG), folder / "model.safetensors", metadata={"format": "pt"})
     config = to_json(CFG) | {"model_type": "bert"}
     del config["dtype"], config["residual_dtype"]

@@ -218,8 +218,14 @@ def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
 
 def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
     """The pretrained encoder under fresh heads; with pooling "cls" they start from its pooler."""
-    batch = Batch([[0, 0]])
-    variables = jax.jit(model.init)(jax.random.key(config.seed), batch)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, Batch([[0, 0]]))["params"]
+
+    key = jax.random.key(config.seed)
+    encoder = jax.eval_shape(init, key)["bert"]  # its numbers come from `bert`
+    heads = jax.jit(lambda key: init(key)["heads"])(key)
+    variables = {"params": {"bert": encoder, "heads": heads}}
     return with_pretrained(variables, bert, pooler=config.pooling == "cls")["params"]
 
 
