@@ -25,7 +25,7 @@ from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of
 from ejax.hardware import environment
-from ejax.training.finetune import encode, progress_bar
+from ejax.training.finetune import encode, progress_bar, short_path
 
 CASES = ("0.01,0.05,1000", "0.02,0.05,500", "0.02,0.05,2000", "0.05,0.1,500")
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -55,12 +55,13 @@ def main(
             shown = bar.add_task(f"{risk:g}, {delta:g}, {count} rows", total=draws)
             advance = partial(bar.update, shown, advance=1)
             found.append(broken(table, risk, delta, count, kind, draws, advance))
+    name = short_path(str(bundle))
     result = {
-        "command": f"python -m train.guarantee {bundle.name} --data {Path(data).name} "
+        "command": f"python -m train.guarantee {name} --data {Path(data).name} "
         f"--split {split} --loss {loss} --draws {draws}"
         + "".join(f" --case {text}" for text in case or ()),
         "date": time.strftime("%Y-%m-%d"),
-        "bundle": bundle.name,
+        "bundle": name,
         "data": rows.origin,
         "rows": len(rows),
         "layers": list(clf.bundle.exits.layers),
