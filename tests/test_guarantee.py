@@ -21,6 +21,7 @@ def test_broken_promises_are_counted(tmp_path, capsys):
     assert guarantee(*args) == 0
     found = json.loads(output.read_text())
     assert (found["rows"], found["draws"], found["loss"]) == (30, 60, "disagreement")
+    assert found["bundle"] == f"{tiny.HOME.name}/bundle"
     possible, impossible = found["cases"]
     assert possible["violations"] <= binom.ppf(1 - 1e-4, 60, 0.1)
     assert possible["full_depth"] < 1
