@@ -271,7 +271,7 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
     """The variables of `EarlyExitBert` with a pretrained encoder in them.
 
     Args:
-      variables: what `EarlyExitBert.init` gave; not changed.
+      variables: what `EarlyExitBert.init` gave, of the encoder the shapes at least; not changed.
       bert: the parameters `load_bert` gave; layers above those of `variables` are
         left out.
       pooler: also start the dense layer of every exit from the checkpoint's pooler,
