@@ -160,11 +160,13 @@ def main(
         jax.clear_caches()  # the programs of one cell after another would fill the address space
         folder = finetune(config, workdir / cell.name)
         found = measure(folder, data / cell.data)
+        trained = json.loads((workdir / cell.name / "result.json").read_text(encoding="utf-8"))
         write_json(
             {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
             | dataclasses.asdict(cell)
             | {"model": model, "rows_at_most": ROWS, "max_length": TOKENS}
-            | {"seconds": time.time() - start}
+            | {"seconds": time.time() - start}  # since that step
+            | {"resumed_from_step": trained["resumed_from_step"]}
             | found
             | {"date": time.strftime("%Y-%m-%d"), **environment()},
             path,
@@ -256,20 +258,21 @@ def curve_of(fit: Table) -> list[Sequence[float]]:
 def speed(
     clf: EarlyExitClassifier, policies: Sequence[Sequence[float]], test: Task, logits: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Each policy measured against the straight scan, in turns, all rows at once.
+    """Each policy measured against the straight scan, in turns, on rows spread over the test rows.
 
-    The first, which is the one chosen, also one text alone.
+    They come all at once; the first policy, which is the one chosen, also one text alone.
     """
     first, *others = map(tuple, policies)
     bundle = dataclasses.replace(clf.bundle, thresholds=first)
     timed = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices[:1])
-    count = int((test.encoded.lengths.cumsum() <= TIMED_TOKENS).sum())
-    rows = test.take(np.arange(count))
+    total = len(test.labels)
+    chosen = spread(total, int(total * TIMED_TOKENS / test.encoded.lengths.sum()))
+    rows = test.take(chosen)
     offline = evaluate(
         timed, rows.encoded, rows.labels, [None, *others],
-        repeats=REPEATS, exit_logits=logits[:, :count],
+        repeats=REPEATS, exit_logits=logits[:, chosen],
     )  # fmt: skip
-    alone = [rows.encoded.subset(np.array([row])) for row in spread(count, SINGLES)]
+    alone = [rows.encoded.subset(np.array([row])) for row in spread(chosen.size, SINGLES)]
     runs: dict[str, Callable[[Encoded], Any]] = {
         "single_full_ms": timed.full_logits,
         "single_ms": timed.decide_encoded,
@@ -285,7 +288,7 @@ def speed(
     kept = ("speedup", "ideal_speedup", "mean_depth", "drop", "texts_per_second")
     found = [{name: point[name] for name in kept} for point in offline["thresholds"]]
     found[0] |= {name: statistics.median(values) for name, values in taken.items()}
-    found[0] |= {"full_texts_per_second": offline["full"]["texts_per_second"], "rows": count}
+    found[0] |= {"full_texts_per_second": offline["full"]["texts_per_second"], "rows": chosen.size}
     return found
 
 
