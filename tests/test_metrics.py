@@ -121,6 +121,21 @@ def test_ece_bounds_tell_a_wrong_temperature_from_a_wrong_shape():
     assert shape["ece_minus_floor_at_best"] > 0.15 - 0.02
 
 
+def test_ece_bounds_lie_around_a_calibrated_classifier():
+    """Drawing rows again adds noise to the ECE: were it not in the floor too, 0 would lie low."""
+    rng, bounds = np.random.default_rng(7), []
+    for _ in range(40):
+        logits = rng.normal(size=(500, 2)) * 1.5
+        labels = (rng.random(500) < metrics.softmax(logits)[:, 1]).astype(int)
+        found = metrics.ece_bounds(logits, labels, 1.0)
+        bounds.append([found["ece_minus_floor_low"], found["ece_minus_floor_high"]])
+    low, high = np.transpose(bounds)
+    # Each holds 0 with a probability of 0.95 at least: more than 4 of 40 do not in 1 run of 20.
+    assert ((low < 0) & (high > 0)).sum() >= 36
+    # The mean of 40 middles strays by 0.0015 (one standard error of the ECE less its floor).
+    assert abs((low + high).mean() / 2) < 3 * 0.0015
+
+
 def test_the_best_temperature_is_no_worse_than_the_one_in_use(rows):
     logits, labels = rows
     for temperature in (0.31, 1.07, 3.9):  # none of them is on the ladder

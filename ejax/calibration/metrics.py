@@ -210,7 +210,8 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
       temperature: the one in use.
 
     Returns:
-      `ece_minus_floor_low` and `_high`: 95 %, by drawing the rows with replacement.
+      `ece_minus_floor_low` and `_high`: 95 %, by drawing the rows with replacement, and with
+      them the labels that make the floor, so that both hold the noise of the draw.
       `best_temperature`: of the one in use and 61 from 1/5 to 5, that with the least ECE less
       its floor on these very rows, which is `ece_minus_floor_at_best`.
     """
@@ -219,9 +220,17 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
     def excess(probs: Float, labels: Int) -> float:
         return ece(probs, labels) - ece_floor(probs, samples=20)
 
-    probs = softmax(values[0], temperature=temperature)
-    draws = np.random.default_rng(0).integers(checked.size, size=(200, checked.size))
-    low, high = np.quantile([excess(probs[d], checked[d]) for d in draws], (0.025, 0.975))
+    confidence, correct = _top(softmax(values[0], temperature=temperature), checked)
+    rng = np.random.default_rng(0)
+    floors = rng.random((20, checked.size)) < confidence
+    off = np.concatenate([correct[None], floors]) - confidence  # [1 + floors, N]
+    bin_of = _bin(confidence, 15, "width")
+    found = []
+    for _ in range(200):
+        counts = rng.multinomial(checked.size, np.full(checked.size, 1 / checked.size))
+        drawn, *floor = (_gap(bin_of, counts * one, 15) for one in off)
+        found.append(drawn - np.mean(floor))
+    low, high = np.quantile(found, (0.025, 0.975))
     ladder = [float(temperature), *np.geomspace(0.2, 5, 61).tolist()]
     tried = ((excess(softmax(values[0], temperature=t), checked), t) for t in ladder)
     least, best = min(tried)
