@@ -49,12 +49,7 @@ def main(
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(clf.bundle, data, split)
     table = table_of(clf, encode(rows, clf.bundle.tokenizer, clf.bundle.max_length))
-    found = []
-    with progress_bar(Console(stderr=True)) as bar:
-        for risk, delta, count in cases:
-            shown = bar.add_task(f"{risk:g}, {delta:g}, {count} rows", total=draws)
-            advance = partial(bar.update, shown, advance=1)
-            found.append(broken(table, risk, delta, count, kind, draws, advance))
+    found: list[dict[str, Any]] = []
     name = short_path(str(bundle))
     result = {
         "command": f"python -m train.guarantee {name} --data {Path(data).name} "
@@ -70,7 +65,12 @@ def main(
         "cases": found,
         **environment(),
     }
-    write_json(result, output)
+    with progress_bar(Console(stderr=True)) as bar:
+        for risk, delta, count in cases:
+            shown = bar.add_task(f"{risk:g}, {delta:g}, {count} rows", total=draws)
+            advance = partial(bar.update, shown, advance=1)
+            found.append(broken(table, risk, delta, count, kind, draws, advance))
+            write_json(result, output)  # what is known, should a later case be cut off
     Console(width=120).print(table_of_cases(result))
 
 
@@ -121,10 +121,11 @@ def broken(
     depths_of_best = totals(table, best, np.outer(table.layers, table.tokens)) / table.tokens.sum()
     violations = int((np.array(true) > risk).sum())
     low = float(1 - bdtri(draws - violations, draws, 0.025)) if violations else 0.0
+    high = float(bdtri(violations, draws, 0.025)) if violations < draws else 1.0
     return {
         "risk": risk, "delta": delta, "rows": count, "violations": violations,
         "share": violations / draws, "low": low,
-        "high": float(bdtri(violations, draws, 0.025)), "full_depth": full / draws,
+        "high": high, "full_depth": full / draws,
         "mean_risk": float(np.mean(true)), "mean_depth": float(np.mean(depths)),
         "hindsight_depth": depths_of_best[within].min(initial=float(table.layers[-1])),
     }  # fmt: skip
