@@ -1,6 +1,7 @@
 """The folder that is saved, loaded and shipped.
 
-model.safetensors   the encoder under Hugging Face names, the heads under `heads.`
+model.safetensors   the encoder under Hugging Face names, the heads under `heads.`, and
+                    `rows.train`, which rows were trained on
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds, and how they were chosen
@@ -11,12 +12,13 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -31,6 +33,7 @@ FORMAT_VERSION = 1
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
+TRAINED = "rows.train"  # a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,17 @@ class Bundle:
     max_length: int = 128
     buckets: tuple[int, ...] = BUCKETS
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Hashes of the rows trained on, as `packed` makes them; [0] where they were not recorded.
+    trained_rows: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: packed(()))
 
     @property
     def model(self) -> EarlyExitBert:
         return EarlyExitBert(self.cfg, self.exits)
+
+
+def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:
+    """What `ejax.data.sources.row_hash` gave, each once, ascending: [N]."""
+    return np.unique(np.array([int(hash, 16) for hash in hashes], np.int64))
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
@@ -171,10 +181,11 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"])
         numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
         cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
+        variables, trained = _tensors_of(folder, cfg, exits)
         bundle = Bundle(
             cut(cfg, exits),
             exits,
-            _variables(folder, cfg, exits),
+            variables,
             load_tokenizer(folder),
             labels,
             tuple(float(t) for t in meta["temperatures"]),
@@ -182,6 +193,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             int(meta["max_length"]),
             tuple(meta["buckets"]),
             meta["provenance"],
+            trained,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
@@ -217,10 +229,13 @@ def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
     params = bundle.variables["params"]
     heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
     made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
-    return to_hf(params["bert"], bundle.cfg) | made
+    return to_hf(params["bert"], bundle.cfg) | made | {TRAINED: bundle.trained_rows}
 
 
-def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
+def _tensors_of(
+    folder: Path, cfg: BertConfig, exits: ExitConfig
+) -> tuple[Any, npt.NDArray[np.int64]]:
+    """The variables, and the rows trained on."""
     path = folder / "model.safetensors"
     try:
         tensors = load_file(path)
@@ -244,7 +259,7 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
         bert = from_hf(tensors, cut(cfg, exits))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return {"params": {"bert": bert, **heads}}
+    return {"params": {"bert": bert, **heads}}, tensors.get(TRAINED, packed(()))
 
 
 def hf_config(bundle: Bundle) -> dict[str, Any]:
@@ -301,7 +316,7 @@ def describe_thresholds(thresholds: Sequence[float]) -> str:
         return "full depth"
     if len(early) == 1:
         return f"{early[0]:g}"
-    return ", ".join(f"{t:.2f}" if t <= 1 else "none" for t in thresholds[:-1])
+    return ", ".join(f"{t:.3f}" if t <= 1 else "none" for t in thresholds[:-1])
 
 
 def model_card(bundle: Bundle) -> str:

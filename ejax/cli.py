@@ -197,7 +197,6 @@ def evaluate(
     from ejax.evaluation.describe import show
     from ejax.evaluation.evaluate import LADDER, evaluate, save, table
     from ejax.evaluation.labelled import labelled_rows
-    from ejax.evaluation.targets import chosen_on
     from ejax.training.finetune import encode
 
     check_json(output)
@@ -216,16 +215,10 @@ def evaluate(
             clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
             progress=status.update,
         )  # fmt: skip
-    fitted = chosen_on(clf.bundle)
-    seen = sum(name in fitted for name in task.hashes)
-    result |= {"bundle": bundle.name, "data": rows.origin, "rows_fitted_on": seen}
+    result |= {"bundle": bundle.name, "data": rows.origin}
+    result |= {"rows_fitted_on": count_fitted(clf.bundle, task.hashes)}
     save(result, output)
     show(table(result))
-    if seen:
-        note(
-            f"{seen} of these rows also fitted this bundle or its thresholds: figures may "
-            f"flatter it."
-        )
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
@@ -302,6 +295,7 @@ def bench(
     from rich.console import Console
 
     from ejax.classifier import EarlyExitClassifier
+    from ejax.data.sources import row_hash
     from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
     from ejax.evaluation.describe import show
     from ejax.evaluation.labelled import labelled_rows
@@ -323,7 +317,9 @@ def bench(
             beside=others,
             repeats=repeats, progress=status.update,
         )  # fmt: skip
+    hashes = [row_hash(row, clf.bundle.labels) for row in chosen]
     result |= {"bundle": bundle.name, "data": rows.origin}
+    result |= {"rows_fitted_on": count_fitted(clf.bundle, hashes)}
     save_bench(result, output)
     show(bench_table(result))
     for name, why in result["left_out"].items():
@@ -398,14 +394,18 @@ def calibrate(
 ) -> None:
     """Fit temperatures and the default thresholds again, on other labelled rows.
 
-    The weights stay. Rows of the bundle's dev-B, which is for reports, are left out.
+    The weights stay. Rows trained on and rows of the bundle's dev-B, which is for reports, are
+    left out.
     """
-    from ejax.bundle import load_bundle, save_bundle
+    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.calibration.thresholds import check_max_drop
     from ejax.evaluation.describe import exit_tables, facts, show
     from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.recalibrate import recalibrate
 
     check_split(split)
+    check_output(output or bundle)
+    check_max_drop(max_drop)
     before = load_bundle(bundle)
     rows = labelled_rows(
         before, data, split, text_columns=text_column or (), label_column=label_column
@@ -413,8 +413,9 @@ def calibrate(
     after = recalibrate(before, rows, max_drop=max_drop)
     folder = save_bundle(after, output or bundle)
     show(facts(after), *exit_tables(after))
-    left_out = after.provenance["calibrated"]["dev_b_rows_left_out"]
-    note(f"written: {folder}" + (f"; {left_out} rows of dev-B left out" if left_out else ""))
+    left_out = after.provenance["calibrated"]["rows_left_out"]
+    why = f"; {left_out} rows left out: trained on, or dev-B" if left_out else ""
+    note(f"written: {folder}{why}")
 
 
 @app.command(epilog="Example: `ejax thresholds sentiment --data dev.tsv --risk 0.01 --delta 0.05`")
@@ -502,6 +503,7 @@ def place(
     from rich.console import Console
 
     from ejax.bundle import check_output
+    from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.labelled import labelled_rows
@@ -509,6 +511,7 @@ def place(
 
     check_split(split)
     check_output(output)
+    check_max_drop(max_drop)
     if output.resolve() == bundle.resolve():
         raise ValueError(
             f"--output must not be {bundle}: the layers it loses could not be had back."
@@ -560,6 +563,20 @@ def quickstart(
     console = Console(stderr=True)
     path_of(workdir)  # not on gs://
     quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
+
+
+def count_fitted(bundle: Any, hashes: list[str]) -> int:
+    """How many of the rows fitted the bundle or its thresholds; says so."""
+    from ejax.evaluation.targets import chosen_on
+
+    fitted = chosen_on(bundle)
+    seen = sum(name in fitted for name in hashes)
+    if seen:
+        note(
+            f"{seen} of these rows also fitted this bundle or its thresholds: figures may "
+            f"flatter it."
+        )
+    return seen
 
 
 def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     for field in ("cfg", "exits", "labels", "temperatures", "thresholds", "max_length", "buckets"):
         assert getattr(first, field) == getattr(second, field), field
     assert first.provenance == second.provenance
+    np.testing.assert_array_equal(first.trained_rows, second.trained_rows)
+    assert len(first.trained_rows) == len(set(tiny.file("train").read_text().splitlines()[1:]))
     text = ["the film was great"]
     assert (
         first.tokenizer.encode(text, 16).ids.tolist()

@@ -216,7 +216,7 @@ def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path):
     output = tmp_path / "again"
     result = tiny.ejax("calibrate", folder, "--data", tiny.data(), "--output", output)
     assert result.code == 0, result.err
-    assert "20 rows of dev-B left out" in result.err
+    assert "20 rows left out: trained on, or dev-B" in result.err
     after = load_bundle(output)
     rows = after.provenance["rows"]
     assert sorted(rows["calibration"]) == sorted(before.provenance["rows"]["dev_a"])
@@ -227,6 +227,26 @@ def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert set(after.provenance["metrics"]) == {"calibration", "dev_b"}
     assert load_bundle(folder).provenance == before.provenance
+
+
+def test_rows_trained_on_choose_and_prove_nothing(tmp_path):
+    folder, train = tiny.trained()[0], tiny.file("train")
+    page = tmp_path / "report.html"
+    for command, *options in (("thresholds", "--risk", 0.5), ("report", "--output", page)):
+        sentence = tiny.refused(command, folder, "--data", train, *options)
+        assert "every row of data/train.tsv" in sentence
+    assert "were neither trained on nor" in tiny.refused("calibrate", folder, "--data", train)
+    result = tmp_path / "result.json"
+    tiny.ejax("evaluate", folder, "--data", train, "--repeats", 1, "--output", result)
+    assert json.loads(result.read_text())["rows_fitted_on"] == 96
+
+
+def test_calibrate_refuses_before_it_works(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy milk")
+    ask = ("calibrate", tiny.trained()[0], "--data", tmp_path / "no such file")
+    assert "exists and is not a bundle" in tiny.refused(*ask, "--output", tmp_path / "notes")
+    assert "0 points or above. Got -1" in tiny.refused(*ask, "--max-drop", -1)
 
 
 def test_calibrate_in_place_on_other_rows(tmp_path):
@@ -271,7 +291,9 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     depths = [answer["exit_layer"] for answer in EarlyExitClassifier(after)(dev_b)]
     tokens = after.tokenizer.encode(dev_b, after.max_length).lengths
     assert (tokens * depths).sum() / tokens.sum() / 3 == pytest.approx(report["chosen"]["cost"])
-    assert "spend at most 0.5" in " ".join(tiny.ejax("info", output).out.split())
+    assert "spent) of full depth's layers on 20 rows" in " ".join(
+        tiny.ejax("info", output).out.split()
+    )
     tiny.ejax("evaluate", output, "--data", tiny.file("dev"), "--repeats", 1, "--output", result)
     assert json.loads(result.read_text())["rows_fitted_on"] == 41
     # New temperatures end what was chosen with the old ones.
@@ -292,6 +314,10 @@ def test_a_risk_on_too_few_rows_keeps_full_depth(tmp_path):
     # A risk that so few rows can show.
     bold = tiny.ejax("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.5)
     assert "losses on 23 rows" in " ".join(bold.err.split())
+    report = load_bundle(folder).provenance["target"]
+    shown = ("chosen", "one_number", "full", "oracle")
+    assert {report[name]["rows"] for name in shown} == {23}
+    assert {report[name]["full_accuracy"] for name in shown} == {report["full"]["accuracy"]}
     assert load_bundle(folder).thresholds[0] <= 1
 
 
@@ -305,6 +331,7 @@ def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     assert done.code == 0, done.err
     report = load_bundle(folder).provenance["target"]
     assert report["chosen"]["threshold"] == [2.0, 2.0]  # all of it fits
+    assert "spent) ms of one text alone on 30 rows" in " ".join(done.err.split())
     assert 0 < report["oracle"]["ms_alone"] < report["full"]["ms_alone"] < 1000
     assert report["ms_alone_measured"] > 0
     assert "when all leave at the first exit" in tiny.refused(*ask, 1e-6)

@@ -105,6 +105,7 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert after.exits.layers == (1,)
     assert after.cfg.num_hidden_layers == 1
     assert after.temperatures == before.temperatures[:1]
+    assert set(before.provenance["metrics"]) - set(after.provenance["metrics"]) == {"dev_b"}
     assert after.cfg.dtype == before.cfg.dtype
     report = after.provenance["placed"]
     assert report["rows"] == 20
@@ -120,6 +121,9 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     # Rows that chose the exits are spent: no guarantee can be had from them.
     again = ("thresholds", folder, "--data", tiny.data(), "--risk", 0.5)
     assert "fitted this bundle: thresholds need other rows" in tiny.refused(*again)
+    # Nor figures of a held-out half.
+    assert tiny.ejax("calibrate", folder, "--data", tiny.data()).code == 0
+    assert set(load_bundle(folder).provenance["metrics"]) == {"calibration"}
 
 
 def test_too_many_choices_are_refused():

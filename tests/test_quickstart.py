@@ -42,7 +42,7 @@ def test_the_split_is_fixed_and_loses_no_row(tmp_path: Path) -> None:
 def test_an_exit_at_chance_fails_loudly() -> None:
     labels = np.array([0, 1, 1, 0])
     check_exits({"layers": [1, 3], "exit_accuracy": [0.75, 1.0]}, labels)
-    with pytest.raises(RuntimeError, match=r"do not beat chance \(0.500\): layer 1: 0.500\."):
+    with pytest.raises(ValueError, match=r"commonest label \(0.500\). Got layer 1: 0.500:"):
         check_exits({"layers": [1, 3], "exit_accuracy": [0.5, 0.75]}, labels)
 
 

@@ -288,8 +288,7 @@ def risk_thresholds(
     check_share("risk", risk)
     check_share("delta", delta)
     check_loss(loss)
-    order = np.random.default_rng(seed).permutation(table.tokens.size)
-    first, rest = np.split(order, [max(1, order.size // 4)])
+    first, rest = split_rows(table, seed)
     needed = math.ceil(math.log(delta) / math.log1p(-risk))
     chosen, losses, p_value, tested = [FULL] * len(table.layers), 0, None, table
     enough = rest.size >= needed
@@ -313,6 +312,13 @@ def risk_thresholds(
         "upper": upper if p_value is not None else 0.0,
         "rows_needed": max(needed + 1, 4 * (needed - 1) // 3 + 1),
     }
+
+
+def split_rows(table: Table, seed: int = 0) -> tuple[Int, Int]:
+    """Rows that order the policies of a risk, a quarter, and the others, which test them."""
+    order = np.random.default_rng(seed).permutation(table.tokens.size)
+    first, rest = np.split(order, [max(1, order.size // 4)])
+    return first, rest
 
 
 def check_max_drop(points: float) -> None:

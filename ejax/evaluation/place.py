@@ -92,6 +92,8 @@ def place_exits(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": sentence,
     }
+    dev_b = bundle.provenance.get("rows", {}).get("dev_b", ())
+    used = {"dev_b"} if set(dev_b) & set(task.hashes) else {split.name}  # they report no more
     changed = {
         "thresholds_from": sentence,
         "placed": report,
@@ -99,6 +101,7 @@ def place_exits(
         "metrics": {
             name: [parts[e] for e in best.exits]
             for name, parts in bundle.provenance.get("metrics", {}).items()
+            if name not in used
         },
         "rows": rows_used(bundle, task, "placed"),
     }

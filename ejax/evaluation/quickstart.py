@@ -46,8 +46,8 @@ def quickstart(
       The result of `evaluate` on the test rows.
 
     Raises:
-      ValueError: on bad input.
-      RuntimeError: when an exit does not beat always saying the commonest label.
+      ValueError: on bad input; and, all written and shown, when an exit does not beat always
+        saying the commonest label.
     """
     console = console or Console(stderr=True)
     started = time.time()
@@ -65,7 +65,6 @@ def quickstart(
         result = evaluate(
             clf, task.encoded, task.labels, points, repeats=repeats, progress=status.update
         )
-    check_exits(result, task.labels)
     result |= {"split": f"{split.name}: {split.origin}", "default": list(clf.bundle.thresholds)}
     save(result, workdir / "evaluation.json")
     show(
@@ -76,6 +75,7 @@ def quickstart(
         f"{time.time() - started:.0f} s; bundle in {folder}, numbers in "
         f"{workdir / 'evaluation.json'}, plot in {workdir / 'evaluation.png'}",
     )
+    check_exits(result, task.labels)
     return result
 
 
@@ -130,14 +130,15 @@ def write_splits(rows: list[dict[str, str]], folder: Path) -> None:
 
 
 def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
-    """Raises RuntimeError naming each exit that does no better than the commonest label."""
+    """Raises ValueError naming each exit that does no better than the commonest label."""
     chance = np.bincount(labels).max() / len(labels)
     reached = zip(result["layers"], result["exit_accuracy"], strict=True)
     failed = [f"layer {layer}: {share:.3f}" for layer, share in reached if share <= chance]
     if failed:
-        raise RuntimeError(
-            f"exits that do not beat chance ({chance:.3f}): {'; '.join(failed)}. "
-            f"Training has failed: look at the losses in metrics.jsonl."
+        raise ValueError(
+            f"every exit must be right more often than the commonest label ({chance:.3f}). Got "
+            f"{'; '.join(failed)}: train longer (epochs=), or on more rows of the other labels; "
+            f"the losses are in metrics.jsonl."
         )
 
 

@@ -10,6 +10,7 @@ from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
+from ejax.evaluation.targets import trained_on
 from ejax.training.finetune import encode
 
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
@@ -19,7 +20,8 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
     """The bundle with temperatures and thresholds fitted on these rows; weights as they are.
 
     Rows that the bundle's provenance records as dev-B are never fitted on: where the
-    split holds some, they are reported on as "dev_b". All figures of the former
+    split holds some, they are reported on as "dev_b", but for those that placed the exits. Rows
+    trained on, of which the weights are too sure, are left out. All figures of the former
     calibration are dropped from the provenance, since they no longer hold.
 
     Args:
@@ -30,13 +32,20 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
       ValueError: when too few rows are left.
     """
     task = encode(split, bundle.tokenizer, bundle.max_length)
-    held_out = set(bundle.provenance.get("rows", {}).get("dev_b", ()))
-    is_held_out = np.array([name in held_out for name in task.hashes], bool)
-    fit, kept = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
+    held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))
+    part_of = np.array(
+        [
+            "trained" if name in trained else "dev_b" if name in held_out else "calibration"
+            for name in task.hashes
+        ]
+    )
+    fit, kept = (np.flatnonzero(part_of == name) for name in ("calibration", "dev_b"))
     if len(fit) < FEWEST:
         raise ValueError(
-            f"calibration needs at least {FEWEST} rows, and {split.origin} has {len(fit)} that are "
-            f"not in the dev-B of this bundle, which is kept for reports: give other rows."
+            f"calibration needs at least {FEWEST} rows, and {split.origin} has {len(fit)} that "
+            f"were neither trained on nor are in the dev-B of this bundle, which is kept for "
+            f"reports: give other rows."
         )
     logits = EarlyExitClassifier(bundle).exit_logits(task.encoded)
     rows = Answers(logits, task.labels, task.encoded.lengths)
@@ -50,13 +59,9 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
             "data": split.origin,
             "date": time.strftime("%Y-%m-%d"),
             "max_drop": max_drop,
-            "dev_b_rows_left_out": len(kept),
+            "rows_left_out": len(part_of) - len(fit),
         },
-        "rows": {
-            name: rows
-            for name, rows in bundle.provenance.get("rows", {}).items()
-            if name != "thresholds"
-        }
+        "rows": {name: rows for name, rows in recorded.items() if name != "thresholds"}
         | {"calibration": [task.hashes[i] for i in fit]},
     }
     kept_on = {name: what for name, what in bundle.provenance.items() if name != "target"}

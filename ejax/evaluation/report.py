@@ -1,6 +1,6 @@
 """One page on a bundle: what early exit gains and loses on labelled rows, and for whom.
 
-The rows that fitted it or chose its thresholds are left out.
+The rows that fitted it, or a bundle beside it, or chose its thresholds are left out.
 
 Axes: P policies, E exits, N rows, C classes.
 """
@@ -27,12 +27,11 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
-from ejax.evaluation.targets import chosen_on, unseen
+from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on, unseen
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.training.finetune import encode
 
-FAMILIES: tuple[Family, ...] = ("per exit", "one number")
 POINTS = 40  # of a curve
 RESAMPLES = 200  # of the rows, for a band of 95 %
 EXAMPLES = 5
@@ -70,8 +69,9 @@ def make_report(
     progress("tokenising")
     rows = list(split)
     task = encode(split, bundle.tokenizer, bundle.max_length)
+    seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
     whose = f"{split.origin} fitted or chose the thresholds of"
-    kept = unseen(task, chosen_on(bundle), whose, "a report needs")
+    kept = unseen(task, seen, whose, "a report needs")
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]
     texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]

@@ -93,10 +93,11 @@ def choose(
 
     Returns:
       The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
-      the same by one threshold for all exits; `full`; `oracle`; each with `ms_together`,
-      predicted milliseconds per text of all at once (null without a profile) and, for
-      `budget_ms`, `ms_alone`, of one text; `ms_alone_measured` at the thresholds chosen;
-      `differ`, rows that left elsewhere when the engine ran; `sentence`.
+      the same by one threshold for all exits; `full`; `oracle`; all four of the same rows, for a
+      risk the tested ones; each with `ms_together`, predicted milliseconds per text of all rows at
+      once (null without a profile) and, for `budget_ms`, `ms_alone`, of one text;
+      `ms_alone_measured` at the thresholds chosen; `differ`, rows that left elsewhere when the
+      engine ran; `sentence`.
 
     Raises:
       ValueError: where no rows are left, a budget cannot be met, or `budget_ms` has no profile.
@@ -114,10 +115,12 @@ def choose(
     progress("choosing")
     points = {family: _choose(table, target, costs, family) for family in FAMILIES}
     chosen, one_number = points.values()
+    order = chosen.get("rows_for_order")
+    shown = table.take(thresholds.split_rows(table)[1]) if order else table  # as `chosen`
     progress("trying them in the engine")
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
-    sentence = in_words(chosen, split.origin)
+    sentence = in_words(chosen, split.origin, target.budget_ms is not None)
     report = {
         "target": target.to_json(),
         "data": split.origin,
@@ -128,8 +131,8 @@ def choose(
         "date": time.strftime("%Y-%m-%d"),
         "chosen": chosen | costs.of(table.leave(chosen["threshold"])),
         "one_number": one_number | costs.of(table.leave(one_number["threshold"])),
-        "full": thresholds.operating_point(table, FULL) | costs.of(table.leave(FULL)),
-        "oracle": thresholds.describe(table, thresholds.oracle(table))
+        "full": thresholds.operating_point(shown, FULL) | costs.of(table.leave(FULL)),
+        "oracle": thresholds.describe(shown, thresholds.oracle(shown))
         | costs.of(thresholds.oracle(table)),
         "differ": differ,
         **(
@@ -180,9 +183,14 @@ def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
 
 
 def fitted_on(bundle: Bundle) -> set[str]:
-    """Hashes of the rows that picked the weights, fitted the temperatures or placed the exits."""
+    """Hashes of the rows that trained or picked the weights, fitted temperatures, placed exits."""
     rows = bundle.provenance.get("rows", {})
-    return {hash for name in ("dev_a", "calibration", "placed") for hash in rows.get(name, ())}
+    fitted = {hash for name in ("dev_a", "calibration", "placed") for hash in rows.get(name, ())}
+    return fitted | trained_on(bundle)
+
+
+def trained_on(bundle: Bundle) -> set[str]:
+    return {f"{hash:012x}" for hash in bundle.trained_rows.tolist()}
 
 
 def chosen_on(bundle: Bundle) -> set[str]:
@@ -292,15 +300,16 @@ def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[
     )
 
 
-def in_words(chosen: dict[str, Any], origin: str) -> str:
+def in_words(chosen: dict[str, Any], origin: str, in_ms: bool = False) -> str:
     """What was asked, on which rows, and what can be said for it."""
     where = f"on {chosen['rows']} rows of {origin}"
+    unit = "ms of one text alone" if in_ms else "of full depth's layers"
     if "max_drop" in chosen:
         return f"The fastest that lose at most {chosen['max_drop']:g} points {where}."
     if "budget" in chosen:
         return (
             f"The surest that spend at most {chosen['budget']:g} ({chosen['spent']:.4g} spent) "
-            f"{where}."
+            f"{unit} {where}."
         )
     what = {
         "disagreement": "disagree with full depth",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ejax import assets, storage
-from ejax.bundle import Bundle, check_output, save_bundle
+from ejax.bundle import Bundle, check_output, packed, save_bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
@@ -128,7 +128,9 @@ def finetune(
         return dict(zip(names, per_exit, strict=True)) | {METRIC: float(np.mean(per_exit))}
 
     params = initial_params(model, bert, config)
-    params, best = train(config, model, params, tasks["train"], max_length, workdir, dev_a, console)
+    params, best, first = train(
+        config, model, params, tasks["train"], max_length, workdir, dev_a, console
+    )
     with console.status("calibrating"):
         parts = {
             name: Answers(logits_of(task, params), task.labels, task.encoded.lengths)
@@ -161,6 +163,7 @@ def finetune(
                 "dev_b": [tasks["dev"].hashes[i] for i in half_b],
             },
         },
+        packed(tasks["train"].hashes),
     )
     if not first_host:
         barrier("the bundle is saved")
@@ -170,7 +173,8 @@ def finetune(
         "config": to_json(public(config)),
         "command": command(),
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.time() - started, 1),  # since `resumed_from_step`
+        "resumed_from_step": first,
         "best_step": best,
         **{
             name: chosen[name]
@@ -238,8 +242,12 @@ def train(
     workdir: Any,
     evaluate: Callable[[Any], dict[str, float]],
     console: Console,
-) -> tuple[Any, int]:
-    """Runs the steps that are left; returns the best checkpoint's parameters and its step."""
+) -> tuple[Any, int, int]:
+    """Runs the steps that are left.
+
+    Returns:
+      The best checkpoint's parameters, its step, and the step from which this run went on.
+    """
 
     def plan_of(epoch: int) -> list[Any]:
         return train_plan(
@@ -308,7 +316,7 @@ def train(
             if stop and done < total:
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best = checkpoints.best()
-        return jax.device_get(checkpoints.restore(best, state).kept), best
+        return jax.device_get(checkpoints.restore(best, state).kept), best, first
 
 
 def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:
