@@ -10,6 +10,7 @@ README.md           the model card
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,6 +91,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             yield Path(made)
             storage.upload(Path(made), folder, first="config.json", last="exits.json")
         return
+    folder = Path(os.path.realpath(folder))  # a link stays one
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -224,7 +224,7 @@ class EarlyExitClassifier:
             )
         tokenised: deque[Future[Encoded]] = deque()
         running: deque[Running] = deque()
-        started = 0
+        read = started = 0
 
         def start(future: Future[Encoded]) -> None:
             nonlocal started
@@ -233,7 +233,8 @@ class EarlyExitClassifier:
 
         with ThreadPoolExecutor(1) as thread:
             for chunk in chunks(texts):
-                tokenised.append(thread.submit(self.encode, chunk))
+                tokenised.append(thread.submit(self.encode, chunk, first=read))
+                read += len(chunk)
                 if len(tokenised) > 1:
                     start(tokenised.popleft())
                 if len(running) > 1:
@@ -286,8 +287,8 @@ class EarlyExitClassifier:
         odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
-    def encode(self, texts: Sequence[Text]) -> Encoded:
-        return self.bundle.tokenizer.encode(texts, self.bundle.max_length)
+    def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
+        return self.bundle.tokenizer.encode(texts, self.bundle.max_length, first=first)
 
     def decide(self, texts: Sequence[Text], *, threshold: Any = None) -> Decision:
         """Logits float32 [N, C], exit int32 [N] and score float32 [N], as numpy."""

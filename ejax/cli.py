@@ -1,6 +1,7 @@
 """The `ejax` command: a short function per verb."""
 
 import dataclasses
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ app = typer.Typer(
 def main() -> None:
     """The `ejax` command."""
     keep_programs()
+    # An exception, so that what is half written goes; training stops in its own way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run(app, "ejax", sys.argv[1:]))
 
 
@@ -404,7 +407,8 @@ def calibrate(
     from ejax.evaluation.recalibrate import recalibrate
 
     check_split(split)
-    check_output(output or bundle)
+    if output:
+        check_output(output)
     check_max_drop(max_drop)
     before = load_bundle(bundle)
     rows = labelled_rows(
@@ -471,7 +475,8 @@ def thresholds(
     from ejax.evaluation.targets import Target, choose, targets_table
 
     check_split(split)
-    check_output(output or bundle)
+    if output:
+        check_output(output)
     target = Target(max_drop, budget, budget_ms, risk, delta, loss)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(

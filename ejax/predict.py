@@ -55,7 +55,7 @@ def predict_file(
     Every column is kept. Added are `label`, `score` (its calibrated probability) and
     `exit_layer`; with a `top_k` other than 1 also `top_k`, a list of
     {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that the
-    first row has already gets the prefix "predicted_".
+    first row has already gets the prefix "predicted_", as often as it takes.
 
     A tsv cannot hold tabs and line breaks: there they become spaces, and are counted.
 
@@ -144,10 +144,7 @@ def read_texts(
         if not columns:
             known = tuple(row)
             columns = find_text_columns(known, _given(clf, text_columns, known), path=source)
-            names = tuple(
-                f"predicted_{name}" if name in known else name
-                for name in (ADDED[:3] if top_1 else ADDED)
-            )
+            names = tuple(_free(name, known) for name in (ADDED[:3] if top_1 else ADDED))
         try:
             text, pair = texts_of(row, columns, source, line)
             _check_columns(row, known, names, kind, f"{source}, line {line}")
@@ -157,6 +154,12 @@ def read_texts(
             skip(str(error))
             continue
         yield row, text if pair is None else (text, pair), names
+
+
+def _free(name: str, known: Sequence[str]) -> str:
+    while name in known:
+        name = f"predicted_{name}"
+    return name
 
 
 def _given(clf: EarlyExitClassifier, given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
@@ -252,7 +255,7 @@ def writing(output: str) -> Iterator[BinaryIO]:
     part = path if device else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            if path_format(output) and output.lower().endswith(".gz"):
+            if output.lower().endswith(".gz"):
                 with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                     yield packed  # type: ignore[misc]
             else:

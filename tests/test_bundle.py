@@ -81,6 +81,11 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists and is not a bundle"):
         save_bundle(bundle, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "current").symlink_to("b")
+    save_bundle(bundle, tmp_path / "current")
+    assert load_bundle(tmp_path / "b").thresholds == bundle.thresholds
+    assert sorted(os.listdir(tmp_path)) == ["b", "current", "mine"]
+    assert (tmp_path / "current").is_symlink()
 
 
 @pytest.mark.parametrize("field", ["temperatures", "layers"])

@@ -146,7 +146,7 @@ def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> 
         assert len(read) <= count + 4 * 4
 
 
-def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier) -> None:
+def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier, monkeypatch) -> None:
     for texts, options, message in (
         ("one text", {}, "texts must be many texts"),
         (["fine", None], {}, r"texts\[1\] must be a string"),
@@ -155,6 +155,9 @@ def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             next(clf.stream(texts, **options))
+    monkeypatch.setattr(ejax.classifier, "CHUNK_ROWS", 4)
+    with pytest.raises(ValueError, match=r"texts\[9\] must be a string"):
+        list(clf.stream([*TEXTS[:9], None]))
 
 
 def test_after_a_warmup_nothing_compiles() -> None:

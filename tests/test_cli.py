@@ -101,7 +101,7 @@ def test_predict_says_what_the_classifier_says(tmp_path):
     assert exits <= {1, 3}
 
 
-@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "jsonl.gz", "gz"])
 def test_read_rows_reads_back_what_predict_wrote(tmp_path, kind):
     source = tmp_path / "in.jsonl"
     rows = [
@@ -114,13 +114,13 @@ def test_read_rows_reads_back_what_predict_wrote(tmp_path, kind):
     output = tmp_path / f"out.{kind}"
     result = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
     assert (result.code, result.out) == (0, "")
-    back = [row for _, row in read_rows(output)]
+    back = [row for _, row in read_rows(output, format="jsonl" if kind == "gz" else "")]
     assert list(back[0]) == ["id", "text", "note", "label", "score", "exit_layer"]
     for row, read in zip(rows, back, strict=True):
         for name in ("text", "note"):
             plain = " ".join(row[name].replace("\r\n", " ").replace("\t", " ").split("\n"))
             assert read[name] == (plain.replace("\r", " ") if kind == "tsv" else row[name])
-        assert read["id"] == (row["id"] if kind.startswith("jsonl") else str(row["id"]))
+        assert read["id"] == (row["id"] if kind in ("jsonl", "jsonl.gz", "gz") else str(row["id"]))
         assert read["label"] in ("bad", "good")
     assert ("in 3 tabs or line breaks became spaces" in result.err) == (kind == "tsv")
     assert list(tmp_path.glob(".*")) == []  # no temporary file is left
@@ -375,7 +375,11 @@ def test_a_pipe_and_a_reader_that_leaves(tmp_path):
         assert job.wait(600) == 141
 
 
-def test_ctrl_c_says_one_line_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "ejax: interrupted."), (signal.SIGTERM, 143, "")],
+)
+def test_what_is_stopped_leaves_nothing(tmp_path, sent, code, said):
     output = tmp_path / "out.tsv"
     # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
@@ -385,10 +389,20 @@ def test_ctrl_c_says_one_line_and_leaves_nothing(tmp_path):
     )
     while not list(tmp_path.glob(".out.tsv.*.part")):  # it now waits for the first row
         assert job.poll() is None
-    job.send_signal(signal.SIGINT)
-    assert job.wait(600) == 130
-    assert job.stderr.read().decode().strip() == "ejax: interrupted."
+    job.send_signal(sent)
+    assert job.wait(600) == code
+    assert job.stderr.read().decode().strip() == said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_predicted_rows_are_predicted_again(tmp_path):
+    first, second = tmp_path / "first.tsv", tmp_path / "second.tsv"
+    for source, output in ((tiny.file("test"), first), (first, second)):
+        done = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
+        assert done.code == 0, done.err
+    row = next(row for _, row in read_rows(second))
+    assert row["predicted_predicted_label"] == row["predicted_label"]
+    assert row["predicted_score"] == row["score"]
 
 
 def test_gzip_in(tmp_path):
@@ -435,4 +449,4 @@ def test_python_m_train_smoke_shrinks_the_run(tmp_path):
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         assert run(train_program, "train", [*map(str, args), *tiny.FIELDS]) == 2
-    assert "(it differs in data)" in err.getvalue()
+    assert "(it differs in data.limit" in err.getvalue()

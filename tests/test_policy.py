@@ -65,6 +65,12 @@ def test_margin_and_entropy_by_hand():
     assert RULES["entropy"](tail, one)[0] > 0.99
 
 
+def test_no_rule_is_sure_of_what_is_not_finite():
+    broken = binary([[np.nan], [2.0]])
+    for rule in ("confidence", "margin", "entropy"):
+        assert np.asarray(select_exit(broken, 0.5, rule=rule).exit) == [1], rule
+
+
 def test_agreement_counts_the_exits_that_said_the_same_before():
     labels = np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 1, 1], [1, 1, 0]])  # [E, N]
     logits = np.eye(2, dtype=np.float32)[labels]
@@ -107,7 +113,8 @@ def test_a_saturated_score_leaves_at_one_and_not_above():
     saturated = binary([[200.0, 1], [200, 1]])
     assert np.asarray(select_exit(saturated, 1.0).score)[0] == 1
     assert exits(saturated, 1.0) == [0, 1]
-    assert exits(saturated, np.nextafter(np.float32(1), np.float32(2))) == [1, 1]
+    for above in (np.nextafter(np.float32(1), np.float32(2)), 1 + 1e-9):
+        assert exits(saturated, above) == [1, 1]
 
 
 def test_a_threshold_is_compared_as_float32():

@@ -279,6 +279,19 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path) -> None:
             assert str(workdir / "checkpoints" / "2") in told[0]
             assert (workdir / "damaged" / "2").is_dir()
             aside += 1
+    better = tmp_path / "better"
+    better.mkdir()
+    with Checkpoints(better) as checkpoints:
+        for step, score in ((1, 0.9), (2, 0.5), (3, 0.4)):
+            checkpoints.save(
+                step, {"x": jnp.zeros(3000), "n": np.int32(step)}, {"mean_accuracy": score}
+            )
+    damage(better / "checkpoints" / "1" / "about" / "metadata", "flip")
+    with Checkpoints(better) as checkpoints:
+        assert checkpoints.restore_newest(like)[0] == 3
+        with pytest.warns(UserWarning, match="that of step 2 is used"):
+            step, state = checkpoints.restore_best(like)
+    assert step == state["n"] == 2
     shutil.rmtree(made / "checkpoints" / "1")
     damage(made / "checkpoints" / "2" / "about" / "metadata", "flip")
     with (

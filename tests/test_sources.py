@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -115,6 +116,13 @@ def test_csv_keeps_line_breaks_and_long_fields(tmp_path):
 )
 def test_text_columns_are_recognised(columns, expected):
     assert sources.find_text_columns(columns) == expected
+
+
+@pytest.mark.parametrize("header", ["text;label", "text|label", "one great film"])
+def test_a_text_or_another_format_is_no_name_of_a_column(header):
+    with pytest.raises(ValueError, match=f"'{re.escape(header)}' does not look like the name"):
+        sources.find_text_columns((header,))
+    assert sources.find_text_columns((header,), (header,)) == (header,)
 
 
 def test_columns_by_name(tmp_path):
@@ -330,6 +338,18 @@ TWO = "expected 2 columns (text, label)."
             ", line 2: the label is missing: expected a name. Got None.",
         ),
         ("t.csv", "text,label\nx,\n", ", line 2: the label is missing: expected a name. Got ''."),
+        (
+            "t.tsv",
+            "text\tlabel\nx\ta\ny\ta \n",
+            ", line 3: the label must not begin or end with a space. Got 'a '.",
+        ),
+        (
+            "t.jsonl",
+            '{"text": "x", "label": ' + "9" * 5000 + "}\n",
+            ", line 1: JSON that cannot be read: Exceeds the limit (4300 digits) for integer "
+            "string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to "
+            "increase the limit.",
+        ),
         (
             "t.jsonl",
             '{"text": "x", "label": 1}\n{"txt": "x", "label": 2}\n',

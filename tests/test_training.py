@@ -329,9 +329,11 @@ def test_the_best_and_the_newest_checkpoint_are_kept(tmp_path: Path) -> None:
         for step, score in ((1, 0.5), (2, None), (3, 0.7), (4, 0.7), (5, 0.6), (6, None)):
             metrics = None if score is None else {"mean_accuracy": score}
             checkpoints.save(step, {"x": jnp.full(3, step)}, metrics)
-        assert (checkpoints.latest(), checkpoints.best()) == (6, 4)
     with Checkpoints(tmp_path) as checkpoints:
-        state = checkpoints.restore(checkpoints.best(), {"x": jnp.zeros(3, jnp.int32)})
+        like = {"x": jnp.zeros(3, jnp.int32)}
+        newest, _ = checkpoints.restore_newest(like)
+        best, state = checkpoints.restore_best(like)
+        assert (newest, best) == (6, 4)
     assert state["x"].tolist() == [4, 4, 4]
 
 
@@ -342,12 +344,18 @@ def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
     claim_workdir(tmp_path / "run", other_hardware, {"train": "a1"})
     with pytest.raises(ValueError, match=r"another training config \(it differs in seed\)"):
         claim_workdir(tmp_path / "run", TrainConfig(seed=2), {"train": "a1"})
-    with pytest.raises(ValueError, match=r"it differs in rows\)"):
+    with pytest.raises(ValueError, match=r"it differs in rows.train\)"):
         claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "b2"})
+    # The same rows may lie elsewhere.
+    moved = DataConfig(path="elsewhere", cache_dir="another")
+    claim_workdir(tmp_path / "run", TrainConfig(seed=1, data=moved), {"train": "a1"})
+    shorter = TrainConfig(seed=1, data=DataConfig(max_length=8))
+    with pytest.raises(ValueError, match=r"it differs in data.max_length\)"):
+        claim_workdir(tmp_path / "run", shorter, {"train": "a1"})
     # A run of before a field was there had its default.
     path = tmp_path / "run" / "config.json"
     older = json.loads(path.read_text())
-    del older["alternate"], older["train_encoder"]
+    del older["alternate"], older["train_encoder"], older["data"]["dev_fraction"]
     path.write_text(json.dumps(older))
     claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
     with pytest.raises(ValueError, match=r"differs in train_encoder"):

@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,12 @@ def find_text_columns(
             return known
     left = [name for name in names if name not in ROW_NUMBER_COLUMNS]
     if len(left) == 1:
+        if re.search(r"[,;|\t]", left[0]) or (len(columns) == 1 and " " in left[0]):
+            raise ValueError(
+                f"{path}: {left[0]!r} does not look like the name of a column. A tsv has tabs "
+                f"between its columns, a csv commas; one text per line without a header is a txt. "
+                f"If it is a name, give it as text_columns (--text-column)."
+            )
         return (left[0],)
     raise ValueError(
         f"{path}: which column holds the text? Its columns: {', '.join(columns)}. "
@@ -200,6 +206,8 @@ def label_of(row: Mapping[str, Any], column: str, path: str | Path, line: int) -
         return str(label)
     if not isinstance(label, str) or not label:
         raise ValueError(f"{where} is missing: expected a name. Got {label!r}.")
+    if label != label.strip():
+        raise ValueError(f"{where} must not begin or end with a space. Got {label!r}.")
     return label
 
 
@@ -271,11 +279,9 @@ def _strip(line: str) -> str:
 
 def _sniff(line: str, text_columns: Sequence[str]) -> str:
     """The format of standard input, by its first line."""
-    try:
+    with suppress(ValueError, RecursionError):
         if isinstance(json.loads(line), dict):
             return "jsonl"
-    except ValueError:
-        pass
     cells = _strip(line).split("\t")
     known = (tuple(text_columns),) if text_columns else TEXT_COLUMNS
     return "tsv" if any(set(names) <= set(cells) for names in known) else "txt"
@@ -291,6 +297,9 @@ def _json_rows(
             row = json.loads(_strip(line))
         except json.JSONDecodeError as error:
             _refuse(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}.", skip)
+            continue
+        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+            _refuse(f"{path}, line {number}: JSON that cannot be read: {error}.", skip)
             continue
         if not isinstance(row, dict):
             _refuse(

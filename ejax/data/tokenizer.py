@@ -97,7 +97,7 @@ class Tokenizer:
         """One more than the largest id: the rows a word embedding must have."""
         return max(self._backend.get_vocab().values()) + 1
 
-    def encode(self, texts: Sequence[Text], max_length: int) -> Encoded:
+    def encode(self, texts: Sequence[Text], max_length: int, *, first: int = 0) -> Encoded:
         """Tokenises texts and pairs, in order; one list may mix the two.
 
         A row longer than `max_length` is truncated on the right, a pair longest first:
@@ -105,7 +105,7 @@ class Tokenizer:
         goes to the text that was longer, the second if none was), as Hugging Face's
         fast tokenizers do; of two texts that are cut before, the parts left decide
         which is longer. An empty text is [CLS] [SEP]. Characters that are not
-        Unicode (lone surrogates) are dropped.
+        Unicode (lone surrogates) are dropped. `first` is the number of the first row, for errors.
 
         Raises:
           ValueError: for a max_length below 4, or a row that is neither a string nor a
@@ -113,7 +113,7 @@ class Tokenizer:
         """
         if max_length < MIN_LENGTH:
             raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens. Got {max_length}.")
-        firsts, seconds = _split_pairs(texts)
+        firsts, seconds = _split_pairs(texts, first)
         chunks = [
             self._encode_chunk(firsts[chunk], seconds[chunk], max_length)
             for chunk in _chunks(firsts, seconds, max_length)
@@ -249,13 +249,13 @@ def bucket_of(lengths: np.ndarray, buckets: Sequence[int], max_length: int) -> n
     return edges[np.searchsorted(edges, lengths)]
 
 
-def _split_pairs(texts: Sequence[Text]) -> tuple[list[str], list[str | None]]:
+def _split_pairs(texts: Sequence[Text], first: int) -> tuple[list[str], list[str | None]]:
     """First texts, and second texts or None."""
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts must be a list of texts. Got one {type(texts).__name__}.")
     firsts: list[str] = []
     seconds: list[str | None] = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, first):
         if isinstance(text, str):
             firsts.append(text)
             seconds.append(None)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.special import entr
 
 Array = jax.Array
 
@@ -54,8 +55,8 @@ def entropy(logits: Array, temperature: Array) -> Array:
     k = min(TOP_K, logits.shape[-1])
     top = lax.top_k(probabilities(logits, temperature), k)[0]
     top = top / top.sum(axis=-1, keepdims=True)
-    bits = jnp.where(top > 0, top * jnp.log(jnp.where(top > 0, top, 1.0)), 0.0).sum(axis=-1)
-    return jnp.clip(1.0 + bits / math.log(k), 0.0, 1.0)
+    nats = entr(top).sum(axis=-1)
+    return jnp.clip(1.0 - nats / math.log(k), 0.0, 1.0)
 
 
 def probabilities(logits: Array, temperature: Array) -> Array:
@@ -64,6 +65,7 @@ def probabilities(logits: Array, temperature: Array) -> Array:
 
 
 TOP_K = 10
+ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 RULES: dict[str, Callable[[Array, Array], Array]] = {
     "confidence": confidence,
     "margin": margin,
@@ -157,11 +159,15 @@ def select_exit(
 
 
 def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
-    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit."""
+    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit.
+
+    What is above 1 stays above it, however little.
+    """
     try:
-        values = np.asarray(thresholds, np.float32)
+        given = np.asarray(thresholds, np.float64)
     except (TypeError, ValueError):
-        values = np.asarray(np.nan)
+        given = np.asarray(np.nan)
+    values = np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
     if np.isnan(values).any():
         raise ValueError(
             f"thresholds must be numbers: one, one per exit [{exits}], or one per row and exit. "

@@ -20,8 +20,12 @@ from ejax.training.processes import barrier
 
 METRIC = "mean_accuracy"
 COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
-# How a run is carried, not what it computes: it may go on with others.
-CARRIED = ("parallel", "accumulate", "remat", "checkpoint_steps")
+# How a run is carried, not what it computes: it may go on with others. Where the rows lie is one
+# of them: their fingerprints are compared.
+CARRIED = (
+    "parallel", "accumulate", "remat", "checkpoint_steps", "data.cache_dir", "data.path",
+    "data.name", "data.train", "data.dev", "data.test",
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -89,16 +93,6 @@ class Checkpoints:
             metrics=metrics,
         )
 
-    def latest(self) -> int | None:
-        return self.manager.latest_step()
-
-    def best(self) -> int:
-        self.manager.wait_until_finished()
-        step = self.manager.best_step()
-        if step is None:
-            raise ValueError(f"{self.manager.directory} holds no checkpoint.")
-        return step
-
     def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step`, with the shapes, types and placement of `like`.
 
@@ -128,8 +122,21 @@ class Checkpoints:
         Raises:
           ValueError: where there are some and none can be read; nothing is moved then.
         """
+        return self._restore_first(sorted(self.manager.all_steps(), reverse=True), like)
+
+    def restore_best(self, like: Any) -> tuple[int, Any]:
+        """(step, state) of the best that can be read, (0, `like`) where there is none.
+
+        Better ones that cannot be read are moved away as by `restore_newest`.
+        """
+        self.manager.wait_until_finished()
+        steps = self.manager.all_steps()
+        by_score = sorted(steps, key=lambda step: (_score(self.manager.metrics(step)), step))
+        return self._restore_first(by_score[::-1], like)
+
+    def _restore_first(self, steps: list[int], like: Any) -> tuple[int, Any]:
         problems: dict[int, Any] = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in steps:
             try:
                 state, problem = self.restore(step, like), None
             except Exception as error:  # damage shows in many ways
@@ -137,8 +144,8 @@ class Checkpoints:
                     raise
                 problem = error
             if _all_hosts(problem is None):
-                for newer, why in problems.items():
-                    self._set_aside(newer, why)
+                for damaged, why in problems.items():
+                    self._set_aside(damaged, why, instead=step)
                 barrier("set aside")
                 if problems:
                     self.manager.reload()
@@ -160,13 +167,13 @@ class Checkpoints:
             steps = [path for path in steps if (path / COMMITTED).exists()]
         return [int(path.name) for path in steps]
 
-    def _set_aside(self, step: int, problem: Any) -> None:
+    def _set_aside(self, step: int, problem: Any, instead: int | None = None) -> None:
         source, target = self.folder / str(step), self.workdir / "damaged" / str(step)
         if jax.process_index() == 0:
             storage.move(source, target)
         warnings.warn(
-            f"{source} is damaged ({_short(problem)}): moved to {target}, the run "
-            f"goes on from the one before.",
+            f"{source} is damaged ({_short(problem)}): moved to {target}; "
+            f"{'another' if instead is None else f'that of step {instead}'} is used.",
             stacklevel=3,
         )
 
@@ -216,6 +223,15 @@ def _score(metrics: Any) -> float:
     return metrics[METRIC]
 
 
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the fields of `data` and `rows` beside the others, as "data.path"."""
+    made: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = value if isinstance(value, dict) else {}
+        made |= {f"{key}.{name}": part for name, part in nested.items()} or {key: value}
+    return made
+
+
 def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> None:
     """Writes the config into a new workdir; refuses one of another config or other rows.
 
@@ -227,13 +243,12 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
+    default = json.loads(json.dumps(to_json(TrainConfig())))
     with storage.reaching(path):
         text = path.read_text() if path.exists() else "null"
     theirs = json.loads(text) or mine
-    theirs = json.loads(json.dumps(to_json(TrainConfig()))) | theirs  # a field that is newer
-    differ = [
-        key for key in mine | theirs if key not in CARRIED and mine.get(key) != theirs.get(key)
-    ]
+    asked, was = _flat(mine), _flat(default) | _flat(theirs)  # a field may be newer
+    differ = [key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)]
     if differ:
         raise ValueError(
             f"{workdir} belongs to another training config (it differs in "

@@ -315,8 +315,8 @@ def train(
                 checkpoints.save(done, state, scores)
             if stop and done < total:
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
-        best = checkpoints.best()
-        return jax.device_get(checkpoints.restore(best, state).kept), best, first
+        best, state = checkpoints.restore_best(state)
+        return jax.device_get(state.kept), best, first
 
 
 def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:
