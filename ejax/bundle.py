@@ -311,6 +311,17 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_columns(bundle: Bundle, columns: Sequence[str], source: str) -> None:
+    """Raises ValueError for pairs of texts where single ones were trained on, or the reverse."""
+    trained = bundle.provenance.get("text_columns", columns)
+    if len(trained) != len(columns):
+        raise ValueError(
+            f"{source} has {len(columns)} text columns ({', '.join(columns)}), and this bundle was "
+            f"trained on {len(trained)} ({', '.join(trained)}): name them with text_columns "
+            f"(--text-column)."
+        )
+
+
 def describe_thresholds(thresholds: Sequence[float]) -> str:
     """In words: the last exit, which takes everyone, left out."""
     early = sorted(set(thresholds[:-1]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
+from ejax.bundle import Bundle, check_columns
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.files import Row, find_text_columns, path_format, read_rows, texts_of
 
@@ -65,7 +66,7 @@ def predict_file(
         Without an ending: the format of the input, jsonl where that is txt or unknown.
       threshold: None means the bundle's; above 1 full depth.
       top_k: None means all labels.
-      text_columns: () means those of the training, or else the recognised ones.
+      text_columns: () means those of the training, or else as many recognised ones.
       format: of `source`, where its ending does not say it.
       skip_bad_rows: leave out rows that cannot be read, instead of stopping.
       progress: called with the rows done so far.
@@ -143,7 +144,7 @@ def read_texts(
     for line, row in read_rows(source, format=format, labels=clf.bundle.labels, **options):
         if not columns:
             known = tuple(row)
-            columns = find_text_columns(known, _given(clf, text_columns, known), path=source)
+            columns = columns_of(clf.bundle, text_columns, known, source)
             names = tuple(_free(name, known) for name in (ADDED[:3] if top_1 else ADDED))
         try:
             text, pair = texts_of(row, columns, source, line)
@@ -162,10 +163,22 @@ def _free(name: str, known: Sequence[str]) -> str:
     return name
 
 
-def _given(clf: EarlyExitClassifier, given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    """The text columns asked for, or those of the training where this file has them too."""
-    trained = clf.bundle.provenance.get("config", {}).get("data", {}).get("text_columns", ())
-    return given or (trained if all(name in known for name in trained) else ())
+def columns_of(
+    bundle: Bundle, given: Sequence[str], known: Sequence[str], source: str
+) -> tuple[str, ...]:
+    """The text columns asked for, or those of the training, or else the recognised ones.
+
+    Raises:
+      ValueError: where none are found, or two instead of the one trained on, or the reverse.
+    """
+    trained = bundle.provenance.get("text_columns", ())
+    if not given and all(name in known for name in trained):
+        given = trained
+    label = bundle.provenance.get("config", {}).get("data", {}).get("label_column", "label")
+    columns = find_text_columns(known, given, label_column=label, path=source)
+    if not given:
+        check_columns(bundle, columns, source)
+    return columns
 
 
 def _check_columns(

@@ -211,6 +211,16 @@ def test_predict_with_wrong_settings(args, expected):
     assert expected in tiny.refused("predict", tiny.trained()[0], *source, *args)
 
 
+def test_pairs_are_not_taken_for_texts(tmp_path):
+    source = tmp_path / "pairs.tsv"
+    source.write_text("sentence1\tsentence2\tlabel\ngreat\tfilm\tgood\npoor\tfilm\tbad\n")
+    expected = "has 2 text columns (sentence1, sentence2), and this bundle was trained on 1 (text)"
+    assert expected in tiny.refused("predict", tiny.trained()[0], "--input", source)
+    assert expected in tiny.refused("evaluate", tiny.trained()[0], "--data", source)
+    args = ("predict", tiny.trained()[0], "--input", source, "--text-column", "sentence1")
+    assert tiny.ejax(*args).code == 0
+
+
 def test_predict_stops_at_a_bad_row_and_keeps_the_old_output(tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "great"}\n{"text": 3}\n{"text": "poor"}\n')

@@ -384,6 +384,12 @@ def test_bad_training_file(tmp_path, name, text, expected):
     assert train_error(tmp_path, name, text) == expected
 
 
+def test_a_label_per_row_is_no_label(tmp_path):
+    rows = "".join(f"{i}\t{'ab'[i % 2]}\ttext {i}\n" for i in range(30))
+    message = train_error(tmp_path, "t.tsv", rows)  # id, label and text, without a header
+    assert message.startswith(" has 30 labels in 30 rows: is 'label' (in a tsv without a header")
+
+
 def test_bad_columns(tmp_path):
     text = "label\tbody\tx\na\tb\tc\n"
     message = train_error(tmp_path, "t.tsv", text, text_columns=("bodi",))

@@ -28,6 +28,7 @@ SPLITS = ("train", "dev", "test")
 FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 LABELLED = ("tsv", "csv", "jsonl")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
+FEW_ROWS = 20  # of which every second may have a label of its own
 
 
 class Example(NamedTuple):
@@ -45,6 +46,7 @@ class Split(Sequence[Example]):
       name: "train", "dev" or "test".
       labels: the label names; `Example.label` is an index into them.
       origin: where the rows come from, in words, such as "10 % of train, seed 0".
+      text_columns: of the text, and of its pair where there is one.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Split(Sequence[Example]):
         source: Any,
         rows: np.ndarray,
         decode: Callable[[dict[str, Any]], Example],
+        text_columns: Sequence[str],
     ) -> None:
         self.name, self.labels, self.origin = name, tuple(labels), origin
         self._source, self._rows, self._decode = source, rows, decode
+        self.text_columns = tuple(text_columns)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -82,7 +86,10 @@ class Split(Sequence[Example]):
         return [self._decode(row) for row in self._source.__getitems__(rows.tolist())]
 
     def take(self, name: str, rows: np.ndarray, origin: str) -> "Split":
-        return Split(name, self.labels, origin, self._source, self._rows[rows], self._decode)
+        return Split(
+            name, self.labels, origin, self._source, self._rows[rows], self._decode,
+            self.text_columns,
+        )  # fmt: skip
 
 
 def load(
@@ -195,6 +202,12 @@ def _load_files(
                 f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
                 f"a classifier needs two classes."
             )
+        if name == "train" and 2 * len(records.labels) > len(records.source) >= FEW_ROWS:
+            raise ValueError(
+                f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: is "
+                f"{config.label_column!r} (in a tsv without a header the first column) the label? "
+                f"Name it with label_column (--label-column)."
+            )
         labels = labels or _sorted_labels(records.labels)
         _check_labels(records.labels, labels, paths[name])
         if width and len(records.text_columns) != width:
@@ -206,7 +219,9 @@ def _load_files(
         rows = np.arange(len(records.source))
         decode = partial(_local_example, {label: i for i, label in enumerate(labels)})
         origin = "/".join(paths[name].parts[-2:])  # travels in the bundle: no home folder
-        found[name] = Split(name, labels, origin, records.source, rows, decode)
+        found[name] = Split(
+            name, labels, origin, records.source, rows, decode, records.text_columns
+        )
     return found
 
 
@@ -270,9 +285,10 @@ def _load_named(name: str, root: Path, labels: Sequence[str]) -> dict[str, Split
             f"{name} has the label {missing[0]!r}, which is not among: {', '.join(known)}."
         )
     order = tuple(known.index(label) for label in own)
-    decode = partial(_named_example, named.TFDS[name].texts, order)
+    texts = named.TFDS[name].texts
+    decode, columns = partial(_named_example, texts, order), tuple(map(" ".join, texts))
     return {
-        part: Split(part, known, records.origin, records.source, records.rows, decode)
+        part: Split(part, known, records.origin, records.source, records.rows, decode, columns)
         for part, records in parts.items()
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import Bundle
+from ejax.bundle import Bundle, check_columns
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
@@ -48,10 +48,8 @@ def labelled_rows(
     }
     path = storage.path_of(data)
     if path.is_file():
-        return load(DataConfig(test=data, **options), splits=("test",), labels=bundle.labels)[
-            "test"
-        ]
-    if path.is_dir():
+        config, split = DataConfig(test=data, **options), "test"
+    elif path.is_dir():
         config = DataConfig(path=data, **options)
     elif data in TFDS:
         config = DataConfig(name=data, **options)
@@ -63,6 +61,8 @@ def labelled_rows(
     found = load(config, splits=(split,), seed=seed, labels=bundle.labels)
     if split not in found:
         raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
+    if not text_columns:
+        check_columns(bundle, found[split].text_columns, found[split].origin)
     return found[split]
 
 

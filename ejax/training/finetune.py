@@ -156,6 +156,7 @@ def finetune(
             "model": short_path(config.model),
             "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
             "best_step": best,
+            "text_columns": list(splits["train"].text_columns),
             "config": to_json(public(config)),
             "versions": environment()["versions"],
             "rows": {
