@@ -311,14 +311,21 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def text_columns_of(bundle: Bundle) -> tuple[str, ...]:
+    """Those of the training; () where they were not recorded."""
+    p = bundle.provenance
+    asked = p.get("config", {}).get("data", {}).get("text_columns", ())  # of older bundles
+    return tuple(p.get("text_columns", asked))
+
+
 def check_columns(bundle: Bundle, columns: Sequence[str], source: str) -> None:
     """Raises ValueError for pairs of texts where single ones were trained on, or the reverse."""
-    trained = bundle.provenance.get("text_columns", columns)
+    trained = text_columns_of(bundle) or columns
     if len(trained) != len(columns):
         raise ValueError(
             f"{source} has {len(columns)} text columns ({', '.join(columns)}), and this bundle was "
-            f"trained on {len(trained)} ({', '.join(trained)}): name them with text_columns "
-            f"(--text-column)."
+            f"trained on {len(trained)} ({', '.join(trained)}): give other rows, or of a file name "
+            f"the columns with text_columns (--text-column)."
         )
 
 

@@ -312,7 +312,7 @@ class EarlyExitClassifier:
         for rows, given, options in self._calls(encoded):
             part = thresholds
             if per_row:
-                part = np.full((len(given[-1].ids), exits), 2.0, np.float32)
+                part = np.full((len(given[-1].ids), exits), 2.0)
                 part[: len(rows)] = np.asarray(thresholds)[rows]
             found = early_exit(*given, part, temperatures=self.bundle.temperatures, **options)
             running.pools.append((rows, found))

@@ -219,7 +219,7 @@ def evaluate(
             progress=status.update,
         )  # fmt: skip
     result |= {"bundle": bundle.name, "data": rows.origin}
-    result |= {"rows_fitted_on": count_fitted(clf.bundle, task.hashes)}
+    result |= {"rows_fitted_on": count_fitted([clf.bundle], task.hashes)}
     save(result, output)
     show(table(result))
     note(f"written: {output} and {output.with_suffix('.png')}")
@@ -240,8 +240,8 @@ def report(
 ) -> None:
     """Write one page on what early exit gains and loses on labelled rows, and for whom.
 
-    Rows that fitted the bundle or chose its thresholds are left out. The page needs nothing
-    else: it can be sent and opened anywhere.
+    Rows that fitted the bundle, or one beside it, or chose its thresholds are left out. The page
+    needs nothing else: it can be sent and opened anywhere.
     """
     from rich.console import Console
 
@@ -322,7 +322,8 @@ def bench(
         )  # fmt: skip
     hashes = [row_hash(row, clf.bundle.labels) for row in chosen]
     result |= {"bundle": bundle.name, "data": rows.origin}
-    result |= {"rows_fitted_on": count_fitted(clf.bundle, hashes)}
+    bundles = [clf.bundle, *(other.bundle for other in others.values())]
+    result |= {"rows_fitted_on": count_fitted(bundles, hashes)}
     save_bench(result, output)
     show(bench_table(result))
     for name, why in result["left_out"].items():
@@ -570,16 +571,16 @@ def quickstart(
     quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
 
 
-def count_fitted(bundle: Any, hashes: list[str]) -> int:
-    """How many of the rows fitted the bundle or its thresholds; says so."""
+def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
+    """How many of the rows fitted one of the bundles or its thresholds; says so."""
     from ejax.evaluation.targets import chosen_on
 
-    fitted = chosen_on(bundle)
+    fitted = set[str]().union(*map(chosen_on, bundles))
     seen = sum(name in fitted for name in hashes)
     if seen:
         note(
-            f"{seen} of these rows also fitted this bundle or its thresholds: figures may "
-            f"flatter it."
+            f"{seen} of these rows also fitted {'a' if bundles[1:] else 'this'} bundle or its "
+            f"thresholds: figures may flatter it."
         )
     return seen
 

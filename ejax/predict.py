@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns
+from ejax.bundle import Bundle, check_columns, text_columns_of
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.files import Row, find_text_columns, path_format, read_rows, texts_of
 
@@ -171,11 +171,11 @@ def columns_of(
     Raises:
       ValueError: where none are found, or two instead of the one trained on, or the reverse.
     """
-    trained = bundle.provenance.get("text_columns", ())
-    if not given and all(name in known for name in trained):
-        given = trained
     label = bundle.provenance.get("config", {}).get("data", {}).get("label_column", "label")
-    columns = find_text_columns(known, given, label_column=label, path=source)
+    columns = find_text_columns(
+        known, given, preferred=text_columns_of(bundle),
+        label_column=label if label in known else "label", path=source,
+    )  # fmt: skip
     if not given:
         check_columns(bundle, columns, source)
     return columns

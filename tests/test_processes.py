@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path) -> None:
     damage(better / "checkpoints" / "1" / "about" / "metadata", "flip")
     with Checkpoints(better) as checkpoints:
         assert checkpoints.restore_newest(like)[0] == 3
-        with pytest.warns(UserWarning, match="that of step 2 is used"):
+        with pytest.warns(UserWarning, match="1 is damaged .* is used"):
             step, state = checkpoints.restore_best(like)
     assert step == state["n"] == 2
     shutil.rmtree(made / "checkpoints" / "1")

@@ -119,10 +119,21 @@ def test_text_columns_are_recognised(columns, expected):
 
 
 @pytest.mark.parametrize("header", ["text;label", "text|label", "one great film"])
-def test_a_text_or_another_format_is_no_name_of_a_column(header):
+def test_a_text_or_another_format_is_no_name_of_a_column(tmp_path, header):
+    source = tmp_path / "in.tsv"
+    source.write_text(f"{header}\nx\n")
     with pytest.raises(ValueError, match=f"'{re.escape(header)}' does not look like the name"):
-        sources.find_text_columns((header,))
-    assert sources.find_text_columns((header,), (header,)) == (header,)
+        next(sources.read_rows(source))
+    assert next(sources.read_rows(source, text_columns=(header,))) == (2, {header: "x"})
+    source.with_suffix(".jsonl").write_text(json.dumps({header: "x"}) + "\n")
+    assert next(sources.read_rows(source.with_suffix(".jsonl"))) == (1, {header: "x"})
+
+
+def test_preferred_columns_are_taken_where_they_are():
+    columns = ("text", "sentence", "label")
+    assert sources.find_text_columns(columns, preferred=("sentence",)) == ("sentence",)
+    assert sources.find_text_columns(columns, preferred=("review",)) == ("text",)
+    assert sources.find_text_columns(columns, ("text",), preferred=("sentence",)) == ("text",)
 
 
 def test_columns_by_name(tmp_path):
@@ -384,10 +395,11 @@ def test_bad_training_file(tmp_path, name, text, expected):
     assert train_error(tmp_path, name, text) == expected
 
 
-def test_a_label_per_row_is_no_label(tmp_path):
+def test_a_label_per_row_is_warned_of(tmp_path):
     rows = "".join(f"{i}\t{'ab'[i % 2]}\ttext {i}\n" for i in range(30))
-    message = train_error(tmp_path, "t.tsv", rows)  # id, label and text, without a header
-    assert message.startswith(" has 30 labels in 30 rows: is 'label' (in a tsv without a header")
+    (tmp_path / "train.tsv").write_text(rows)  # id, label and text, without a header
+    with pytest.warns(UserWarning, match=r"train.tsv has 30 labels in 30 rows: 'label' \(in a tsv"):
+        load(tmp_path, path=str(tmp_path))
 
 
 def test_bad_columns(tmp_path):

@@ -19,7 +19,7 @@ from scipy.special import bdtr, bdtri
 
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval, softmax
 from ejax.config import check_layers
-from ejax.inference.policy import check_rule, check_temperatures, exit_scores
+from ejax.inference.policy import as_float32, check_rule, check_temperatures, exit_scores
 
 FULL = 2.0  # above every score: nobody leaves early
 BOUNDS = np.geomspace(5e-4, 0.5, 61)  # on the loss of a row that leaves, for an accuracy drop
@@ -59,7 +59,7 @@ class Table:
 
     def leave(self, policy: Any) -> Int:
         """Where rows leave under a threshold, or one per exit: int [N], index into `layers`."""
-        reached = self.scores >= np.reshape(np.asarray(policy, np.float32), (-1, 1))
+        reached = self.scores >= np.reshape(as_float32(policy), (-1, 1))
         reached[-1] = True
         return reached.argmax(axis=0)
 

@@ -112,16 +112,18 @@ def find_text_columns(
     columns: Collection[str],
     given: Sequence[str] = (),
     *,
+    preferred: Sequence[str] = (),
     label_column: str = "label",
     path: str | Path = "",
 ) -> tuple[str, ...]:
-    """The one or two columns that hold the text: those given, or the recognised ones.
+    """The one or two columns that hold the text: those given, or preferred, or recognised.
 
     Raises:
       ValueError: when a given column is missing, or none is recognised; it lists the
         columns of the file.
     """
     names = [name for name in columns if name != label_column]
+    given = given or (preferred if all(name in names for name in preferred) else ())
     if given:
         if len(given) > 2:
             raise ValueError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
@@ -136,12 +138,6 @@ def find_text_columns(
             return known
     left = [name for name in names if name not in ROW_NUMBER_COLUMNS]
     if len(left) == 1:
-        if re.search(r"[,;|\t]", left[0]) or (len(columns) == 1 and " " in left[0]):
-            raise ValueError(
-                f"{path}: {left[0]!r} does not look like the name of a column. A tsv has tabs "
-                f"between its columns, a csv commas; one text per line without a header is a txt. "
-                f"If it is a name, give it as text_columns (--text-column)."
-            )
         return (left[0],)
     raise ValueError(
         f"{path}: which column holds the text? Its columns: {', '.join(columns)}. "
@@ -363,6 +359,12 @@ def _columns(
             return HEADERLESS[len(header)], itertools.chain([(number, header)], cells)
     if header == [""]:
         raise ValueError(f"{path}, line {number}: expected a header with the column names.")
+    if len(header) == 1 and header[0] not in text_columns and re.search(r"[,;|\t ]", header[0]):
+        raise ValueError(
+            f"{path}: {header[0]!r} does not look like the name of a column. A tsv has tabs "
+            f"between its columns, a csv commas; one text per line without a header is a txt. If "
+            f"it is a name, give it as text_columns (--text-column)."
+        )
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: the header names column {twice[0]!r} twice.")

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from ejax.data import files
 
-FORMAT_VERSION = "1.0.0"  # of what is written: raise it when rows are read differently
+FORMAT_VERSION = "1.0.1"  # of what is written: raise it when rows are read differently
 
 
 class Records(NamedTuple):
@@ -70,6 +70,7 @@ def open_file(
     text_columns: Sequence[str] = (),
     label_column: str = "label",
     labels: Sequence[str] = (),
+    preferred: Sequence[str] = (),
 ) -> Records:
     """A labelled file as an ArrayRecord data source, written on first use.
 
@@ -80,6 +81,7 @@ def open_file(
     Args:
       path, text_columns, label_column, labels: as for `files.read_rows`.
       root: the folder for such copies.
+      preferred: text columns, if the file has them and `text_columns` names none.
 
     Raises:
       ValueError: naming the file and, where there is one, the line.
@@ -92,7 +94,9 @@ def open_file(
     line, first = next(files.read_rows(path, **options), (0, {}))
     if not first:
         raise ValueError(f"{path} has a header but no rows.")
-    columns = files.find_text_columns(first, text_columns, label_column=label_column, path=path)
+    columns = files.find_text_columns(
+        first, text_columns, preferred=preferred, label_column=label_column, path=path
+    )
     files.label_of(first, label_column, path, line)  # a clear error before anything is written
 
     def rows() -> Iterator[tuple[int, str, str | None, str]]:

@@ -7,6 +7,7 @@ carved from train where there is none. Nothing here needs TensorFlow.
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,7 @@ def load(
     splits: Sequence[str] = SPLITS,
     seed: int = 0,
     labels: Sequence[str] = (),
+    preferred: Sequence[str] = (),
 ) -> dict[str, Split]:
     """The splits of a data set; the key "test" is absent where there is none.
 
@@ -112,6 +114,7 @@ def load(
       labels: label names in the order of their indices, those of a trained model say;
         () means those of train: sorted, by value where all are integers. With `labels`
         a test file can be loaded alone.
+      preferred: text columns of local files that have them, where the config names none.
 
     Raises:
       ValueError: one sentence; for a file it names the file and the line.
@@ -121,7 +124,7 @@ def load(
         raise ValueError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
     if config.path or config.train or config.dev or config.test:
-        found = _load_files(config, root, splits, labels)
+        found = _load_files(config, root, splits, labels, preferred)
     elif config.name:
         found = _load_named(config.name, root, labels)
     else:
@@ -174,7 +177,11 @@ def _limit(split: Split, limit: int) -> Split:
 
 
 def _load_files(
-    config: DataConfig, root: Path, splits: Sequence[str], labels: Sequence[str]
+    config: DataConfig,
+    root: Path,
+    splits: Sequence[str],
+    labels: Sequence[str],
+    preferred: Sequence[str],
 ) -> dict[str, Split]:
     from ejax.data import local
 
@@ -196,6 +203,7 @@ def _load_files(
                 text_columns=config.text_columns,
                 label_column=config.label_column,
                 labels=labels,
+                preferred=preferred,
             )
         if name == "train" and len(records.labels) < 2:
             raise ValueError(
@@ -203,10 +211,11 @@ def _load_files(
                 f"a classifier needs two classes."
             )
         if name == "train" and 2 * len(records.labels) > len(records.source) >= FEW_ROWS:
-            raise ValueError(
-                f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: is "
-                f"{config.label_column!r} (in a tsv without a header the first column) the label? "
-                f"Name it with label_column (--label-column)."
+            warnings.warn(
+                f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: "
+                f"{config.label_column!r} (in a tsv without a header the first column) may not be "
+                f"the label; label_column (--label-column) names another.",
+                stacklevel=2,
             )
         labels = labels or _sorted_labels(records.labels)
         _check_labels(records.labels, labels, paths[name])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns
+from ejax.bundle import Bundle, check_columns, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
@@ -28,7 +28,7 @@ def labelled_rows(
     Args:
       data: a file (`split` does not matter), a folder with train, dev and test files, or
         a TFDS name.
-      text_columns: () means those of the training.
+      text_columns: () means those of the training, or else as many recognised ones.
       label_column: "" means that of the training.
       limit: at most so many rows, drawn by a fixed seed; 0 means all.
 
@@ -40,7 +40,7 @@ def labelled_rows(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}. Got {split!r}.")
     trained = bundle.provenance.get("config", {})
     options: dict[str, Any] = {
-        "text_columns": tuple(text_columns) or tuple(_of(trained, "text_columns", ())),
+        "text_columns": tuple(text_columns),
         "label_column": label_column or _of(trained, "label_column", "label"),
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "limit": limit,
@@ -58,10 +58,11 @@ def labelled_rows(
             f"No such file or folder: {data}; nor is it one of the data sets {', '.join(TFDS)}."
         )
     seed = trained.get("seed", 0)
-    found = load(config, splits=(split,), seed=seed, labels=bundle.labels)
+    preferred = text_columns_of(bundle)
+    found = load(config, splits=(split,), seed=seed, labels=bundle.labels, preferred=preferred)
     if split not in found:
         raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
-    if not text_columns:
+    if not text_columns or data in TFDS:  # of a named set none are chosen
         check_columns(bundle, found[split].text_columns, found[split].origin)
     return found[split]
 

@@ -70,8 +70,12 @@ def make_report(
     rows = list(split)
     task = encode(split, bundle.tokenizer, bundle.max_length)
     seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
-    whose = f"{split.origin} fitted or chose the thresholds of"
-    kept = unseen(task, seen, whose, "a report needs")
+    whose = "this bundle or one beside it" if beside else "this bundle"
+    kept = unseen(
+        task, seen,
+        f"every row of {split.origin} fitted or chose the thresholds of {whose}: a report needs "
+        f"other rows.",
+    )  # fmt: skip
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]
     texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]

@@ -161,18 +161,19 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
       ValueError: where none are left.
     """
     task = encode(split, bundle.tokenizer, bundle.max_length)
-    return task.take(unseen(task, fitted_on(bundle), f"{split.origin} fitted", "thresholds need"))
+    refusal = f"every row of {split.origin} fitted this bundle: thresholds need other rows."
+    return task.take(unseen(task, fitted_on(bundle), refusal))
 
 
-def unseen(task: Task, seen: set[str], whose: str, who: str) -> np.ndarray:
+def unseen(task: Task, seen: set[str], refusal: str) -> np.ndarray:
     """The numbers of the rows that are not in `seen`, by their hashes: int [N].
 
     Raises:
-      ValueError: where none are left.
+      ValueError: `refusal`, where none are left.
     """
     kept = np.array([i for i, name in enumerate(task.hashes) if name not in seen], int)
     if not len(kept):
-        raise ValueError(f"every row of {whose} this bundle: {who} other rows.")
+        raise ValueError(refusal)
     return kept
 
 

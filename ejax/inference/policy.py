@@ -159,15 +159,11 @@ def select_exit(
 
 
 def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
-    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit.
-
-    What is above 1 stays above it, however little.
-    """
+    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit."""
     try:
-        given = np.asarray(thresholds, np.float64)
+        values = as_float32(thresholds)
     except (TypeError, ValueError):
-        given = np.asarray(np.nan)
-    values = np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
+        values = np.asarray(np.nan)
     if np.isnan(values).any():
         raise ValueError(
             f"thresholds must be numbers: one, one per exit [{exits}], or one per row and exit. "
@@ -178,6 +174,12 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
             f"thresholds must have shape (), ({exits},) or ({rows}, {exits}). Got {values.shape}."
         )
     return np.broadcast_to(values, (rows, exits))
+
+
+def as_float32(thresholds: Any) -> np.ndarray:
+    """What scores are compared with: above 1, where nobody leaves, stays above 1 in float32."""
+    given = np.asarray(thresholds, np.float64)
+    return np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
 
 
 def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:

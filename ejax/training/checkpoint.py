@@ -20,11 +20,11 @@ from ejax.training.processes import barrier
 
 METRIC = "mean_accuracy"
 COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
-# How a run is carried, not what it computes: it may go on with others. Where the rows lie is one
-# of them: their fingerprints are compared.
+# How a run is carried, not what it computes: it may go on with others. Where files lie is one of
+# them: the fingerprints of their rows are compared. A named set has an order of labels of its own.
 CARRIED = (
     "parallel", "accumulate", "remat", "checkpoint_steps", "data.cache_dir", "data.path",
-    "data.name", "data.train", "data.dev", "data.test",
+    "data.train", "data.dev", "data.test",
 )  # fmt: skip
 
 
@@ -122,35 +122,17 @@ class Checkpoints:
         Raises:
           ValueError: where there are some and none can be read; nothing is moved then.
         """
-        return self._restore_first(sorted(self.manager.all_steps(), reverse=True), like)
-
-    def restore_best(self, like: Any) -> tuple[int, Any]:
-        """(step, state) of the best that can be read, (0, `like`) where there is none.
-
-        Better ones that cannot be read are moved away as by `restore_newest`.
-        """
-        self.manager.wait_until_finished()
-        steps = self.manager.all_steps()
-        by_score = sorted(steps, key=lambda step: (_score(self.manager.metrics(step)), step))
-        return self._restore_first(by_score[::-1], like)
-
-    def _restore_first(self, steps: list[int], like: Any) -> tuple[int, Any]:
         problems: dict[int, Any] = {}
-        for step in steps:
-            try:
-                state, problem = self.restore(step, like), None
-            except Exception as error:  # damage shows in many ways
-                if not storage.is_damage(error, self.folder):
-                    raise
-                problem = error
-            if _all_hosts(problem is None):
-                for damaged, why in problems.items():
-                    self._set_aside(damaged, why, instead=step)
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            state, problem = self._try(step, like)
+            if problem is None:
+                for newer, why in problems.items():
+                    self._set_aside(newer, why)
                 barrier("set aside")
                 if problems:
                     self.manager.reload()
                 return step, state
-            problems[step] = problem or "another host cannot read it"
+            problems[step] = problem
         if problems:
             step, why = next(iter(problems.items()))
             raise ValueError(
@@ -158,6 +140,36 @@ class Checkpoints:
                 f"(step {step}: {_short(why)}): mend it, or move it away to start anew."
             )
         return 0, like
+
+    def restore_best(self, like: Any) -> tuple[int, Any]:
+        """(step, state) of the best that can be read.
+
+        Better ones that cannot be read are moved to `workdir/damaged`, with a warning.
+
+        Raises:
+          ValueError: where there is none.
+        """
+        self.manager.wait_until_finished()
+        while (step := self.manager.best_step()) is not None:
+            state, problem = self._try(step, like)
+            if problem is None:
+                return step, state
+            self._set_aside(step, problem)
+            barrier("set aside")
+            self.manager.reload()
+        raise ValueError(f"{self.folder} holds no checkpoint that can be read.")
+
+    def _try(self, step: int, like: Any) -> tuple[Any, Any]:
+        """(state, None), or (None, why some host cannot read it)."""
+        try:
+            state, problem = self.restore(step, like), None
+        except Exception as error:  # damage shows in many ways
+            if not storage.is_damage(error, self.folder):
+                raise
+            state, problem = None, error
+        if _all_hosts(problem is None):
+            return state, None
+        return None, problem or "another host cannot read it"
 
     def _steps_on_disk(self) -> list[int]:
         """Those that were saved to their end: on gs:// a marker says so, elsewhere the name."""
@@ -167,13 +179,13 @@ class Checkpoints:
             steps = [path for path in steps if (path / COMMITTED).exists()]
         return [int(path.name) for path in steps]
 
-    def _set_aside(self, step: int, problem: Any, instead: int | None = None) -> None:
+    def _set_aside(self, step: int, problem: Any) -> None:
         source, target = self.folder / str(step), self.workdir / "damaged" / str(step)
         if jax.process_index() == 0:
             storage.move(source, target)
         warnings.warn(
-            f"{source} is damaged ({_short(problem)}): moved to {target}; "
-            f"{'another' if instead is None else f'that of step {instead}'} is used.",
+            f"{source} is damaged ({_short(problem)}): moved to {target}, the next best or "
+            f"next newest is used.",
             stacklevel=3,
         )
 
