@@ -1,5 +1,6 @@
 """Wrong input: exit code 2, one sentence that helps, and nothing half-written."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ejax.bundle import load_bundle
+from ejax.evaluation.labelled import labelled_rows
+from ejax.predict import columns_of
 from train.__main__ import app as train_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
@@ -219,6 +223,21 @@ def test_pairs_are_not_taken_for_texts(tmp_path):
     assert expected in tiny.refused("evaluate", tiny.trained()[0], "--data", source)
     args = ("predict", tiny.trained()[0], "--input", source, "--text-column", "sentence1")
     assert tiny.ejax(*args).code == 0
+
+
+def test_every_command_reads_the_columns_of_the_training(tmp_path):
+    bundle = load_bundle(tiny.trained()[0])
+    assert bundle.provenance["text_columns"] == ["text"]
+    config = bundle.provenance["config"]
+    stars = {**config, "data": {**config["data"], "label_column": "stars"}}
+    made = {**bundle.provenance, "config": stars, "text_columns": ["review"]}
+    bundle = dataclasses.replace(bundle, provenance=made)
+    source = tmp_path / "in.tsv"
+    source.write_text("text\treview\tstars\nno\tgreat film\tgood\n")
+    assert [row.text for row in labelled_rows(bundle, str(source))] == ["great film"]
+    assert columns_of(bundle, (), ("text", "review", "stars"), "in.tsv") == ("review",)
+    assert columns_of(bundle, (), ("stars", "opinion"), "in.tsv") == ("opinion",)
+    assert columns_of(bundle, (), ("label", "opinion"), "in.tsv") == ("opinion",)
 
 
 def test_predict_stops_at_a_bad_row_and_keeps_the_old_output(tmp_path):
