@@ -46,7 +46,12 @@ def test_an_exit_at_chance_fails_loudly() -> None:
         check_exits({"layers": [1, 3], "exit_accuracy": [0.5, 0.75]}, labels)
 
 
-def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys) -> None:
+def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys, monkeypatch) -> None:
+    def written_before(*args) -> None:
+        assert (tmp_path / "evaluation.json").exists()
+        assert "full model" in capsys.readouterr().out
+        raise ValueError("an exit is no better than chance")
+
     result = quickstart(
         tmp_path, model=str(tiny.model()), data=str(tiny.data()), fields=tiny.FIELDS
     )
@@ -56,6 +61,11 @@ def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys) -> None:
     for name in ("evaluation.json", "evaluation.png", "bundle/exits.json"):
         assert (tmp_path / name).stat().st_size > 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"] == 30
+    # What was measured is kept and shown where an exit learned nothing. The training is there.
+    (tmp_path / "evaluation.json").unlink()
+    monkeypatch.setattr("ejax.evaluation.quickstart.check_exits", written_before)
+    with pytest.raises(ValueError, match="no better than chance"):
+        quickstart(tmp_path, model=str(tiny.model()), data=str(tiny.data()), fields=tiny.FIELDS)
     *_, default = result["thresholds"]
     assert default["threshold"] == result["default"]
     assert all(0.5 < share <= 1 for share in result["exit_accuracy"])
