@@ -51,7 +51,8 @@ class Bundle:
     max_length: int = 128
     buckets: tuple[int, ...] = BUCKETS
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Hashes of the rows trained on, as `packed` makes them; [0] where they were not recorded.
+    # Hashes of the rows trained on, here or in a bundle that it started from, as `packed` makes
+    # them; [0] where they were not recorded.
     trained_rows: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: packed(()))
 
     @property

@@ -5,9 +5,12 @@ import tempfile
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# These programs take far longer to compile than to run: unless told otherwise, unoptimised.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    + os.environ.get("XLA_FLAGS", "")  # of a flag that is there twice the last counts
+    + " --xla_force_host_platform_device_count=8"
+)
 _cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
 os.environ.setdefault("EJAX_CACHE", _cache.name)
 # Many tests, and the processes they start, compile the same programs.

@@ -61,6 +61,19 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
     assert (tmp_path / "bench.png").stat().st_size > 0
 
 
+def test_rows_trained_on_are_counted(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_module, "AGAINST", {})
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    output = tmp_path / "b.json"
+    for source, fitted in ((tiny.file("train"), 6), (tiny.file("test"), 0)):
+        done = tiny.ejax(
+            "bench", tiny.trained()[0], "--data", source, "--limit", 6, "--repeats", 1,
+            "--output", output,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert json.loads(output.read_text())["rows_fitted_on"] == fitted
+
+
 def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
     """A trial decides, so that the whole ends in time."""
 

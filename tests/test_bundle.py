@@ -33,6 +33,19 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     )
 
 
+def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) -> None:
+    first = tiny.trained()[0]
+    args = tiny.train_args(tmp_path / "more")
+    args[args.index("--model") + 1] = first
+    args[args.index("--train") + 1] = tiny.write_tsv(tmp_path / "new.tsv", tiny.rows(24, 90))
+    assert tiny.ejax(*args).code == 0
+    sentence = tiny.refused(
+        "thresholds", tmp_path / "more", "--budget", 0.5, "--data", tiny.file("train")
+    )
+    assert "every row of data/train.tsv" in sentence
+    assert len(load_bundle(tmp_path / "more").trained_rows) > len(load_bundle(first).trained_rows)
+
+
 def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:
     folder = save_bundle(load_bundle(tiny.trained()[0]), tmp_path / "copy")
     assert sorted(os.listdir(folder)) == sorted((*FILES, "README.md"))

@@ -286,7 +286,8 @@ def test_rows_of_these_models_leave_at_every_exit():
 def test_exit_logits_of_one_run_are_those_of_a_run_to_each_exit(case):
     variables, batch = inputs(case, 4)
     found = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile))
-    np.testing.assert_array_equal(found.swapaxes(0, 1), forced(case, variables, batch))
+    wanted = forced(case, variables, batch)  # by another program, which may round otherwise
+    np.testing.assert_allclose(found.swapaxes(0, 1), wanted, rtol=0, atol=1e-6)
     rows = case.rows - 2
     some = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile, rows=rows))
     np.testing.assert_allclose(some[:rows], found[:rows], rtol=0, atol=case.bound)

@@ -262,7 +262,9 @@ def test_the_mean_of_the_weights_is_kept() -> None:
         wanted = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, wanted, state.params)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), state.kept, wanted)
     plain = take_steps(1, 3)[0]
-    jax.tree.map(functools.partial(np.testing.assert_array_equal), plain.params, steps[-1].params)
+    # But for rounding, by another program; a step moves a weight by up to the learning rate.
+    same = functools.partial(np.testing.assert_allclose, atol=1e-4 * config.learning_rate)
+    jax.tree.map(same, plain.params, steps[-1].params)
     assert plain.kept is plain.params
 
 
