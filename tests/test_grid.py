@@ -1,11 +1,13 @@
 """The comparison's cells on a tiny model: what they hold, that they are run once."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny
+from rich.console import Console
 
 from ejax.command import run
 from train import grid
@@ -53,6 +55,19 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     other = [arg if arg is not tiny.model() else "another/model" for arg in args]
     assert run(grid.app, "train.grid", list(map(str, other))) == 2
     assert "and another/model was asked for" in capsys.readouterr().err
+
+
+def test_seeds_have_a_mean():
+    kept = Path(grid.__file__).parents[1] / "configs/results/grid"
+    one, cut = (
+        json.loads((kept / f"sst2-minilm-{k}-0.json").read_text()) for k in ("exits", "cut1")
+    )
+    other = one | {"seed": 1, "random": one["random"] + 0.02}
+    printed = io.StringIO()
+    Console(file=printed, width=250).print(grid.summary([one, other, cut]))
+    line = next(line for line in printed.getvalue().splitlines() if "mean" in line)
+    assert f"{one['random'] + 0.01:.4f} ± 0.0141" in line
+    assert f"{one['at_budget']['1']['accuracy']:.4f} ± 0.0000 / –" in line  # one seed has no cut1
 
 
 def test_every_cell_has_a_name_of_its_own():

@@ -173,7 +173,7 @@ def main(
         )
     known = load_results(results)
     if known:
-        Console(width=150).print(summary(known))
+        Console(width=190).print(summary(known))
         save_figure(
             lambda panels: draw(known, panels), results.with_suffix(".png"),
             size=(4 * len({r["data"] for r in known}), 3.6 * len({r["encoder"] for r in known})),
@@ -293,40 +293,59 @@ def speed(
 
 
 def summary(known: list[dict[str, Any]]) -> Shown:
-    """A row per data set, encoder and seed: exits at equal depth beside the cut models."""
+    """A row per data set, encoder, recipe and seed: exits at equal depth beside the cut models.
+
+    Where there are several seeds, one more row: mean and standard deviation.
+    """
     by_name = {(r["data"], r["encoder"], r["kind"], r["seed"]): r for r in known}
     made = Shown(title=f"test accuracy, {ROWS:,} training rows; exits / cut model at equal depth")
-    for heading in (
-        "data", "encoder", "recipe", "seed", "standard", "exits, full", "at layer 1",
-        "at layer 2 or 4", "at layer 4 or 6", f"{MAX_DROP:g} point lost on dev-B: accuracy, drop",
-        "depth", "at random", "oracle", "speed-up", "alone",
-    ):  # fmt: skip
+    digits = {
+        "standard": 4, "exits, full": 4, "at layer 1": 4, "at layer 2 or 4": 4,
+        "at layer 4 or 6": 4, f"{MAX_DROP:g} point lost on dev-B": 4, "drop": 2, "depth": 2,
+        "at random": 4, "oracle": 4, "speed-up": 2, "alone": 2,
+    }  # fmt: skip
+    for heading in ("data", "encoder", "recipe", "seed", *digits):
         made.add_column(heading, justify="right")
+    groups: dict[tuple[str, str, str], dict[str, list[tuple[float | None, ...]]]] = {}
     for (data, encoder, kind, seed), r in by_name.items():
         if kind not in RECIPES:
             continue
 
-        def cut(kind: str, key: tuple[str, str, int] = (data, encoder, seed)) -> str:
+        def one(kind: str, key: tuple[str, str, int] = (data, encoder, seed)) -> float | None:
             other = by_name.get((key[0], key[1], kind, key[2]))
-            return f"{other['exits'][-1]['accuracy']:.4f}" if other else "–"
+            return other["exits"][-1]["accuracy"] if other else None
 
-        beside = [
-            f"{point['accuracy']:.4f} / {cut(f'cut{layer}')}"
-            for layer, point in r["at_budget"].items()
-        ]
         chosen, times = r["chosen"], r["speed"]
-        cells = [
-            *(data, encoder, kind, str(seed), cut("standard")),
-            f"{r['exits'][-1]['accuracy']:.4f}",
-            *beside,
-            f"{chosen['accuracy']:.4f}, {chosen['drop']:.2f}",
-            f"{chosen['mean_depth']:.2f}",
-            f"{r['random']:.4f}",
-            f"{r['oracle']['accuracy']:.4f}",
-            f"{times['speedup']:.2f}",
-            f"{times['single_full_ms'] / times['single_ms']:.2f}",
+        groups.setdefault((data, encoder, kind), {})[str(seed)] = [
+            (one("standard"),),
+            (r["exits"][-1]["accuracy"],),
+            *((p["accuracy"], one(f"cut{layer}")) for layer, p in r["at_budget"].items()),
+            (chosen["accuracy"],),
+            (chosen["drop"],),
+            (chosen["mean_depth"],),
+            (r["random"],),
+            (r["oracle"]["accuracy"],),
+            (times["speedup"],),
+            (times["single_full_ms"] / times["single_ms"],),
         ]
-        made.add_row(*cells)
+
+    def shown(values: Sequence[float | None], digits: int) -> str:
+        found = [x for x in values if x is not None]
+        if len(found) < len(values):
+            return "–"
+        spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+        return f"{statistics.mean(found):.{digits}f}{spread}"
+
+    for key, seeds in groups.items():
+        rows = {seed: [[(x,) for x in cell] for cell in found] for seed, found in seeds.items()}
+        if len(seeds) > 1:
+            together = zip(*seeds.values(), strict=True)
+            rows["mean"] = [list(zip(*cells, strict=True)) for cells in together]
+        for seed, row in rows.items():
+            cells = zip(row, digits.values(), strict=True)
+            made.add_row(
+                *key, seed, *(" / ".join(shown(x, places) for x in cell) for cell, places in cells)
+            )
     return made
 
 
