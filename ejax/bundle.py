@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from flax import traverse_util
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from ejax import storage
@@ -63,6 +63,13 @@ class Bundle:
 def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:
     """What `ejax.data.sources.row_hash` gave, each once, ascending: [N]."""
     return np.unique(np.array([int(hash, 16) for hash in hashes], np.int64))
+
+
+def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
+    """`Bundle.trained_rows` from the weights in a folder, a bundle's or any others: [N]."""
+    with safe_open(folder / "model.safetensors", "numpy") as tensors:
+        names = tensors.keys()
+        return tensors.get_tensor(TRAINED) if TRAINED in names else packed(())
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> Path:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ejax import assets, storage
-from ejax.bundle import Bundle, check_output, load_bundle, packed, save_bundle
+from ejax.bundle import Bundle, check_output, packed, save_bundle, trained_rows_of
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
@@ -89,7 +89,7 @@ def finetune(
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     cfg, bert, tokenizer = load_model(config)
-    behind = rows_behind(config.model)
+    behind = trained_rows_of(assets.resolve(config.model))
     exits = ExitConfig(
         config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
         len(labels),
@@ -201,12 +201,6 @@ def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
         residual_dtype=config.residual_dtype,
     )
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
-
-
-def rows_behind(model: str) -> np.ndarray:
-    """The rows that trained the weights to start from, where they are a bundle's: int64 [N]."""
-    folder = assets.resolve(model)
-    return load_bundle(folder).trained_rows if (folder / "exits.json").exists() else packed(())
 
 
 def check_weights(config: TrainConfig, exits: ExitConfig) -> None:
