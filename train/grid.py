@@ -315,11 +315,12 @@ def summary(known: list[dict[str, Any]]) -> Shown:
             other = by_name.get((key[0], key[1], kind, key[2]))
             return other["exits"][-1]["accuracy"] if other else None
 
+        beside = [(p["accuracy"], one(f"cut{layer}")) for layer, p in r["at_budget"].items()]
         chosen, times = r["chosen"], r["speed"]
         groups.setdefault((data, encoder, kind), {})[str(seed)] = [
             (one("standard"),),
             (r["exits"][-1]["accuracy"],),
-            *((p["accuracy"], one(f"cut{layer}")) for layer, p in r["at_budget"].items()),
+            *(*beside, (None,), (None,))[:3],  # of fewer exits fewer
             (chosen["accuracy"],),
             (chosen["drop"],),
             (chosen["mean_depth"],),
