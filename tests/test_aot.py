@@ -1,5 +1,6 @@
 """The TPU configs from their shapes alone, and the TPU's own compiler where it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from train.__main__ import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/bert_*.py"))
-# One per program: those of an encoder and a number of classes differ in their data alone.
+# One per program: these configs differ in their data alone, of which the classes count.
 PROGRAMS = {
-    (path.stem.split("_")[1], TFDS[load_config(path).data.name].classes): path for path in CONFIGS
+    (dataclasses.replace(config, data=DataConfig()), TFDS[config.data.name].classes): path
+    for path in CONFIGS
+    for config in [load_config(path)]
 }.values()
 COMPILER = importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in os.environ
 # Published sizes of the encoders, without pooler and head.
@@ -25,7 +29,7 @@ ENCODERS = {"base": 108_891_648, "large": 334_092_288}
 
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Of its own: train.aot settles jax's platforms as it is imported, and XLA's flags are ours."""
+    """Of its own, as train.aot settles jax's platforms; with XLA's flags as they are for users."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

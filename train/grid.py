@@ -311,16 +311,20 @@ def summary(known: list[dict[str, Any]]) -> Shown:
         if kind not in RECIPES:
             continue
 
-        def one(kind: str, key: tuple[str, str, int] = (data, encoder, seed)) -> float | None:
+        def single_head(
+            kind: str, key: tuple[str, str, int] = (data, encoder, seed)
+        ) -> float | None:
             other = by_name.get((key[0], key[1], kind, key[2]))
             return other["exits"][-1]["accuracy"] if other else None
 
-        beside = [(p["accuracy"], one(f"cut{layer}")) for layer, p in r["at_budget"].items()]
+        beside = [
+            (p["accuracy"], single_head(f"cut{layer}")) for layer, p in r["at_budget"].items()
+        ]
         chosen, times = r["chosen"], r["speed"]
         groups.setdefault((data, encoder, kind), {})[str(seed)] = [
-            (one("standard"),),
+            (single_head("standard"),),
             (r["exits"][-1]["accuracy"],),
-            *(*beside, (None,), (None,))[:3],  # of fewer exits fewer
+            *(*beside, (None,), (None,))[:3],  # fewer exits, fewer columns
             (chosen["accuracy"],),
             (chosen["drop"],),
             (chosen["mean_depth"],),
@@ -338,15 +342,17 @@ def summary(known: list[dict[str, Any]]) -> Shown:
         return f"{statistics.mean(found):.{digits}f}{spread}"
 
     for key, seeds in groups.items():
-        rows = {seed: [[(x,) for x in cell] for cell in found] for seed, found in seeds.items()}
+        rows = {seed: [found] for seed, found in seeds.items()}
         if len(seeds) > 1:
-            together = zip(*seeds.values(), strict=True)
-            rows["mean"] = [list(zip(*cells, strict=True)) for cells in together]
-        for seed, row in rows.items():
-            cells = zip(row, digits.values(), strict=True)
+            rows["mean"] = list(seeds.values())
+        for seed, members in rows.items():
             made.add_row(
-                *key, seed, *(" / ".join(shown(x, places) for x in cell) for cell, places in cells)
-            )
+                *key, seed,
+                *(
+                    " / ".join(shown(values, places) for values in zip(*cells, strict=True))
+                    for *cells, places in zip(*members, digits.values(), strict=True)
+                ),
+            )  # fmt: skip
     return made
 
 
