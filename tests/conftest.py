@@ -2,14 +2,22 @@
 
 import os
 import tempfile
+from importlib.metadata import version
+
+from packaging.version import Version
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # These programs take far longer to compile than to run: unless told otherwise, unoptimised.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    + os.environ.get("XLA_FLAGS", "")  # of a flag that is there twice the last counts
-    + " --xla_force_host_platform_device_count=8"
+_unoptimised = "--xla_backend_optimization_level=0"
+if Version(version("jaxlib")) < Version("0.11"):  # later ones do not know it, and end the process
+    _unoptimised += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(  # of a flag that is there twice the last counts
+    [
+        _unoptimised,
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 _cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
 os.environ.setdefault("EJAX_CACHE", _cache.name)

@@ -17,11 +17,13 @@ from train.__main__ import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/bert_*.py"))
-# One per program: these configs differ in their data alone, of which the classes count.
+# One per program: of configs that differ in their data alone the one with the most classes.
 PROGRAMS = {
-    (dataclasses.replace(config, data=DataConfig()), TFDS[config.data.name].classes): path
-    for path in CONFIGS
-    for config in [load_config(path)]
+    dataclasses.replace(config, data=DataConfig()): path
+    for config, path in sorted(
+        ((load_config(path), path) for path in CONFIGS),
+        key=lambda found: TFDS[found[0].data.name].classes,
+    )
 }.values()
 COMPILER = importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in os.environ
 # Published sizes of the encoders, without pooler and head.
