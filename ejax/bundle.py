@@ -65,6 +65,10 @@ def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:
     return np.unique(np.array([int(hash, 16) for hash in hashes], np.int64))
 
 
+def unpacked(rows: npt.NDArray[np.int64]) -> list[str]:
+    return [f"{row:012x}" for row in rows.tolist()]
+
+
 def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
     """`Bundle.trained_rows` from the weights in a folder, a bundle's or any others: [N]."""
     with safe_open(folder / "model.safetensors", "numpy") as tensors:

@@ -38,7 +38,14 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
     args = tiny.train_args(tmp_path / "more")
     args[args.index("--model") + 1] = first
     args[args.index("--train") + 1] = tiny.write_tsv(tmp_path / "new.tsv", tiny.rows(24, 90))
-    assert tiny.ejax(*args).code == 0
+    dev = args.index("--dev") + 1
+    args[dev] = tiny.file("train")
+    assert f"every row of dev trained {first}" in tiny.refused(*args)
+    mixed = [*tiny.rows(41, 91, wrong=7), *tiny.rows(4, 0)]  # the last are the first of train
+    args[dev] = tiny.write_tsv(tmp_path / "dev.tsv", mixed)
+    done = tiny.ejax(*args)
+    assert done.code == 0
+    assert "4 rows of dev are left out" in done.err
     sentence = tiny.refused(
         "thresholds", tmp_path / "more", "--budget", 0.5, "--data", tiny.file("train")
     )

@@ -27,7 +27,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
-from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on, unseen
+from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.training.finetune import encode
@@ -71,8 +71,8 @@ def make_report(
     task = encode(split, bundle.tokenizer, bundle.max_length)
     seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
     whose = "this bundle or one beside it" if beside else "this bundle"
-    kept = unseen(
-        task, seen,
+    kept = task.without(
+        seen,
         f"every row of {split.origin} fitted or chose the thresholds of {whose}: a report needs "
         f"other rows.",
     )  # fmt: skip

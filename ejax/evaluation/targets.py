@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table as Shown
 
-from ejax.bundle import Bundle
+from ejax.bundle import Bundle, unpacked
 from ejax.calibration import thresholds
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.classifier import EarlyExitClassifier
@@ -162,19 +162,7 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
     """
     task = encode(split, bundle.tokenizer, bundle.max_length)
     refusal = f"every row of {split.origin} fitted this bundle: thresholds need other rows."
-    return task.take(unseen(task, fitted_on(bundle), refusal))
-
-
-def unseen(task: Task, seen: set[str], refusal: str) -> np.ndarray:
-    """The numbers of the rows that are not in `seen`, by their hashes: int [N].
-
-    Raises:
-      ValueError: `refusal`, where none are left.
-    """
-    kept = np.array([i for i, name in enumerate(task.hashes) if name not in seen], int)
-    if not len(kept):
-        raise ValueError(refusal)
-    return kept
+    return task.take(task.without(fitted_on(bundle), refusal))
 
 
 def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
@@ -191,7 +179,7 @@ def fitted_on(bundle: Bundle) -> set[str]:
 
 
 def trained_on(bundle: Bundle) -> set[str]:
-    return {f"{hash:012x}" for hash in bundle.trained_rows.tolist()}
+    return set(unpacked(bundle.trained_rows))
 
 
 def chosen_on(bundle: Bundle) -> set[str]:

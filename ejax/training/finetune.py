@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ejax import assets, storage
-from ejax.bundle import Bundle, check_output, packed, save_bundle, trained_rows_of
+from ejax.bundle import Bundle, check_output, packed, save_bundle, trained_rows_of, unpacked
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
@@ -51,6 +51,17 @@ class Task:
     def take(self, rows: np.ndarray) -> "Task":
         hashes = [self.hashes[row] for row in rows]
         return Task(self.encoded.subset(rows), self.labels[rows], hashes)
+
+    def without(self, seen: set[str], refusal: str) -> np.ndarray:
+        """The numbers of the rows whose hashes are not in `seen`: int [N].
+
+        Raises:
+          ValueError: `refusal`, where none are left.
+        """
+        kept = np.array([i for i, name in enumerate(self.hashes) if name not in seen], int)
+        if not len(kept):
+            raise ValueError(refusal)
+        return kept
 
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()[:16]
@@ -102,6 +113,8 @@ def finetune(
     with console.status("tokenising"):
         tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
+    if behind.size:
+        tasks |= untrained(tasks, set(unpacked(behind)), config.model, console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
@@ -220,6 +233,20 @@ def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
         np.asarray([row.label for row in rows], np.int32),
         [sources.row_hash(row, split.labels) for row in rows],
     )
+
+
+def untrained(
+    tasks: dict[str, Task], trained: set[str], model: str, console: Console
+) -> dict[str, Task]:
+    """Dev and test less the rows that trained the weights this run starts from."""
+    left = {}
+    for name in tasks.keys() - {"train"}:
+        task = tasks[name]
+        refusal = f"every row of {name} trained {model}, where this run starts: give other rows."
+        left[name] = task.take(task.without(trained, refusal))
+        if gone := len(task.labels) - len(left[name].labels):
+            console.print(f"{gone} rows of {name} are left out: they trained {model}")
+    return left
 
 
 def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
