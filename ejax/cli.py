@@ -398,11 +398,12 @@ def calibrate(
 ) -> None:
     """Fit temperatures and the default thresholds again, on other labelled rows.
 
-    The weights stay. Rows trained on and rows of the bundle's dev-B, which is for reports, are
-    left out.
+    The weights stay. Rows trained on are left out, and rows of the bundle's dev-B, which is for
+    reports, unless they placed the exits.
     """
-    from ejax.bundle import check_output, load_bundle, save_bundle
+    from ejax.bundle import check_output
     from ejax.calibration.thresholds import check_max_drop
+    from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import exit_tables, facts, show
     from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.recalibrate import recalibrate
@@ -411,12 +412,12 @@ def calibrate(
     if output:
         check_output(output)
     check_max_drop(max_drop)
-    before = load_bundle(bundle)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(
-        before, data, split, text_columns=text_column or (), label_column=label_column
+        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
     )
-    after = recalibrate(before, rows, max_drop=max_drop)
-    folder = save_bundle(after, output or bundle)
+    after = recalibrate(clf, rows, max_drop=max_drop)
+    folder = save_like(after, bundle, output or bundle)
     show(facts(after), *exit_tables(after))
     left_out = after.provenance["calibrated"]["rows_left_out"]
     why = f"; {left_out} rows left out: trained on, or dev-B" if left_out else ""
@@ -485,8 +486,8 @@ def thresholds(
     )
     with Console(stderr=True).status("tokenising") as status:
         after, report = choose(clf, rows, target, progress=status.update)
-    show(targets_table(report))
     save_chosen(after, bundle, output or bundle, report)
+    show(targets_table(report))
 
 
 @app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")
@@ -530,8 +531,8 @@ def place(
         after, report = place_exits(
             clf, rows, exits, max_drop=max_drop, repeats=repeats, progress=status.update
         )
-    show(placements_table(report))
     save_chosen(after, bundle, output, report)
+    show(placements_table(report))
 
 
 @app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")
@@ -585,13 +586,18 @@ def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
     return seen
 
 
-def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
-    """Writes what was chosen on some rows, in the numerics of `bundle`, and says on which."""
+def save_like(after: Any, bundle: Path, output: Path) -> Path:
+    """Writes a bundle in the numerics of the one it came from, not in this machine's."""
     from ejax.bundle import load_bundle, save_bundle
 
-    own = load_bundle(bundle).cfg  # not this machine's compute type
+    own = load_bundle(bundle).cfg
     cfg = dataclasses.replace(own, num_hidden_layers=after.cfg.num_hidden_layers)
-    folder = save_bundle(dataclasses.replace(after, cfg=cfg), output)
+    return save_bundle(dataclasses.replace(after, cfg=cfg), output)
+
+
+def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
+    """Writes what was chosen on some rows, and says on which."""
+    folder = save_like(after, bundle, output)
     if report["rows_left_out"]:
         note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
     if report["differ"]:

@@ -92,7 +92,10 @@ def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):
         *("--results", str(tmp_path / "grid"), "--cells", "snli-minilm-frozen-0"),
     ]
     assert run(grid.app, "train.grid", args) == 2
-    assert "starts from snli-minilm-standard-0: run that cell first" in capsys.readouterr().err
+    assert (
+        "there is none: run snli-minilm-standard-0 first (with other --results"
+        in capsys.readouterr().err
+    )
     (tmp_path / "grid").mkdir()
     kept = Path(grid.__file__).parents[1] / "configs/results/grid/sst2-minilm-frozen-0.json"
     shutil.copy(kept, tmp_path / "grid")

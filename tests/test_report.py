@@ -33,6 +33,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     source = folder / "rows.tsv"
     source.write_text(tiny.file("dev").read_text() + f"good\t{HOSTILE}\nbad\t{HOSTILE}\n")
+    long = "great " * 200  # characters: 1,200
+    source.write_text(f"{source.read_text()}bad\t{long}\n")
     beside = ("--beside", tiny.trained()[0])
     output = folder / "report.html"
     done = tiny.ejax(
@@ -53,7 +55,7 @@ def table(source):
 
 def test_rows_that_chose_are_left_out(made):
     source, _, report = made
-    assert (report["rows"], report["rows_left_out"]) == (22, 21)
+    assert (report["rows"], report["rows_left_out"]) == (23, 21)
     bundle = load_bundle(tiny.trained()[0])
     names = [row_hash(row, bundle.labels) for row in labelled_rows(bundle, str(source))]
     assert sum(name in bundle.provenance["rows"]["dev_a"] for name in names) == 21
@@ -66,7 +68,7 @@ def test_its_numbers_are_those_of_the_rows(made):
     own = next(p for p in report["measured"]["thresholds"] if isinstance(p["threshold"], list))
     assert own["accuracy"] == pytest.approx(point["accuracy"])
     assert [e["leave"] for e in report["exits"]] == [
-        round(22 * share) for share in point["exit_share"]
+        round(23 * share) for share in point["exit_share"]
     ]
     assert report["oracle"]["accuracy"] == rows.correct.any(axis=0).mean()
     assert report["oracle"]["flops"] < 1
@@ -85,10 +87,12 @@ def test_its_numbers_are_those_of_the_rows(made):
     assert beside["accuracy"] == point["full_accuracy"]
     right_early = rows.correct[0] & ~rows.correct[1]
     assert report["overthinking"]["rows"] == right_early.sum()
+    texts = [one["text"] for part in report["examples"].values() for one in part]
+    assert max(map(len, texts)) == 501  # the long one, cut, and an ellipsis
     by_label = [part for part in report["slices"] if part["slice"].startswith("label")]
-    assert sum(part["rows"] for part in by_label) == 22
+    assert sum(part["rows"] for part in by_label) == 23
     by_length = [part for part in report["slices"] if part["slice"].endswith("tokens")]
-    assert sum(part["rows"] for part in by_length) == 22
+    assert sum(part["rows"] for part in by_length) == 23
     for e, leave in enumerate(report["exits"]):
         assert sum(leave["labels_of_leavers"]) == leave["leave"]
         assert leave["after"]["accuracy"] == rows.correct[e].mean()

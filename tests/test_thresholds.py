@@ -189,6 +189,21 @@ def test_the_fit_is_the_minimum(share, saturated):
         assert 1 / (1 + np.exp(-z)) == pytest.approx(0.01, rel=0.02)  # four decimals of a score
 
 
+def test_an_exit_whose_surest_rows_lose_too_often_holds_no_other_back():
+    """Half the rows saturate exit 1, and one in 20 of them loses there, of the others one in
+    three; exit 2 is right."""
+    rng, n = np.random.default_rng(0), 4000
+    label, saturated = rng.integers(0, 2, n), rng.random(n) < 0.5
+    right = np.eye(2)[label]
+    first = np.where(saturated[:, None], 60.0, 1.0) * right
+    first[rng.random(n) < np.where(saturated, 0.05, 0.33)] *= -1
+    logits = np.stack([first, 6 * right, 6 * right]).astype(np.float32)
+    table = make_table(logits, label, (1.0, 1.0, 1.0), (1, 2, 3), np.full(n, 8))
+    point = risk_thresholds(table, 0.01)
+    assert point["exit_share"][0] == 0
+    assert point["exit_share"][1] > 0.9
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_default_is_an_operating_point(seed):
     logits, labels, temperatures, tokens = rows(seed, n=211)

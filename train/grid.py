@@ -105,6 +105,12 @@ class Cell:
             **RECIPES.get(self.kind, {}),
         )
 
+    def model(self, root: Path, twelve: str, workdir: Path) -> str:
+        """The encoder, as its result names it."""
+        if self.kind == "frozen":
+            return f"{self.standard}/bundle"
+        return short_path(self.config(root, twelve, workdir).model)
+
 
 def all_cells() -> list[Cell]:
     """In the order of what they teach."""
@@ -140,29 +146,37 @@ def main(
     if not chosen:
         raise ValueError(f"--cells {cells!r} names no cell. They are {all_cells()[0].name}, ….")
     console = Console(stderr=True)
-    for number, cell in enumerate(chosen, 1):
-        if show:
-            break
+    todo = []
+    for cell in [] if show else chosen:
         path = results / f"{cell.name}.json"
-        config = cell.config(data, twelve, workdir)
-        model = f"{cell.standard}/bundle" if cell.kind == "frozen" else short_path(config.model)
-        if path.exists() and (theirs := json.loads(path.read_text())["model"]) != model:
+        model = cell.model(data, twelve, workdir)
+        if not path.exists():
+            todo.append(cell)
+        elif (theirs := json.loads(path.read_text())["model"]) != model:
             raise ValueError(
                 f"{path} is of the encoder {theirs}, and {model} was asked for: choose other "
-                f"--results."
+                f"--results, or give that encoder by --twelve."
             )
-        if path.exists():
-            continue
+    for number, cell in enumerate(todo, 1):
+        path = results / f"{cell.name}.json"
+        config = cell.config(data, twelve, workdir)
+        model = cell.model(data, twelve, workdir)
         if cell.kind == "frozen" and not Path(config.model).exists():
-            raise ValueError(f"{cell.name} starts from {cell.standard}: run that cell first.")
-        console.print(f"{cell.name}, {number} of {len(chosen)}")
+            raise ValueError(
+                f"{cell.name} starts from {config.model}, and there is none: run {cell.standard} "
+                f"first (with other --results, where its result is kept already)."
+            )
+        console.print(f"{cell.name}, {number} of {len(todo)}")
         start = time.time()
         jax.clear_caches()  # the programs of one cell after another would fill the address space
         folder = finetune(config, workdir / cell.name)
         found = measure(folder, data / cell.data)
         trained = json.loads((workdir / cell.name / "result.json").read_text(encoding="utf-8"))
         write_json(
-            {"command": f"python -m train.grid --data DATA --cells {cell.name}"}
+            {
+                "command": f"python -m train.grid --data DATA --cells {cell.name}"
+                + (f" --twelve {model}" if cell.encoder == "twelve" else "")
+            }
             | dataclasses.asdict(cell)
             | {"model": model, "rows_at_most": ROWS, "max_length": TOKENS}
             | {"seconds": time.time() - start}  # since that step

@@ -52,7 +52,7 @@ def main(
     found: list[dict[str, Any]] = []
     name = short_path(str(bundle))
     result = {
-        "command": f"python -m train.guarantee {name} --data {Path(data).name} "
+        "command": f"python -m train.guarantee {name} --data {short_path(data)} "
         f"--split {split} --loss {loss} --draws {draws}"
         + "".join(f" --case {text}" for text in case or ()),
         "date": time.strftime("%Y-%m-%d"),

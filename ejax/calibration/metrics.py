@@ -217,8 +217,9 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
     """
     values, checked = check_rows(np.asarray(logits)[None], labels)
 
-    def excess(probs: Float, labels: Int) -> float:
-        return ece(probs, labels) - ece_floor(probs, samples=20)
+    def excess(temperature: float, samples: int) -> float:
+        probs = softmax(values[0], temperature=temperature)
+        return ece(probs, checked) - ece_floor(probs, samples=samples)
 
     confidence, correct = _top(softmax(values[0], temperature=temperature), checked)
     rng = np.random.default_rng(0)
@@ -232,8 +233,8 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
         found.append(drawn - np.mean(floor))
     low, high = np.quantile(found, (0.025, 0.975))
     ladder = [float(temperature), *np.geomspace(0.2, 5, 61).tolist()]
-    tried = ((excess(softmax(values[0], temperature=t), checked), t) for t in ladder)
-    least, best = min(tried)
+    best = min(ladder, key=lambda t: excess(t, samples=20))
+    least, best = min((excess(t, samples=100), t) for t in (ladder[0], best))
     return {
         "ece_minus_floor_low": float(low),
         "ece_minus_floor_high": float(high),

@@ -432,7 +432,9 @@ def _score_at(curve: Float, bounds: Float) -> Float:
     intercept, slope = curve
     if slope >= 0:
         return np.where(intercept <= _logit(bounds), 0.0, FULL)
-    return np.asarray(_logistic((_logit(bounds) - intercept) / slope).round(4))
+    x = (_logit(bounds) - intercept) / slope
+    # 1e-6: far above the rounding of a bound that is the loss at the surest score itself.
+    return np.where(x > _logit(1.0) + 1e-6, FULL, _logistic(x).round(4))
 
 
 def _logistic(x: Any) -> Any:

@@ -92,11 +92,8 @@ def place_exits(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": sentence,
     }
-    dev_b = bundle.provenance.get("rows", {}).get("dev_b", ())
-    data = bundle.provenance.get("data", "").split("; ")
-    used = {"dev_b"} if set(dev_b) & set(task.hashes) else set()  # they report no more
-    if any(part.startswith(f"test: {split.origin}") for part in data):
-        used.add("test")
+    recorded = bundle.provenance.get("rows", {})
+    used = {name for name, known in recorded.items() if set(known) & set(task.hashes)}
     changed = {
         "thresholds_from": sentence,
         "placed": report,
@@ -104,7 +101,7 @@ def place_exits(
         "metrics": {
             name: [parts[e] for e in best.exits]
             for name, parts in bundle.provenance.get("metrics", {}).items()
-            if name not in used
+            if name not in used  # these report no more
         },
         "rows": rows_used(bundle, task, "placed"),
     }

@@ -17,6 +17,7 @@ from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save, table
+from ejax.evaluation.targets import chosen_on
 from ejax.training.finetune import encode, finetune
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
@@ -60,6 +61,10 @@ def quickstart(
     clf = EarlyExitClassifier.from_pretrained(folder)
     split = rows_to_report_on(config, clf.bundle.labels)
     task = encode(split, clf.bundle.tokenizer, clf.bundle.max_length)
+    kept = task.without(
+        chosen_on(clf.bundle), f"every row of {split.origin} fitted this bundle: give other rows."
+    )
+    task, rows = task.take(kept), list(split)
     points, repeats = ((THRESHOLDS[2], None), 1) if small else ((*THRESHOLDS, None), 3)
     with console.status("measuring") as status:
         result = evaluate(
@@ -71,7 +76,7 @@ def quickstart(
         table(result),
         f"thresholds per exit, the default, from dev-A: "
         f"{describe_thresholds(clf.bundle.thresholds)}",
-        examples(clf, list(split)),
+        examples(clf, [rows[i] for i in kept]),
         f"{time.time() - started:.0f} s; bundle in {folder}, numbers in "
         f"{workdir / 'evaluation.json'}, plot in {workdir / 'evaluation.png'}",
     )

@@ -16,13 +16,13 @@ from ejax.training.finetune import encode
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
-def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundle:
+def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5) -> Bundle:
     """The bundle with temperatures and thresholds fitted on these rows; weights as they are.
 
-    Rows that the bundle's provenance records as dev-B are never fitted on: where the
-    split holds some, they are reported on as "dev_b", but for those that placed the exits. Rows
-    trained on, of which the weights are too sure, are left out. All figures of the former
-    calibration are dropped from the provenance, since they no longer hold.
+    Rows that the bundle's provenance records as dev-B are not fitted on: where the split holds
+    some, they are reported on as "dev_b". Those of them that placed the exits, and so report no
+    more, are rows like others. Rows trained on, of which the weights are too sure, are left out.
+    The figures of the former temperatures and thresholds are dropped from the provenance.
 
     Args:
       max_drop: points of accuracy on these rows that the thresholds may lose against
@@ -31,6 +31,7 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
     Raises:
       ValueError: when too few rows are left.
     """
+    bundle = clf.bundle
     task = encode(split, bundle.tokenizer, bundle.max_length)
     recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
     held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))
@@ -47,7 +48,7 @@ def recalibrate(bundle: Bundle, split: Split, *, max_drop: float = 0.5) -> Bundl
             f"were neither trained on nor are in the dev-B of this bundle, which is kept for "
             f"reports: give other rows."
         )
-    logits = EarlyExitClassifier(bundle).exit_logits(task.encoded)
+    logits = clf.exit_logits(task.encoded)
     rows = Answers(logits, task.labels, task.encoded.lengths)
     parts = {"calibration": rows.take(fit)} | ({"dev_b": rows.take(kept)} if len(kept) else {})
     chosen = calibrate(

@@ -35,6 +35,7 @@ from ejax.training.finetune import encode
 POINTS = 40  # of a curve
 RESAMPLES = 200  # of the rows, for a band of 95 %
 EXAMPLES = 5
+LONGEST = 500  # characters of an example
 MOST_LABELS = 20  # slices; of more classes the most frequent
 
 
@@ -79,6 +80,7 @@ def make_report(
     task = task.take(kept)
     pairs = [(rows[i].text, rows[i].pair) for i in kept]
     texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]
+    texts = [text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in texts]
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)

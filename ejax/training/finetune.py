@@ -113,15 +113,20 @@ def finetune(
     with console.status("tokenising"):
         tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
-    if behind.size:
-        tasks |= untrained(tasks, set(unpacked(behind)), config.model, console)
+    halves = sources.split_dev(len(tasks["dev"].labels), config.seed)
+    held_out = dict(zip(("dev_a", "dev_b"), map(tasks["dev"].take, halves), strict=True))
+    held_out |= {name: tasks[name] for name in tasks.keys() & {"test"}}
+    trained = {*unpacked(behind), *tasks["train"].hashes}
+    held_out = {
+        name: untrained(name, part, trained, config.model, console)
+        for name, part in held_out.items()
+    }
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
         f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
-    half_a, half_b = sources.split_dev(len(tasks["dev"].labels), config.seed)
     all_logits = make_all_logits(model)
 
     def logits_of(task: Task, params: Any) -> np.ndarray:
@@ -133,10 +138,8 @@ def finetune(
         )
         return all_logits({"params": params}, task.encoded, plan)
 
-    dev_a_rows = tasks["dev"].take(half_a)
-
     def dev_a(params: Any) -> dict[str, float]:
-        truth, logits = dev_a_rows.labels, logits_of(dev_a_rows, params)
+        truth, logits = held_out["dev_a"].labels, logits_of(held_out["dev_a"], params)
         per_exit = [accuracy(exit_logits.argmax(axis=-1), truth) for exit_logits in logits]
         names = [f"accuracy/layer_{layer}" for layer in exits.layers]
         return dict(zip(names, per_exit, strict=True)) | {METRIC: float(np.mean(per_exit))}
@@ -148,10 +151,8 @@ def finetune(
     with console.status("calibrating"):
         parts = {
             name: Answers(logits_of(task, params), task.labels, task.encoded.lengths)
-            for name, task in tasks.items()
-            if name != "train"
+            for name, task in held_out.items()
         }
-        parts |= {"dev_a": parts["dev"].take(half_a), "dev_b": parts["dev"].take(half_b)}
         chosen = calibrate(
             parts, "dev_a", exits.layers, max_drop=config.max_drop, where="dev-A, half of dev"
         )
@@ -173,10 +174,7 @@ def finetune(
             "text_columns": list(splits["train"].text_columns),
             "config": to_json(public(config)),
             "versions": environment()["versions"],
-            "rows": {
-                "dev_a": [tasks["dev"].hashes[i] for i in half_a],
-                "dev_b": [tasks["dev"].hashes[i] for i in half_b],
-            },
+            "rows": {name: task.hashes for name, task in held_out.items()},
         },
         np.union1d(packed(tasks["train"].hashes), behind),
     )
@@ -235,17 +233,16 @@ def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
     )
 
 
-def untrained(
-    tasks: dict[str, Task], trained: set[str], model: str, console: Console
-) -> dict[str, Task]:
-    """Dev and test less the rows that trained the weights this run starts from."""
-    left = {}
-    for name in tasks.keys() - {"train"}:
-        task = tasks[name]
-        refusal = f"every row of {name} trained {model}, where this run starts: give other rows."
-        left[name] = task.take(task.without(trained, refusal))
-        if gone := len(task.labels) - len(left[name].labels):
-            console.print(f"{gone} rows of {name} are left out: they trained {model}")
+def untrained(name: str, task: Task, trained: set[str], model: str, console: Console) -> Task:
+    """The rows that did not train, here or the weights that this run starts from."""
+    shown = name.replace("dev_a", "dev-A").replace("dev_b", "dev-B")
+    left = task.take(
+        task.without(
+            trained, f"every row of {shown} is in train, or trained {model}: give other rows."
+        )
+    )
+    if gone := len(task.labels) - len(left.labels):
+        console.print(f"{gone} rows of {shown} are left out: they are in train, or trained {model}")
     return left
 
 
