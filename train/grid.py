@@ -59,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "partial": {"gradient_stop": 0.5},
     "alternate": SUM | {"alternate": True},  # BERxiT
     "frozen": SUM | {"train_encoder": False},  # of the standard model: DeeBERT
+    "long": {"epochs": 4},  # in sum as long as the standard and the cut models it stands for
 }
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -91,7 +92,7 @@ class Cell:
         model = "all-MiniLM-L6-v2" if self.encoder == "minilm" else twelve
         if self.kind == "frozen":
             model = str(workdir / self.standard / "bundle")
-        return TrainConfig(
+        config = TrainConfig(
             model=model,
             data=DataConfig(path=str(root / self.data), limit=ROWS, max_length=TOKENS),
             layers=self.layers,
@@ -102,8 +103,8 @@ class Cell:
             average_decay=0.99,
             max_drop=MAX_DROP,
             seed=self.seed,
-            **RECIPES.get(self.kind, {}),
         )
+        return dataclasses.replace(config, **RECIPES.get(self.kind, {}))
 
     def model(self, root: Path, twelve: str, workdir: Path) -> str:
         """The encoder, as its result names it."""
