@@ -9,16 +9,12 @@ from packaging.version import Version
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # These programs take far longer to compile than to run: unless told otherwise, unoptimised.
-_unoptimised = "--xla_backend_optimization_level=0"
-if Version(version("jaxlib")) < Version("0.11"):  # later ones do not know it, and end the process
-    _unoptimised += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = " ".join(  # of a flag that is there twice the last counts
-    [
-        _unoptimised,
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
+_flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if "xla_backend_optimization_level" not in _flags[0]:
+    _flags.append("--xla_backend_optimization_level=0")
+    if Version(version("jaxlib")) < Version("0.11"):  # later ones do not know it, and stop
+        _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_flags)
 _cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
 os.environ.setdefault("EJAX_CACHE", _cache.name)
 # Many tests, and the processes they start, compile the same programs.

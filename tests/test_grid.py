@@ -83,6 +83,8 @@ def test_every_cell_has_a_name_of_its_own():
         for config in [by_name[f"snli-minilm-{kind}-0"].config(tiny.HOME, "", tiny.HOME)]
     ]
     assert recipes == [(1, 0), (0, 0), (1, 0.5), (0, 1)]
+    long = by_name["snli-minilm-long-0"].config(tiny.HOME, "", tiny.HOME)
+    assert (long.epochs, long.distillation) == (4, 1)
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):

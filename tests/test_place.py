@@ -114,6 +114,10 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     names = [row_hash(row, before.labels) for row in labelled_rows(before, str(tiny.file("dev")))]
     assert len(after.provenance["rows"]["placed"]) == 20
     assert set(after.provenance["rows"]["placed"]) <= set(names)
+    ask = (*ask[:-1], tmp_path / "test", "--split", "test", "--max-drop", 100)
+    assert tiny.ejax(*ask).code == 0
+    kept = load_bundle(tmp_path / "test").provenance["metrics"]
+    assert set(before.provenance["metrics"]) - set(kept) == {"test"}
     shown = tiny.ejax("info", folder)
     assert shown.code == 0
     assert "Exits after layers 1 of 1, 3" in " ".join(shown.out.split())

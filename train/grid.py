@@ -40,7 +40,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import evaluate, save_figure, write_json
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.targets import FAMILIES, rows_for_thresholds
+from ejax.evaluation.targets import FAMILIES, rows_for_thresholds, trained_on
 from ejax.hardware import environment
 from ejax.training.finetune import Task, encode, finetune, short_path
 
@@ -147,26 +147,25 @@ def main(
     if not chosen:
         raise ValueError(f"--cells {cells!r} names no cell. They are {all_cells()[0].name}, ….")
     console = Console(stderr=True)
-    todo = []
+    todo: dict[str, tuple[Cell, Path, str]] = {}
     for cell in [] if show else chosen:
         path = results / f"{cell.name}.json"
         model = cell.model(data, twelve, workdir)
         if not path.exists():
-            todo.append(cell)
+            base = Path(cell.config(data, twelve, workdir).model)
+            if cell.kind == "frozen" and not base.exists() and cell.standard not in todo:
+                raise ValueError(
+                    f"{cell.name} starts from {base}, and there is none: run {cell.standard} "
+                    f"first (with other --results, where its result is kept already)."
+                )
+            todo[cell.name] = cell, path, model
         elif (theirs := json.loads(path.read_text())["model"]) != model:
             raise ValueError(
                 f"{path} is of the encoder {theirs}, and {model} was asked for: choose other "
                 f"--results, or give that encoder by --twelve."
             )
-    for number, cell in enumerate(todo, 1):
-        path = results / f"{cell.name}.json"
+    for number, (cell, path, model) in enumerate(todo.values(), 1):
         config = cell.config(data, twelve, workdir)
-        model = cell.model(data, twelve, workdir)
-        if cell.kind == "frozen" and not Path(config.model).exists():
-            raise ValueError(
-                f"{cell.name} starts from {config.model}, and there is none: run {cell.standard} "
-                f"first (with other --results, where its result is kept already)."
-            )
         console.print(f"{cell.name}, {number} of {len(todo)}")
         start = time.time()
         jax.clear_caches()  # the programs of one cell after another would fill the address space
@@ -209,6 +208,9 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     bundle = load_bundle(folder)
     clf = EarlyExitClassifier.from_pretrained(folder)
     test = encode(labelled_rows(bundle, str(data), limit=ROWS), bundle.tokenizer, bundle.max_length)
+    rows = bundle.provenance["rows"]
+    seen = trained_on(bundle).union(rows["dev_a"], rows["dev_b"])
+    test = test.take(test.without(seen, f"every test row of {data} is in train or dev."))
     logits = clf.exit_logits(test.encoded)
     exits = [
         {"layer": layer, "temperature": t, **quality["after"]}

@@ -22,7 +22,8 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5
     Rows that the bundle's provenance records as dev-B are not fitted on: where the split holds
     some, they are reported on as "dev_b". Those of them that placed the exits, and so report no
     more, are rows like others. Rows trained on, of which the weights are too sure, are left out.
-    The figures of the former temperatures and thresholds are dropped from the provenance.
+    The figures of the former temperatures and thresholds are dropped from the provenance, but
+    for what placed the exits.
 
     Args:
       max_drop: points of accuracy on these rows that the thresholds may lose against

@@ -113,14 +113,9 @@ def finetune(
     with console.status("tokenising"):
         tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
-    halves = sources.split_dev(len(tasks["dev"].labels), config.seed)
-    held_out = dict(zip(("dev_a", "dev_b"), map(tasks["dev"].take, halves), strict=True))
-    held_out |= {name: tasks[name] for name in tasks.keys() & {"test"}}
-    trained = {*unpacked(behind), *tasks["train"].hashes}
-    held_out = {
-        name: untrained(name, part, trained, config.model, console)
-        for name, part in held_out.items()
-    }
+    held_out = held_out_parts(
+        tasks, config, {*unpacked(behind), *tasks["train"].hashes}, console=console
+    )
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
@@ -233,17 +228,29 @@ def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
     )
 
 
-def untrained(name: str, task: Task, trained: set[str], model: str, console: Console) -> Task:
-    """The rows that did not train, here or the weights that this run starts from."""
-    shown = name.replace("dev_a", "dev-A").replace("dev_b", "dev-B")
-    left = task.take(
-        task.without(
-            trained, f"every row of {shown} is in train, or trained {model}: give other rows."
+def held_out_parts(
+    tasks: dict[str, Task], config: TrainConfig, trained: set[str], *, console: Console
+) -> dict[str, Task]:
+    """dev_a less the rows that trained, dev_b and test less those of dev_a too."""
+    parts = dict(
+        zip(
+            ("dev_a", "dev_b"),
+            map(tasks["dev"].take, sources.split_dev(len(tasks["dev"].labels), config.seed)),
+            strict=True,
         )
     )
-    if gone := len(task.labels) - len(left.labels):
-        console.print(f"{gone} rows of {shown} are left out: they are in train, or trained {model}")
-    return left
+    parts |= {name: tasks[name] for name in tasks.keys() & {"test"}}
+    seen, where = set(trained), "train"
+    for name, shown in (("dev_a", "dev-A"), ("dev_b", "dev-B"), ("test", "test")):
+        if name in parts:
+            task, why = parts[name], f"in {where}, or trained {config.model}"
+            rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
+            if gone := len(task.labels) - len(rows):
+                console.print(f"{gone} rows of {shown} are left out: they are {why}")
+            parts[name] = task.take(rows)
+        if name == "dev_a":
+            seen, where = seen | set(parts[name].hashes), "train or dev-A"
+    return parts
 
 
 def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
