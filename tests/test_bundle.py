@@ -44,8 +44,12 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
     assert f"every row of dev-A is in train, or trained {first}" in tiny.refused(*args)
     mixed = [*tiny.rows(41, 91, wrong=7), *tiny.rows(4, 0)]  # the last are the first of train
     args[dev] = tiny.write_tsv(tmp_path / "dev.tsv", mixed)
+    args[args.index("--test") + 1] = args[dev]  # of which dev-A proves nothing either
     done = tiny.ejax(*args)
     assert done.code == 0
+    rows = load_bundle(tmp_path / "more").provenance["rows"]
+    assert rows["test"]
+    assert sorted(rows["test"]) == sorted(rows["dev_b"])
     left_out = re.findall(r"(\d) rows of dev-[AB] are left out", done.err)
     assert sum(map(int, left_out)) == 4
     sentence = tiny.refused(

@@ -17,9 +17,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty r
 
 def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "EXITS", {"minilm": (1, 3), "twelve": (1, 3)})
-    monkeypatch.setattr(grid, "ROWS", 28)  # of 30 test rows
+    monkeypatch.setattr(grid, "ROWS", 60)
     monkeypatch.setattr(grid, "TIMED_TOKENS", 100)
-    shutil.copytree(tiny.data(), tmp_path / "data" / "sst2")
+    folder = tmp_path / "data" / "sst2"
+    shutil.copytree(tiny.data(), folder)
+    own = (folder / "test.tsv").read_text().splitlines(keepends=True)
+    with (folder / "test.tsv").open("a") as file:  # 30 rows of its own, and all of dev
+        file.writelines((folder / "dev.tsv").read_text().splitlines(keepends=True)[1:])
     results = tmp_path / "grid"
     args = [
         *("--data", tmp_path / "data", "--twelve", tiny.model(), "--results", results),
@@ -33,9 +37,9 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
         for name in ("exits", "cut1")
     )
     assert (exits["layers"], cut["layers"]) == ([1, 3], [1])
-    assert exits["rows"] == 28
+    assert 60 - 41 <= exits["rows"] <= len(own) - 1
     chosen = exits["chosen"]
-    assert chosen["rows"] == 28
+    assert chosen["rows"] == exits["rows"] == cut["rows"]
     assert exits["oracle"]["accuracy"] >= chosen["accuracy"]
     assert exits["at_budget"]["1"]["cost"] == pytest.approx(1 / 3)
     assert exits["at_budget"]["1"]["speed"]["mean_depth"] == 1
@@ -45,7 +49,7 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     low, high = (exits["exits"][0][f"ece_minus_floor_{end}"] for end in ("low", "high"))
     assert low < high
     assert all(exits["speed"][name] > 0 for name in ("speedup", "single_ms", "single_full_ms"))
-    assert 0 < exits["speed"]["rows"] < 28
+    assert 0 < exits["speed"]["rows"] < exits["rows"]
     assert results.with_suffix(".png").exists()
     shown = capsys.readouterr().out
     assert f"{cut['exits'][0]['accuracy']:.4f}" in shown

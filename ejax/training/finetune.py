@@ -232,24 +232,21 @@ def held_out_parts(
     tasks: dict[str, Task], config: TrainConfig, trained: set[str], *, console: Console
 ) -> dict[str, Task]:
     """dev_a less the rows that trained, dev_b and test less those of dev_a too."""
-    parts = dict(
-        zip(
-            ("dev_a", "dev_b"),
-            map(tasks["dev"].take, sources.split_dev(len(tasks["dev"].labels), config.seed)),
-            strict=True,
-        )
-    )
-    parts |= {name: tasks[name] for name in tasks.keys() & {"test"}}
-    seen, where = set(trained), "train"
-    for name, shown in (("dev_a", "dev-A"), ("dev_b", "dev-B"), ("test", "test")):
-        if name in parts:
-            task, why = parts[name], f"in {where}, or trained {config.model}"
-            rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
-            if gone := len(task.labels) - len(rows):
-                console.print(f"{gone} rows of {shown} are left out: they are {why}")
-            parts[name] = task.take(rows)
-        if name == "dev_a":
-            seen, where = seen | set(parts[name].hashes), "train or dev-A"
+
+    def left(shown: str, task: Task, seen: set[str], where: str) -> Task:
+        why = f"in {where}, or trained {config.model}"
+        rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
+        if gone := len(task.labels) - len(rows):
+            console.print(f"{gone} rows of {shown} are left out: they are {why}")
+        return task.take(rows)
+
+    dev = tasks["dev"]
+    half_a, half_b = sources.split_dev(len(dev.labels), config.seed)
+    dev_a = left("dev-A", dev.take(half_a), trained, "train")
+    seen, where = trained | set(dev_a.hashes), "train or dev-A"
+    parts = {"dev_a": dev_a, "dev_b": left("dev-B", dev.take(half_b), seen, where)}
+    if "test" in tasks:
+        parts["test"] = left("test", tasks["test"], seen, where)
     return parts
 
 
