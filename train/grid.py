@@ -61,6 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "frozen": SUM | {"train_encoder": False},  # of the standard model: DeeBERT
     "long": {"epochs": 4},  # in sum as long as the standard and the cut models it stands for
 }
+LINES = {"exits": ("early exit", "C0"), "long": ("early exit, twice the epochs", "C4")}
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -121,8 +122,9 @@ def all_cells() -> list[Cell]:
         return [Cell(data, encoder, kind, seed) for kind in ("exits", "standard", *cuts)]
 
     cells = [cell for data in DATA for cell in group(data, "minilm")]
-    others = [kind for kind in RECIPES if kind != "exits"]
+    others = [kind for kind in RECIPES if kind not in ("exits", "long")]
     cells += [Cell(data, "minilm", kind) for data in MORE_SEEDS for kind in others]
+    cells += [Cell(data, "minilm", "long") for data in DATA]
     cells += [cell for data in DATA for cell in group(data, "twelve")]
     return cells + [
         cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
@@ -383,9 +385,11 @@ def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
         for r in known:
             if (r["data"], r["encoder"], r["seed"]) != (data, encoder, 0):
                 continue
-            if r["kind"] == "exits":
+            if r["kind"] in LINES:
                 x, y = zip(*((p["cost"], 100 * p["accuracy"]) for p in r["curve"]), strict=True)
-                axes.plot(x, y, ".-", label="early exit")
+                name, colour = LINES[r["kind"]]
+                axes.plot(x, y, ".-", color=colour, label=name)
+            if r["kind"] == "exits":
                 oracle_ = r["oracle"]
                 axes.plot([oracle_["cost"]], [100 * oracle_["accuracy"]], "*", label="oracle")
                 axes.plot([r["chosen"]["cost"]], [100 * r["random"]], "x", label="random exit")
@@ -393,7 +397,9 @@ def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
                 share = r["layers"][-1] / EXITS[encoder][-1]
                 cuts.append((share, 100 * r["exits"][-1]["accuracy"]))
         if cuts:
-            axes.plot(*zip(*sorted(cuts), strict=True), "s--", label="standard and cut models")
+            axes.plot(
+                *zip(*sorted(cuts), strict=True), "s--", color="C3", label="standard and cut models"
+            )
         axes.set_title(f"{data}, {encoder}", fontsize=10)
         axes.set(xlabel="share of full depth", ylabel="accuracy, %")
         axes.set_visible(bool(axes.lines))  # a data set may have nothing but other recipes yet
