@@ -17,8 +17,16 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
     Its logits are those of the last exit before temperature.
 
     Raises:
-      ValueError: when the last exit is no such classifier, or `folder` cannot be written.
+      ValueError: when the last exit is no such classifier, or `folder` is a bundle or cannot
+        be written.
     """
+    folder = storage.path_of(folder)
+    with storage.reaching(folder):
+        if (folder / "exits.json").exists():
+            raise ValueError(
+                f"{folder} is a bundle, which a plain classifier would replace: "
+                f"choose another output folder."
+            )
     exits = bundle.exits
     if exits.pooling != "cls" or (exits.mix != "last" and exits.num_layers > 1):
         raise ValueError(
@@ -40,6 +48,8 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
     with replacing(folder) as fresh:
         save_file(made, fresh / "model.safetensors", metadata={"format": "pt"})
         bundle.tokenizer.save(fresh)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
-    return storage.path_of(folder)
+        settings = bundle.tokenizer.hf_settings() | {"model_max_length": bundle.max_length}
+        for name, values in (("config.json", config), ("tokenizer_config.json", settings)):
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (fresh / name).write_text(text + "\n", encoding="utf-8")
+    return folder

@@ -168,6 +168,8 @@ def test_save_and_load_give_the_same_ids(tmp_path):
     loaded = load_tokenizer(tmp_path / "to" / "bundle")
     assert rows(loaded.encode(texts, 64)) == rows(cased.encode(texts, 64))
     assert loaded.vocab_size == cased.vocab_size == len(VOCAB)
+    settings = loaded.hf_settings()
+    assert (settings["do_lower_case"], settings["cls_token"]) == (False, "[CLS]")
 
 
 def truncate_one_by_one(a, b, room):

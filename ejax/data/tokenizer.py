@@ -133,6 +133,18 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._backend.save(str(Path(folder) / "tokenizer.json"))
 
+    def hf_settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json must say; without it transformers takes lower case for it."""
+        normal = self._backend.normalizer
+        lower = {
+            "do_lower_case": normal.lowercase,
+            "strip_accents": normal.strip_accents,
+            "tokenize_chinese_chars": normal.handle_chinese_chars,
+        } if isinstance(normal, normalizers.BertNormalizer) else {}  # fmt: skip
+        names = {"cls_token": self._cls, "sep_token": self._sep}
+        tokens = {name: self._backend.id_to_token(token) for name, token in names.items()}
+        return {"tokenizer_class": "BertTokenizer"} | lower | tokens
+
     def _encode_chunk(
         self, firsts: list[str], seconds: list[str | None], max_length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
