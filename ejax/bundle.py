@@ -191,7 +191,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             f"Got {version!r}: update ejax to read this bundle."
         )
     try:
-        labels = _labels(_read(folder / "config.json"))
+        labels = _labels(folder / "config.json")
         exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"])
         numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
         cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
@@ -205,8 +205,8 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             tuple(float(t) for t in meta["temperatures"]),
             tuple(float(t) for t in meta["thresholds"]),
             int(meta["max_length"]),
-            tuple(meta["buckets"]),
-            meta["provenance"],
+            tuple(int(length) for length in meta["buckets"]),
+            dict(meta["provenance"]),
             trained,
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -215,6 +215,16 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
+    if bundle.max_length > cfg.max_position_embeddings:
+        raise ValueError(
+            f"{folder / 'exits.json'}: max_length must be at most the "
+            f"{cfg.max_position_embeddings} positions of the encoder. Got {bundle.max_length}."
+        )
+    if bundle.tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} must be of this encoder, which embeds {cfg.vocab_size} "
+            f"tokens. Got one of {bundle.tokenizer.vocab_size}."
+        )
     if len(bundle.thresholds) != len(exits.layers) or np.isnan(bundle.thresholds).any():
         raise ValueError(
             f"{folder / 'exits.json'} must hold {len(exits.layers)} thresholds, one per exit. "
@@ -230,12 +240,19 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     return bundle
 
 
-def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+def _labels(path: Path) -> tuple[str, ...]:
     """In the order of their indices, whatever the order of the file."""
+    config = _read(path)
     kind = config.get("problem_type") or "single_label_classification"
     if kind != "single_label_classification":
-        raise ValueError(f'problem_type "{kind}" is not supported yet: only single labels are.')
-    names = config["id2label"]
+        raise ValueError(
+            f'{path}: problem_type "{kind}" is not supported yet: only single labels are.'
+        )
+    names = config.get("id2label")
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+        raise ValueError(
+            f"{path}: id2label must map 0, 1, … to the names of the labels. Got {names!r}."
+        )
     return tuple(names[str(i)] for i in range(len(names)))
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 
 Text = str | tuple[str, str]
+Item = TypeVar("Item")
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # of a stream, tokenised and classified together
 
 
@@ -170,8 +171,10 @@ class EarlyExitClassifier:
             dtype = profile.dtype if profile else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
-        elif profile and profile.dtype != bundle.cfg.dtype:
-            profile = None
+        elif profile:
+            given = bundle.cfg.dtype  # of texts alone too
+            same = profile.dtype == given
+            profile = dataclasses.replace(profile, single_dtype=given) if same else None
         return cls(bundle, shapes=Shapes(profile=profile))
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -215,13 +218,22 @@ class EarlyExitClassifier:
         ...     print(answer["label"])
         """
         check_top_k(top_k)
-        if isinstance(texts, str):
-            raise ValueError("texts must be many texts, such as a list or a file. Got one string.")
+        if isinstance(texts, str | tuple | Mapping) or not isinstance(texts, Iterable):
+            raise ValueError(
+                "texts must be many texts, such as a list or a file; a tuple is one pair. "
+                f"Got one {type(texts).__name__}."
+            )
         if np.ndim(threshold) > 1:
             raise ValueError(
                 "threshold must be a number or one per exit: a stream has no number of texts. "
                 f"Got shape {np.shape(threshold)}."
             )
+        yield from self.stream_chunks(chunks(texts, characters), threshold, top_k)
+
+    def stream_chunks(
+        self, chunks: Iterable[Sequence[Text]], threshold: Any, top_k: int | None
+    ) -> Iterator[Any]:
+        """`stream` of texts that come in lists, each tokenised and classified together."""
         tokenised: deque[Future[Encoded]] = deque()
         running: deque[Running] = deque()
         read = started = 0
@@ -232,7 +244,7 @@ class EarlyExitClassifier:
             started += running[-1].total
 
         with ThreadPoolExecutor(1) as thread:
-            for chunk in chunks(texts):
+            for chunk in chunks:
                 tokenised.append(thread.submit(self.encode, chunk, first=read))
                 read += len(chunk)
                 if len(tokenised) > 1:
@@ -244,17 +256,23 @@ class EarlyExitClassifier:
             for left in running:
                 yield from self.answers(left.finish(), top_k)
 
-    def warmup(self, rows: Sequence[int] = (1,), max_length: int | None = None) -> None:
-        """Compiles ahead what calls with so many texts of up to `max_length` tokens will run.
+    def warmup(self, rows: int = 1, max_length: int | None = None) -> None:
+        """Compiles ahead all that calls of up to `rows` texts can run, at most 4 programs a length.
 
         Args:
-          rows: numbers of texts per call and length, such as (1, 32).
-          max_length: tokens; None means the bundle's.
+          rows: the most texts of one call. However few of them share a length is compiled too.
+          max_length: of the texts, in tokens; None means the bundle's.
         """
         longest = min(max_length or self.bundle.max_length, self.bundle.max_length)
         reached = bucket_of(np.arange(1, longest + 1), self.bundle.buckets, self.bundle.max_length)
-        for length in np.unique(reached):
-            for count in rows:
+        for length in np.unique(reached).tolist():
+            most = min(rows, self.shapes.pool(length) * len(self.devices))
+            shapes = {
+                shape: count
+                for count in range(1, most + 1)
+                for _, shape in self.pools(np.full(count, length), len(self.devices))
+            }
+            for count in shapes.values():
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
                 self.decide_encoded(Encoded(tokens, tokens.astype(np.int8), offsets))
@@ -352,7 +370,8 @@ class EarlyExitClassifier:
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
             tile = min(n for n in tile_sizes(shape.tile) if n >= min(len(rows), shape.tile))
-            found = full_depth(self.model, self._weights, batch, tile=tile, rows=len(rows))
+            model, weights = self._single if len(rows) == 1 else (self.model, self._weights)
+            found = full_depth(model, weights, batch, tile=tile, rows=len(rows))
             logits[rows] = np.asarray(found)[: len(rows)]
         return logits
 
@@ -376,7 +395,12 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 def as_list(texts: Any) -> Sequence[Text]:
     """A single text or pair as a list of one."""
-    return [texts] if isinstance(texts, str | tuple) else texts
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(
+            "texts must be a string, a pair (text, pair), or a list of either. "
+            f"Got one {type(texts).__name__}."
+        )
+    return [texts] if isinstance(texts, str | tuple) else texts  # type: ignore[return-value]
 
 
 def check_top_k(top_k: Any) -> None:
@@ -384,16 +408,20 @@ def check_top_k(top_k: Any) -> None:
         raise ValueError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
 
 
-def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Lists of texts, bounded in number and in characters."""
-    held: list[Text] = []
-    characters = 0
-    for text in texts:
-        held.append(text)
-        parts = text if isinstance(text, tuple | list) else (text,)
-        characters += sum(len(part) for part in parts if isinstance(part, str))
-        if len(held) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+def characters(text: Any) -> int:
+    parts = text if isinstance(text, tuple | list) else (text,)
+    return sum(len(part) for part in parts if isinstance(part, str))
+
+
+def chunks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Lists of items, bounded in number and in characters, of which each has `size`."""
+    held: list[Item] = []
+    total = 0
+    for item in items:
+        held.append(item)
+        total += size(item)
+        if len(held) == CHUNK_ROWS or total >= CHUNK_CHARACTERS:
             yield held
-            held, characters = [], 0
+            held, total = [], 0
     if held:
         yield held

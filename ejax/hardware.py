@@ -3,8 +3,10 @@
 jax is imported late: a command reads `cpu_type` before jax may start.
 """
 
+import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import jax
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
 # As Linux names them, x86 and Arm. AVX-512's instruction was faster than float32 on
 # an AMD EPYC, and slower on an Intel Xeon (155 to 260 GFLOP/s at 512 rows of width 384).
 BF16_FLAGS = {"amx_bf16", "bf16"}
@@ -55,8 +58,8 @@ def fastest_dtype() -> Dtype:
     if device.platform == "cpu":
         fast = AMD_BF16_FLAGS if _cpuinfo("vendor_id") == "AuthenticAMD" else BF16_FLAGS
         return "bfloat16" if fast & set(_cpuinfo("flags", "Features").split()) else "float32"
-    capability = float(getattr(device, "compute_capability", 8.0))  # CUDA's; a TPU has none
-    return "bfloat16" if capability >= 8 else "float32"
+    capability = str(getattr(device, "compute_capability", ""))  # CUDA's, a name on ROCm, or none
+    return "float32" if re.fullmatch(r"[1-7]\.\d+", capability) else "bfloat16"
 
 
 def processor() -> str:
@@ -108,5 +111,22 @@ def free_bytes(device: "jax.Device") -> int | None:
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
+            return int(min(1024 * int(line.split()[1]), _left_to_container()))
     return None
+
+
+def _left_to_container() -> float:
+    """Bytes below the limit of this control group, version 2 or 1; inf where there is none."""
+    for used, limit in (
+        ("memory.current", "memory.max"),
+        ("memory/memory.usage_in_bytes", "memory/memory.limit_in_bytes"),
+    ):
+        try:
+            most, taken = ((CGROUP / name).read_text().strip() for name in (limit, used))
+            stat = (CGROUP / limit).with_name("memory.stat").read_text().split()
+        except OSError:
+            continue
+        if most.isdecimal():
+            cache = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0
+            return int(most) - int(taken) + cache
+    return math.inf

@@ -20,8 +20,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
 from ejax.bundle import Bundle, check_columns, text_columns_of
-from ejax.classifier import EarlyExitClassifier, Text
-from ejax.data.files import Row, find_text_columns, path_format, read_rows, texts_of
+from ejax.classifier import EarlyExitClassifier, Text, chunks
+from ejax.data.files import (
+    Row,
+    check_still,
+    find_text_columns,
+    path_format,
+    read_rows,
+    texts_of,
+)
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")
@@ -85,19 +92,22 @@ def predict_file(
         if len(named) < NAMED:
             named.append(sentence)
 
+    header: list[str] = []  # of a tsv or csv
+    added_names = ADDED[:3] if top_k == 1 else ADDED
     rows = read_texts(
-        clf, source, text_columns, format, kind, top_k == 1, skip if skip_bad_rows else None
-    )
+        clf, source, text_columns, format, kind, added_names, skip if skip_bad_rows else None,
+        header.extend,
+    )  # fmt: skip
     waiting: deque[tuple[Row, tuple[str, ...]]] = deque()
 
-    def texts() -> Iterator[Text]:
-        for row, text, names in rows:
-            waiting.append((row, names))
-            yield text
+    def texts() -> Iterator[list[Text]]:
+        for some in chunks(rows, lambda read: row_size(read[0])):
+            waiting.extend((row, names) for row, _, names in some)
+            yield [text for _, text, _ in some]
 
     with writing(output) as file:
         write: Writer | None = None
-        for answer in clf.stream(texts(), threshold=threshold, top_k=top_k):
+        for answer in clf.stream_chunks(texts(), threshold, top_k):
             row, names = waiting.popleft()
             made = row | dict(zip(names, added(answer), strict=True))
             if write is None:
@@ -110,6 +120,8 @@ def predict_file(
             done += 1
             if done % PROGRESS_ROWS == 0:
                 progress(done)
+        if write is None and header:  # no rows: a file that can still be read back
+            file.write(Writer(kind, [*header, *free_names(added_names, header)]).header())
     return Summary(done, exits, skipped, named, spaced)
 
 
@@ -131,36 +143,55 @@ def read_texts(
     text_columns: Sequence[str],
     format: str,
     kind: str,
-    top_1: bool,
+    added_names: Sequence[str],
     skip: Callable[[str], None] | None,
+    header: Callable[[Sequence[str]], None],
 ) -> Iterator[tuple[Row, Text, tuple[str, ...]]]:
     """Yields (row, its text or pair, the names of the added columns)."""
     known: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
-    options: dict[str, Any] = {} if skip is None else {"skip": skip}
-    if text_columns:
-        options["text_columns"] = tuple(text_columns)
-    for line, row in read_rows(source, format=format, labels=clf.bundle.labels, **options):
-        if not columns:
-            known = tuple(row)
-            columns = columns_of(clf.bundle, text_columns, known, source)
-            names = tuple(_free(name, known) for name in (ADDED[:3] if top_1 else ADDED))
+    refused: ValueError | None = None
+    by_row = (format or path_format(source) or "jsonl") == "jsonl"  # has its own columns
+
+    def find(row: Row) -> tuple[str, ...]:
+        return columns_of(clf.bundle, text_columns, tuple(row), source)
+
+    for line, row in read_rows(
+        source, format=format, labels=clf.bundle.labels, text_columns=tuple(text_columns),
+        skip=skip, header=header,
+    ):  # fmt: skip
         try:
-            text, pair = texts_of(row, columns, source, line)
+            chosen = columns or find(row)
+            text, pair = texts_of(row, chosen, source, line)
+            if not columns:
+                columns, known = chosen, tuple(row)
+                names = free_names(added_names, known)
             _check_columns(row, known, names, kind, f"{source}, line {line}")
         except ValueError as error:
-            if skip is None:
+            if skip is None or not (columns or by_row):
                 raise
+            refused = refused or error
             skip(str(error))
             continue
+        check_still(row, known, columns, find, f"{source}, line {line}")
         yield row, text if pair is None else (text, pair), names
+    if refused and not columns:
+        raise refused
 
 
-def _free(name: str, known: Sequence[str]) -> str:
-    while name in known:
-        name = f"predicted_{name}"
-    return name
+def free_names(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The names, each with as many "predicted_" before it as `known` columns ask for."""
+
+    def free(name: str) -> str:
+        return free(f"predicted_{name}") if name in known else name
+
+    return tuple(map(free, names))
+
+
+def row_size(row: Row) -> int:
+    """About the characters it holds."""
+    return sum(len(value if isinstance(value, str) else repr(value)) for value in row.values())
 
 
 def columns_of(

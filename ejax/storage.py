@@ -5,6 +5,7 @@ A rename is not atomic there: a folder is copied, and the file that makes it who
 
 import importlib.util
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def path_of(path: str | Path) -> Path:
     if not is_remote(path):
         raise ValueError(f"{path}: only folders and gs:// are known here.")
     if not importlib.util.find_spec("gcsfs"):
-        raise ValueError(f"{path}: for gs:// pip install 'ejax[gcs]'.")
+        raise ValueError(f"{path}: for gs:// pip install '.[gcs]' in ejax's folder.")
     import fsspec
     from etils import epath
 
@@ -65,13 +66,16 @@ def is_of_client(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp")
 
 
-def is_damage(error: Exception, path: str | Path) -> bool:
-    """Whether an error says that what was read is damaged, rather than out of reach."""
-    if not is_remote(path):
-        return True
-    away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that what was read is damaged, rather than out of reach or memory."""
+    gone = FileNotFoundError | NotADirectoryError | IsADirectoryError
+    away = isinstance(error, OSError) and not isinstance(error, gone)
+    words = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE|PERMISSION"
     return not (
-        away or is_of_client(error) or re.search("UNAVAILABLE|DEADLINE|PERMISSION", str(error))
+        away
+        or isinstance(error, MemoryError)
+        or is_of_client(error)
+        or re.search(words, str(error))
     )
 
 
@@ -144,10 +148,22 @@ def upload(source: Path, target: Any, first: str = "", last: str = "") -> None:
 
 def write_text(path: Any, text: str) -> None:
     """All of it or nothing; an object on gs:// is never half of one."""
-    fresh = path if is_remote(path) else path.with_suffix(".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    if fresh != path:
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with becoming(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def becoming(path: Path) -> Iterator[Path]:
+    """A file of this machine to write, which takes the name of `path` if all goes well."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield fresh
         fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def move(source: Any, target: Any) -> None:

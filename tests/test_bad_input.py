@@ -274,6 +274,46 @@ def test_predict_skips_bad_rows_and_names_them(tmp_path, name, content, lines):
     assert last.startswith(f"2 rows labelled, {len(lines)} skipped, ")
 
 
+def test_a_jsonl_whose_text_changes_its_column(tmp_path):
+    """A row of its own columns must not decide in silence for those of the others."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    args = ("predict", tiny.trained()[0], "--input", source, "--output", output)
+    source.write_text('{"title": "great"}\n{"title": "film", "text": "awful"}\n')
+    said = f"{source}, line 2: the text is in text, and was read from title before"
+    for more in ((), ("--on-error", "skip")):
+        assert said in tiny.refused(*args, *more)
+    assert not output.exists()
+    assert tiny.ejax(*args, "--text-column", "title").code == 0
+    source.write_text(
+        '{"title": "great", "label": "good"}\n{"text": "awful", "title": "a", "label": "bad"}\n'
+    )
+    assert "the text is in text" in tiny.refused("evaluate", tiny.trained()[0], "--data", source)
+    source.write_text('{"id": 1, "n": 2}\n{"text": "great"}\n')
+    assert "line 1: column 'n' must hold text. Got 2." in tiny.refused(*args)
+    assert tiny.ejax(*args, "--on-error", "skip").code == 0
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["great"]
+    source.write_text('{"a": "great", "b": "film"}\n')
+    assert "which column holds the text" in tiny.refused(*args, "--on-error", "skip")
+
+
+def test_an_empty_shard_has_an_empty_answer(tmp_path):
+    """That reads back: a tsv has its header."""
+    for name, content, wanted in (
+        ("in.tsv", "id\ttext\n", "id\ttext\tlabel\tscore\texit_layer\n"),
+        ("in.csv", "label,text\n", "label,text,predicted_label,score,exit_layer\n"),
+        ("in.jsonl", "", ""),
+        ("in.txt", "", ""),
+    ):
+        source, output = tmp_path / name, tmp_path / f"out.{name.rpartition('.')[2]}"
+        source.write_text(content)
+        output = output.with_suffix(".jsonl") if name == "in.txt" else output
+        done = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
+        assert (done.code, output.read_text()) == (0, wanted), done.err
+    said = tiny.refused("predict", tiny.trained()[0], "--input", "a" * 300, "--output", output)
+    assert said.startswith("aaa")
+    assert "cannot be read: File name too long" in said
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -114,6 +114,25 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "current").is_symlink()
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("exits.json", {"provenance": None}, "exits.json is damaged"),
+        ("exits.json", {"buckets": ["a"]}, "invalid literal for int"),
+        ("exits.json", {"max_length": 4096}, "max_length must be at most the 32 positions"),
+        ("config.json", {"id2label": None}, "config.json: id2label must map 0, 1, … to the names"),
+        ("config.json", {"vocab_size": 9}, "word"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, changed: object, said: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    content = json.loads((folder / name).read_text()) | changed
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as raised:
+        load_bundle(folder)
+    assert said in str(raised.value)
+
+
 @pytest.mark.parametrize("field", ["temperatures", "layers"])
 def test_exits_that_do_not_fit_the_weights_are_named(tmp_path: Path, field: str) -> None:
     folder = tiny.copy_of_bundle(tmp_path)

@@ -1,5 +1,6 @@
 """Texts in, labels out, whatever their order and company."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -161,14 +162,19 @@ def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier, monkeypa
 
 
 def test_after_a_warmup_nothing_compiles() -> None:
-    clf = EarlyExitClassifier(ejax.load_bundle(tiny.trained()[0]), devices=ONE)
+    """However the texts of a call share out among the lengths."""
+    bundle = dataclasses.replace(ejax.load_bundle(tiny.trained()[0]), buckets=(8,), max_length=16)
+    clf = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=128), devices=ONE)
     engine.run_pool.clear_cache()
-    clf.warmup(rows=(1, 20))
+    clf.warmup(rows=20)
     compiled = engine.run_pool._cache_size()
-    assert compiled > 0
-    for texts in (TEXTS[:1], TEXTS[:20], [" ".join(TEXTS)]):
-        clf(texts, threshold=0.3)
-    assert engine.run_pool._cache_size() == compiled
+    short, long = "great film", "the film was great and the music was poor and awful"
+    assert sorted({shape.length for _, shape in clf.pools(clf.encode([short, long]).lengths)}) == [
+        8, 16,
+    ]  # fmt: skip
+    for count in range(21):
+        clf([short] * count + [long] * (20 - count), threshold=0.3)
+    assert engine.run_pool._cache_size() == compiled == 5  # of 8 tokens 1 and 32 rows
 
 
 def test_few_texts_of_a_length_run_one_by_one() -> None:
@@ -199,11 +205,18 @@ def test_a_single_text_can_have_a_type_of_its_own(monkeypatch, tmp_path: Path) -
     assert clf.shapes.profile == profile
     exact = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
     assert exact.shapes.profile is None
+    full = clf.full_logits(clf.encode(TEXTS[:1]))  # of the same type: what it is compared with
+    np.testing.assert_allclose(full, exact.full_logits(exact.encode(TEXTS[:1])), atol=1e-5)
     alone, together = clf.decide(TEXTS[:1]), clf.decide(TEXTS)
     wanted = exact.decide(TEXTS)
     np.testing.assert_allclose(alone.score, wanted.score[:1], atol=1e-5)
     assert np.abs(together.logits - wanted.logits).max() > 1e-5
     np.testing.assert_allclose(together.score, wanted.score, atol=5e-3)
+    other = dataclasses.replace(profile, dtype="float32", single_dtype="bfloat16")
+    save_profile(other, profile_path(bundle.cfg))
+    asked = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
+    assert asked.shapes.profile.tile == {16: 8}
+    np.testing.assert_array_equal(asked.decide(TEXTS[:1]).logits, exact.decide(TEXTS[:1]).logits)
 
 
 def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:
@@ -233,6 +246,14 @@ def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:
 def test_what_is_not_a_text_is_named(clf: EarlyExitClassifier) -> None:
     with pytest.raises(ValueError, match=r"texts\[1\] must be a string"):
         clf(["fine", None])
+    with pytest.raises(
+        ValueError, match=r"a pair \(text, pair\), or a list of either. Got one dict"
+    ):
+        clf({"text": "fine", "text_pair": "poor"})
+    with pytest.raises(ValueError, match="Got one NoneType"):
+        clf(None)
+    with pytest.raises(ValueError, match=r"a tuple is one pair. Got one tuple"):
+        next(clf.stream(("fine", "poor")))
 
 
 def test_save_pretrained(clf: EarlyExitClassifier, tmp_path: Path) -> None:

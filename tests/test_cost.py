@@ -87,6 +87,13 @@ def test_a_profile_is_read_back(tmp_path):
     assert load_profile(path) is None
     save_profile(PROFILE, path)
     assert load_profile(path) == PROFILE
+    other = dataclasses.replace(
+        PROFILE, tile={128: 8}, seconds={(8, 128): Seconds(9.0, 1.0, 1.0)}, date="later"
+    )
+    both = other.beside(PROFILE)
+    assert both.tile == PROFILE.tile | {128: 8}
+    assert both.seconds == PROFILE.seconds | other.seconds
+    assert dataclasses.replace(other, dtype="float32").beside(PROFILE).tile == {128: 8}
     path.write_text(path.read_text().replace("gather", "father"))
     with pytest.raises(ValueError, match=r"profile.json is damaged: KeyError.*run `ejax profile`"):
         load_profile(path)

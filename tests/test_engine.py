@@ -548,6 +548,10 @@ def test_a_pool_that_cannot_fit_says_what_it_needs(monkeypatch):
         ({"batch": Batch(np.zeros((0, 9), np.int32))}, r"at least one row. Got none"),
         ({"batch": Batch(np.zeros((2, 18), np.int32))}, r"at most 17 tokens per row"),
         ({"batch": Batch(np.zeros((2, 9)))}, r"batch.ids must be whole numbers"),
+        ({"batch": Batch([[2, 99]])}, r"batch.ids must be at least 0 and below 41. Got 99"),
+        ({"batch": Batch([[2, -1]])}, r"batch.ids must be .* Got -1"),
+        ({"batch": Batch([[2, 3]], types=[[0, 7]])}, r"batch.types must be .* below 2. Got 7"),
+        ({"rows": -3}, r"rows must be between 0 and the 23 of the batch. Got -3"),
     ],
 )
 def test_wrong_input(settings, text):

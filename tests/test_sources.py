@@ -281,9 +281,9 @@ TWO = "expected 2 columns (text, label)."
     [
         ("t.tsv", "", " is empty."),
         ("t.tsv.gz", gzip.compress(b"", mtime=0), " is empty."),
-        ("t.tsv", "text\tlabel\n", " has a header but no rows."),
-        ("t.csv", "text,label\n\n", " has a header but no rows."),
-        ("t.jsonl", "\n", " has a header but no rows."),
+        ("t.tsv", "text\tlabel\n", " has no rows."),
+        ("t.csv", "text,label\n\n", " has no rows."),
+        ("t.jsonl", "\n", " has no rows."),
         ("t.tsv", "\ntext\tlabel\n", ", line 1: expected a header with the column names."),
         (
             "t.csv",

@@ -48,6 +48,7 @@ def read_rows(
     label_column: str = "label",
     labels: Sequence[str] = (),
     skip: Skip = None,
+    header: Callable[[tuple[str, ...]], None] = lambda columns: None,
 ) -> Iterator[tuple[int, Row]]:
     """Yields (line number, row) in order; a row holds every column of the file.
 
@@ -62,6 +63,9 @@ def read_rows(
       labels: known label names; they help to see that a tsv has no header.
       skip: called with the sentence about a row that cannot be read, which is left
         out; None means to raise it. A header, and a csv that is not UTF-8, always raise.
+      header: called with the columns of a tsv or csv before its first row.
+
+    Standard input, jsonl and txt may be empty.
 
     A tsv without a header is `label<TAB>text` or `label<TAB>text<TAB>text`: its first
     line names no known column, and its first cell is an integer, a known label, or
@@ -77,7 +81,7 @@ def read_rows(
     lines = _lines(path, None if kind == "csv" else skip)
     first = next(lines, None)
     if first is None:
-        if path == "-":
+        if path == "-" or kind in ("jsonl", "txt"):
             return
         raise ValueError(f"{path} is empty.")
     kind = kind or _sniff(first[1], text_columns)
@@ -89,6 +93,7 @@ def read_rows(
     else:
         cells = _csv_cells(lines, path, skip) if kind == "csv" else _tsv_cells(lines)
         columns, cells = _columns(cells, kind, path, text_columns, label_column, labels)
+        header(columns)
         for number, row in cells:
             if row == [""] and len(columns) > 1:
                 continue  # a blank line
@@ -127,6 +132,11 @@ def find_text_columns(
     if given:
         if len(given) > 2:
             raise ValueError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
+        if label_column in given or len(set(given)) < len(given):
+            raise ValueError(
+                f"text_columns must be one or two columns other than that of the label, "
+                f"{label_column!r}. Got {', '.join(given)}."
+            )
         for name in given:
             if name not in columns:
                 raise ValueError(
@@ -143,6 +153,28 @@ def find_text_columns(
         f"{path}: which column holds the text? Its columns: {', '.join(columns)}. "
         f"Name one or two with text_columns (--text-column)."
     )
+
+
+def check_still(
+    row: Row, first: Collection[str], chosen: Sequence[str], find: Callable[[Row], Sequence[str]],
+    where: str,
+) -> None:  # fmt: skip
+    """Raises ValueError where a later object of a jsonl tells that its text is in other columns.
+
+    Args:
+      row: it.
+      first: the columns of the first object, from which those of the text were `chosen`.
+      find: chooses them from a row, or raises ValueError.
+    """
+    found = tuple(chosen)
+    if row.keys() > set(chosen) and not row.keys() <= set(first):
+        with suppress(ValueError):
+            found = tuple(find(row))
+    if found != tuple(chosen):
+        raise ValueError(
+            f"{where}: the text is in {', '.join(found)}, and was read from {', '.join(chosen)} "
+            f"before: name the columns of the text (--text-column)."
+        )
 
 
 def texts_of(
@@ -228,10 +260,13 @@ def format_of(path: str | Path) -> str:
 def check_file(path: str | Path) -> None:
     """Raises ValueError, with the nearest name in the folder, unless `path` is a file."""
     file = storage.path_of(path)
-    if file.is_dir():
-        raise ValueError(f"{path} is a folder: expected a file.")
-    if file.is_file():
-        return
+    try:
+        if file.is_dir():
+            raise ValueError(f"{path} is a folder: expected a file.")
+        if file.is_file():
+            return
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     if not file.parent.is_dir():
         raise ValueError(f"No such file: {path} (there is no folder {file.parent}).")
     names = sorted(other.name for other in file.parent.iterdir())

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from ejax.data import files
 
-FORMAT_VERSION = "1.0.1"  # of what is written: raise it when rows are read differently
+FORMAT_VERSION = "1.0.2"  # of what is written: raise it when rows are read differently
 
 
 class Records(NamedTuple):
@@ -93,15 +93,20 @@ def open_file(
         raise ValueError(f"{path}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
     line, first = next(files.read_rows(path, **options), (0, {}))
     if not first:
-        raise ValueError(f"{path} has a header but no rows.")
-    columns = files.find_text_columns(
-        first, text_columns, preferred=preferred, label_column=label_column, path=path
-    )
+        raise ValueError(f"{path} has no rows.")
+
+    def find(row: files.Row) -> tuple[str, ...]:
+        return files.find_text_columns(
+            row, text_columns, preferred=preferred, label_column=label_column, path=path
+        )
+
+    columns = find(first)
     files.label_of(first, label_column, path, line)  # a clear error before anything is written
 
     def rows() -> Iterator[tuple[int, str, str | None, str]]:
         for line, row in files.read_rows(path, **options):
             text, pair = files.texts_of(row, columns, path, line)
+            files.check_still(row, first, columns, find, f"{path}, line {line}")
             yield line, text, pair, files.label_of(row, label_column, path, line)
 
     choice = [files.path_format(path), list(first), columns, label_column]

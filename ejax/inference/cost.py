@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ejax import storage
 from ejax.assets import cache_dir
 from ejax.config import BertConfig, Dtype, ExitConfig, to_json
 from ejax.hardware import cpu_type, describe
@@ -90,6 +91,14 @@ class Profile:
     seconds: dict[tuple[int, int], Seconds]  # (B, T)
     whole: float = 1.0  # what the engine takes over the sum of these parts, each timed alone
 
+    def beside(self, older: "Profile | None") -> "Profile":
+        """With the lengths that were measured before, in the same types, and not again."""
+        types = (self.dtype, self.single_dtype)
+        if older is None or (older.dtype, older.single_dtype) != types:
+            return self
+        kept = {shape: s for shape, s in older.seconds.items() if shape[1] not in self.tile}
+        return dataclasses.replace(self, tile=older.tile | self.tile, seconds=kept | self.seconds)
+
     def predict(self, exits: ExitConfig, exit: Any, tile: int, length: int) -> float:
         """Seconds of one pool of `length` tokens whose rows leave at `exit`, int [N].
 
@@ -132,9 +141,7 @@ def save_profile(profile: Profile, path: Path) -> None:
         ]
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    storage.write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def load_profile(path: Path) -> Profile | None:

@@ -101,8 +101,9 @@ def early_exit(
       A `Decision`: logits [N, C], exit [N], score [N], in the order of the input.
 
     Raises:
-      ValueError: on a wrong shape, threshold, temperature, rule or tile, and for a pool
-        that does not fit into the device's memory.
+      ValueError: on a wrong shape, threshold, temperature, rule or tile, for ids outside the
+        vocabulary (unless they are on a device already), and for a pool that does not fit into
+        the device's memory.
     """
     found: Decision = _run(
         model, variables, batch, thresholds, temperatures, rule, tile, rows, devices
@@ -134,12 +135,13 @@ def _run(
     model: EarlyExitBert, variables: Any, batch: Batch, thresholds: Any, temperatures: Any,
     rule: str, tile: int, rows: Any, devices: Sequence[jax.Device] | None, *, every: bool = False,
 ) -> Any:  # fmt: skip
-    batch, tile, rows = _checked(batch, tile, rows)
+    batch, tile, rows = _checked(model, batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
     weights, levels = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
     temperatures, rule = check_temperatures(temperatures, exits), check_rule(rule)
     check_memory(model, total, batch.ids.shape[1], tile, devices or jax.local_devices()[:1])
     if devices is None or len(devices) == 1:
+        weights = jax.device_put(weights, devices[0]) if devices else weights
         return run_pool(model, weights, batch, levels, temperatures, rows, rule, tile, every)
     count = len(devices)
     run = _on_devices(model, rule, min(tile, -(-total // count)), every, tuple(devices))
@@ -220,7 +222,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
+def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
     """Numpy stays numpy: an operation before the program costs one text as much as a layer."""
     if tile < 1:
         raise ValueError(f"tile must be at least 1 row. Got {tile}.")
@@ -228,7 +230,18 @@ def _checked(batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
     total = batch.ids.shape[0]
     if total == 0:
         raise ValueError("batch must hold at least one row. Got none.")
+    sizes = {"ids": model.cfg.vocab_size, "types": model.cfg.type_vocab_size}
+    for name, size in sizes.items():
+        values = getattr(batch, name)
+        if isinstance(values, np.ndarray) and isinstance(batch.mask, np.ndarray):
+            wrong = values[(batch.mask != 0) & ((values < 0) | (values >= size))]
+            if wrong.size:
+                raise ValueError(
+                    f"batch.{name} must be at least 0 and below {size}. Got {wrong[0]}."
+                )
     rows = total if rows is None else rows
+    if not isinstance(rows, Array) and not 0 <= rows <= total:
+        raise ValueError(f"rows must be between 0 and the {total} of the batch. Got {rows}.")
     rows = jnp.asarray(rows, jnp.int32) if isinstance(rows, Array) else np.int32(rows)
     return batch, min(tile, total), rows
 
@@ -484,7 +497,7 @@ def full_depth(
     Returns:
       float32 [N, C]; zeros for padding rows of tiles that were not run.
     """
-    batch, tile, rows = _checked(batch, tile, rows)
+    batch, tile, rows = _checked(model, batch, tile, rows)
     return _full_depth(model, prepare(model, variables), batch, rows, tile)
 
 
