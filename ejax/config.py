@@ -253,7 +253,8 @@ class TrainConfig:
             f"gradient_stop must be between 0 (none is held back) and 1 (all). Got "
             f"{self.gradient_stop}.",
         )
-        for name in ("weight_decay", "max_drop", "seed", "distillation"):
+        _check(0 <= self.seed < 2**32, f"seed must be 0 or above, below 2^32. Got {self.seed}.")
+        for name in ("weight_decay", "max_drop", "distillation"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
         for name in ("exit_weights", "class_weights"):

@@ -13,7 +13,7 @@ import tiny
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.evaluation import bench as bench_module
-from ejax.evaluation.bench import AGAINST, bench, build
+from ejax.evaluation.bench import AGAINST, bench, build, settings_of
 from ejax.evaluation.contenders import Setting
 from ejax.export import export_hf
 
@@ -22,7 +22,7 @@ LABELS = [i % 2 for i in range(30)]
 
 
 def clf() -> EarlyExitClassifier:
-    return EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    return EarlyExitClassifier.from_pretrained(tiny.trained()[0], dtype="float32")
 
 
 def needs(name: str) -> None:
@@ -55,7 +55,6 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
         stream = one["single_stream"]
         assert 0 < stream["p50"] <= stream["p90"] <= stream["p99"]
         assert set(one["requests"]) == {"8", "32"}
-        assert one["peak_bytes"] is None or one["peak_bytes"] >= 0
     bench_module.save_bench(result, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == 30
     assert (tmp_path / "bench.png").stat().st_size > 0
@@ -87,6 +86,38 @@ def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
     result = bench(clf(), TEXTS, LABELS, threshold=0.7, against=("torch-bfloat16",), repeats=1)
     assert len(result["contenders"]) == 2
     assert "times slower than full depth here" in result["left_out"]["torch-bfloat16"]
+
+
+def test_the_sweep_takes_the_fastest_setting(monkeypatch) -> None:
+    """Whatever a first run of each costs; and its memory is seen."""
+    met, kept = set(), []
+
+    def run(rows, setting):
+        first = setting not in met
+        if not met:
+            kept.append(np.ones(1 << 27, np.uint8))
+        met.add(setting)
+        fast = setting.batch == 64 and setting.threads == 1
+        time.sleep(0.2 if first else 0.001 if fast else 0.004 if setting.batch == 64 else 0.01)
+        return np.zeros((len(rows), 2), np.float32)
+
+    encoded = clf().encode(TEXTS)
+    found = bench_module.entered("a", lambda: run, encoded, settings_of("onnx-int8"), None)
+    assert found.setting == Setting(64, 1)
+    assert found.peak_bytes is None or found.peak_bytes >= kept[0].nbytes
+
+
+def test_a_contender_that_fails_is_left_out(monkeypatch) -> None:
+    def broken(name, bundle, threshold):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(bench_module, "build", broken)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(bench_module.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    result = bench(clf(), TEXTS, LABELS, against=("onnx-int8",), repeats=1)
+    assert result["left_out"] == {"onnx-int8": "failed: RuntimeError: no such operator"}
+    assert len(result["contenders"]) == 2
 
 
 def test_a_model_beside_must_have_the_same_labels() -> None:
@@ -129,6 +160,15 @@ def test_export_says_why_it_cannot() -> None:
     assert not (tiny.HOME / "never").exists()
 
 
+def test_export_does_not_replace_a_bundle(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals_per_epoch=1"]
+    assert tiny.ejax(*fields).code == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert f"{output} is a bundle" in tiny.refused("export", output, "--output", output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
 def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
     """Its names and shapes are transformers' own; where torch is at hand, so are its logits."""
     output = tmp_path / "bundle"
@@ -139,7 +179,9 @@ def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["num_hidden_layers"] == 3
-    assert (folder / "tokenizer.json").is_file()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["do_lower_case"]
+    assert settings["model_max_length"] == bundle.max_length
     again = EarlyExitClassifier(bundle)
     encoded = again.encode(TEXTS[:1])
     wanted = again.full_logits(encoded)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +64,14 @@ def start_two(config: Path, workdir: Path, *more: str):
     return launch_two([*command, "--distributed", *more])
 
 
-def launch_two(command: list) -> list[subprocess.Popen]:
+def launch_two(command: list, *more_of_second: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         launch(
-            command, 2, JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=address,
-            JAX_PROCESS_ID=str(i),
+            [*command, *more_of_second * i], 2, JAX_NUM_PROCESSES="2",
+            JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i),
         )
         for i in range(2)
     ]  # fmt: skip
@@ -211,6 +212,34 @@ def test_two_processes_set_a_damaged_checkpoint_aside(whole, whole_two, tmp_path
     assert_same_run(tmp_path / "run", whole_two)
 
 
+def test_the_first_may_take_longer_at_the_end(tmp_path: Path) -> None:
+    """It saves, loads and shows; the others wait longer than jax would."""
+    code = """
+import os, time
+from ejax.training import processes
+processes.HEARTBEAT = 10
+def run():
+    processes.barrier("made")
+    time.sleep(14 if os.environ["JAX_PROCESS_ID"] == "0" else 0)
+processes.join(run)
+"""
+    for process in launch_two([sys.executable, "-c", code]):
+        finish(process)
+
+
+def test_processes_of_different_configs_do_not_train(tmp_path: Path) -> None:
+    """In a new workdir too, where neither finds a config to differ from."""
+    command = [
+        sys.executable, "-m", "train", "--config", write_config(tmp_path),
+        "--workdir", tmp_path / "run", "--distributed",
+    ]  # fmt: skip
+    first, second = launch_two(command, "learning_rate=0.5")
+    assert "(it differs in learning_rate)" in finish(second, 2)
+    first.kill()
+    os.kill(child_of(first.pid), signal.SIGKILL) if first.poll() is None else None
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_in_time(tmp_path: Path, victim: int) -> None:
     config = write_config(tmp_path, epochs=3000)
@@ -247,7 +276,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads
-def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
     """Each file of the newest one, damaged in each way: what is restored was saved so."""
     like = {"x": jnp.zeros(3000), "n": jnp.int32(0)}
     made = tmp_path / "made"
@@ -292,6 +321,16 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="1 is damaged .* is used"):
             step, state = checkpoints.restore_best(like)
     assert step == state["n"] == 2
+    with Checkpoints(better) as checkpoints:
+        full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        monkeypatch.setattr(checkpoints.manager, "restore", mock.Mock(side_effect=full))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore_best(like)
+    for step in ("2", "3"):
+        damage(better / "checkpoints" / step / "about" / "metadata", "flip")
+    with Checkpoints(better) as checkpoints, pytest.raises(ValueError, match="cannot be read"):
+        checkpoints.restore_best(like)
+    assert {path.name for path in (better / "checkpoints").iterdir()} >= {"2", "3"}
     shutil.rmtree(made / "checkpoints" / "1")
     damage(made / "checkpoints" / "2" / "about" / "metadata", "flip")
     with (

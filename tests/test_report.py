@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from ejax.calibration.metrics import macro_f1
 from ejax.calibration.thresholds import operating_point, oracle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import row_hash
+from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.report import weighted_f1
+from ejax.evaluation.report import slices, weighted_f1
 from ejax.evaluation.targets import chosen_on, table_of
 from ejax.training.finetune import encode
 
@@ -24,7 +26,7 @@ BROWSER = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-HOSTILE = '<script>document.title = "taken"</script> great'
+HOSTILE = f'{"great " * 14}<script>document.title = "taken"</script>'
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,14 @@ def test_its_numbers_are_those_of_the_rows(made):
         assert leave["after"]["accuracy"] == rows.correct[e].mean()
 
 
+def test_rare_labels_are_a_slice_of_their_own(made, monkeypatch):
+    monkeypatch.setattr(report_module, "MOST_LABELS", 1)
+    rows = table(made[0])
+    found = {part["slice"]: part["rows"] for part in slices(rows, ("bad", "good"), [0.9])}
+    assert found["all other labels"] == np.bincount(rows.labels).min()
+    assert sum(n for name, n in found.items() if "label" in name) == 23
+
+
 def test_macro_f1_of_weighted_rows():
     """A row that counts twice is two rows."""
     rng = np.random.default_rng(0)
@@ -114,6 +124,11 @@ def test_the_page_needs_nothing_else(made):
     page = output.read_text(encoding="utf-8")
     assert all(at.startswith("data:") for at in re.findall(r"(?:src|href)=\"?([^\s>]*)", page))
     assert HOSTILE not in page
+    assert escape(HOSTILE) in page  # among the examples
+    assert "Medians of 3 passes, in turns. Bundles beside are timed after these." in page
+    alts = re.findall(r'alt="([^"]*)"', page)
+    assert len(alts) == 4
+    assert all(len(alt.split()) > 8 for alt in alts)
     assert "at the best temperature" in page
     assert page.count("data:image/png;base64,") == 4
     names = {path.name for path in output.parent.glob("report*")}

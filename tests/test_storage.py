@@ -1,5 +1,6 @@
 """gs://, against a stand-in for Cloud Storage that runs here."""
 
+import errno
 import json
 import os
 import shutil
@@ -210,13 +211,13 @@ def test_out_of_reach_is_not_damage(bucket: Any) -> None:
     from gcsfs.retry import HttpError
 
     rights = HttpError({"message": "no rights", "code": 401})
-    remote, here = bucket / "run", Path("run")
     for error, damaged in (
         (rights, False), (OSError("Forbidden"), False), (ValueError("UNAVAILABLE: x"), False),
+        (OSError(errno.EIO, "Input/output error"), False), (MemoryError(), False),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
         (FileNotFoundError("x"), True), (ValueError("checkpoint 3: …"), True),
     ):  # fmt: skip
-        assert storage.is_damage(error, remote) is damaged
-        assert storage.is_damage(error, here)
+        assert storage.is_damage(error) is damaged
     assert explain(rights) == "object storage cannot be reached: no rights, 401."
 
 

@@ -362,6 +362,43 @@ def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
     claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
     with pytest.raises(ValueError, match=r"differs in train_encoder"):
         claim_workdir(tmp_path / "run", TrainConfig(seed=1, train_encoder=False), {"train": "a1"})
+    for half in ("", "{", "[1]"):
+        path.write_text(half)
+        with pytest.raises(ValueError, match=r"config.json is damaged .*: restore it, or choose"):
+            claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+
+
+def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
+    """Repeating the command of a finished run, as a watcher of slices does, changes nothing."""
+    workdir = tmp_path / "run"
+    folder = finetune(tiny_config(epochs=1), workdir)
+    data = tiny.write_tsv(tmp_path / "new.tsv", tiny.rows(30, 77))
+    assert tiny.ejax("thresholds", folder, "--data", data, "--budget", 0.9).code == 0
+    before = (folder / "exits.json").read_bytes()
+    with pytest.raises(ValueError, match=r"is finished, and .*bundle has other thresholds since"):
+        finetune(tiny_config(epochs=1), workdir)
+    assert (folder / "exits.json").read_bytes() == before
+
+
+def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypatch) -> None:
+    """Its batches are in proportion to the rows that a device trains on at once."""
+    module = sys.modules["ejax.training.finetune"]
+    plans, taken = module.eval_plan, []
+    monkeypatch.setattr(
+        module, "eval_plan", lambda *a, **k: taken.append(k["batch_size"]) or plans(*a, **k)
+    )
+    rows = 2 * jax.device_count()
+    finetune(tiny_config(epochs=1, accumulate=2, batch_size=rows), tmp_path)
+    assert set(taken) == {4 * rows // 2}
+
+
+def test_exits_without_weight_do_not_pick_the_checkpoint(tmp_path: Path) -> None:
+    finetune(tiny_config(exit_weights=(0.0, 1.0)), tmp_path)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    scores = [line for line in lines if line["kind"] == "dev_a"]
+    assert scores
+    for line in scores:
+        assert line["mean_accuracy"] == line["accuracy/layer_3"]
 
 
 def tiny_config(**changes: object) -> TrainConfig:

@@ -23,6 +23,7 @@ from ejax.models.bert import Batch, BertModel, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import ExitHeads, mix_in
 from ejax.models.weights import read_config
+from ejax.training.finetune import check_weights
 from ejax.training.losses import joint_loss
 from ejax.training.optim import make_optimizer
 from ejax.training.step import AXIS, Rows, first_state, make_train_step
@@ -51,11 +52,16 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
     classes = labels or (known.classes if known else 0)
     if not classes:
         raise ValueError("--labels must be given: the config names no data set of known classes.")
+    if config.dtype == "float32":
+        raise ValueError(
+            'dtype must be "bfloat16" or "auto": the peaks it is measured against are of bfloat16. '
+            "Got 'float32'."
+        )
     cfg = dataclasses.replace(
         cfg,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
-        dtype="bfloat16" if config.dtype == "auto" else config.dtype,
+        dtype="bfloat16",
         residual_dtype=config.residual_dtype,
     )
     exits = ExitConfig(
@@ -64,6 +70,7 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
         config.pooling,
         config.mix,
     )
+    check_weights(config, exits)
     return EarlyExitBert(cut(cfg, exits), exits, config.remat, config.gradient_stop)
 
 
@@ -288,7 +295,7 @@ def largest_rows(
     rows: int,
     length: int,
 ) -> int:
-    """Rows per chip, the largest power of two whose training step fits; 0 where none does."""
+    """Rows per chip, the most of `accumulate` doubled over and over that fit; 0 where none do."""
 
     def fits(rows: int) -> bool:
         try:
@@ -297,7 +304,7 @@ def largest_rows(
             return False
         return bool(memory(program)["total"] <= chip.memory)
 
-    rows = max(config.accumulate, 1 << (rows.bit_length() - 1))
+    rows = config.accumulate << max(0, (rows // config.accumulate).bit_length() - 1)
     if fits(rows):
         while fits(2 * rows):
             rows *= 2

@@ -229,7 +229,7 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     }
     if len(exits) == 1:
         return found
-    dev = rows_for_thresholds(bundle, labelled_rows(bundle, str(data), "dev"))
+    dev = rows_for_thresholds(bundle, labelled_rows(bundle, str(data), "dev", limit=ROWS))
     dev_logits = clf.exit_logits(dev.encoded)
 
     def tables(temperatures: Any) -> tuple[Table, Table]:

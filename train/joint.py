@@ -20,10 +20,18 @@ from ejax.command import check_json, run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan
+from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import environment
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.training.finetune import encode, initial_params, load_model, progress_bar, public
+from ejax.training.finetune import (
+    check_weights,
+    encode,
+    initial_params,
+    load_model,
+    progress_bar,
+    public,
+)
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import parallel_step, place
 from ejax.training.step import Rows, first_state, make_train_step
@@ -72,6 +80,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     if len(layers) < 2:
         raise ValueError(f"{config.model}: layers must name two exits or more. Got {layers}.")
     exits = ExitConfig(layers, len(split.labels), config.pooling, config.mix)
+    check_weights(config, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
         task = encode(split, tokenizer, max_length)
@@ -83,7 +92,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
         seed=config.seed,
         epoch=0,
     )
-    plan = plan[:: max(1, len(plan) // steps)][:steps]
+    plan = [plan[i] for i in spread(len(plan), steps)]
     batches = [
         Rows(*take(task.encoded, task.labels, step), np.maximum(step.rows, 0).astype(np.int32))
         for step in plan

@@ -159,8 +159,10 @@ def best_full_depth(
     clf: EarlyExitClassifier, encoded: Encoded, repeats: int
 ) -> EarlyExitClassifier:
     """The classifier whose tiles run rows of the commonest length fastest at full depth."""
+    measured = clf.shapes.profile
+    free = measured and dataclasses.replace(measured, tile={})
     candidates = [
-        clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=None))
+        clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=free))
         for tokens in TILE_TOKENS
     ]
     rows, shape = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
@@ -287,9 +289,8 @@ def save_figure(
     draw(axes)
     for one in axes:
         one.grid(alpha=0.3)
-    fresh = path.with_suffix(".tmp")
-    figure.savefig(fresh, dpi=150, format="png")
-    fresh.replace(path)
+    with storage.becoming(path) as fresh:
+        figure.savefig(fresh, dpi=150, format="png")
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:

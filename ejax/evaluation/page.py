@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ejax import storage
 from ejax.bundle import describe_thresholds
 from ejax.evaluation.evaluate import describe, save_figure, write_json
 
@@ -21,37 +22,52 @@ def write_page(report: Report, output: Path) -> list[Path]:
     files = [output, output.with_suffix(".json")]
     write_json(report, files[1])
     pictures = {}
-    for name, (draw, size, panels) in figures(report).items():
+    for name, (draw, size, panels, shows) in figures(report).items():
         path = output.with_name(f"{output.stem}_{name}.png")
         save_figure(draw, path, size=size, panels=panels)
         data = base64.b64encode(path.read_bytes()).decode()
         pictures[name] = (
-            f'<div class=wide><img id={name} src="data:image/png;base64,{data}" alt="{name}"></div>'
+            f'<div class=wide><img id={name} src="data:image/png;base64,{data}" '
+            f'alt="{escape(shows)}"></div>'
         )
         files.append(path)
     frame = resources.files("ejax.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     page = Template(frame).substitute(fragments(report) | pictures)
-    fresh = output.with_suffix(".tmp")
-    fresh.write_text(page, encoding="utf-8")
-    fresh.replace(output)
+    storage.write_text(output, page)
     return files
 
 
 def figures(report: Report) -> dict[str, Any]:
-    """Per picture: what draws it, its size in inches, and its panels, rows by columns."""
+    """Per picture: what draws it, its inches, its panels (rows by columns), what it shows."""
     exits = len(report["layers"])
     across = min(exits, 4)
     down = -(-exits // across)
+    points, best = report["curves"]["per exit"], report["oracle"]
+    work = "; ".join(f"{p['flops']:.2f}: {100 * p['accuracy']:.1f} %" for p in points[::6])
+    shares = (100 * e["leave"] / report["rows"] for e in report["exits"])
+    leave = zip(report["layers"], shares, strict=True)
     return {
-        "tradeoff": (partial(draw_tradeoff, report), (10, 4.2), (1, 2)),
-        "time": (partial(draw_time, report), (10, 4.2), (1, 2)),
-        "exits": (partial(draw_exits, report), (7, 3.2), (1, 1)),
-        "reliability": (
-            partial(draw_reliability, report),
-            (2.6 * across, 2.6 * down),
-            (down, across),
+        "tradeoff": (
+            partial(draw_tradeoff, report), (10, 4.2), (1, 2),
+            f"Accuracy and macro-F1 by the share of full depth's operations. Accuracy with "
+            f"thresholds per exit: {work}. The oracle has {100 * best['accuracy']:.1f} % at "
+            f"{best['flops']:.2f}.",
         ),
-    }
+        "time": (
+            partial(draw_time, report), (10, 4.2), (1, 2),
+            "Accuracy and macro-F1 by measured milliseconds per text; the table below has the "
+            "numbers.",
+        ),
+        "exits": (
+            partial(draw_exits, report), (7, 3.2), (1, 1),
+            f"Rows that leave, {', '.join(f'after layer {k}: {p:.0f} %' for k, p in leave)}.",
+        ),
+        "reliability": (
+            partial(draw_reliability, report), (2.6 * across, 2.6 * down), (down, across),
+            "Accuracy by confidence for each exit, before and after temperature; the table above "
+            "has the calibration errors.",
+        ),
+    }  # fmt: skip
 
 
 def draw_tradeoff(report: Report, panels: Sequence[Any]) -> None:
@@ -146,6 +162,7 @@ def fragments(report: Report) -> dict[str, Any]:
         "left_out": f" ({left_out} left out: {whose} was fitted on them)" if left_out else "",
         "hardware": report["hardware"],
         "dtype": measured["dtype"],
+        "passes": times_from(report),
         "date": report["date"],
         "thresholds": describe_thresholds(report["thresholds"]),
         "thresholds_from": report["thresholds_from"],
@@ -179,6 +196,12 @@ def fragments(report: Report) -> dict[str, Any]:
     }
 
 
+def times_from(report: Report) -> str:
+    passes = report["measured"]["repeats"]
+    said = f"Medians of {passes} passes, in turns." if passes > 1 else "One pass each."
+    return said + " Bundles beside are timed after these." * bool(report["beside"])
+
+
 def lost(point: dict[str, Any]) -> str:
     """Points of accuracy with their interval."""
     return f"{point['drop']:.2f} ({point['drop_low']:.2f} to {point['drop_high']:.2f})"
@@ -192,7 +215,7 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """Cells are escaped; the column "text" may wrap; a cell (text, class) has a class."""
     names = list(headings)
     lines = ["<div class=wide><table><thead><tr>"]
-    lines += [f"<th{style_of(name)}>{escape(name)}</th>" for name in names]
+    lines += [f"<th scope=col{style_of(name)}>{escape(name)}</th>" for name in names]
     lines.append("</tr></thead><tbody>")
     for row in rows:
         lines.append("<tr>")
@@ -270,8 +293,8 @@ def by_slice(report: Report) -> str:
         points = part["points"]
         cells: list[Any] = [part["slice"], str(part["rows"]), f"{points[0]['full_accuracy']:.3f}"]
         for p in points:
-            text = f"{p['accuracy']:.3f} ({p['drop']:.1f})"
-            cells.append((text, "bad" if p["drop_low"] > 0 else ""))
+            text, bad = f"{p['accuracy']:.3f} ({p['drop']:.1f})", p["drop_low"] > 0
+            cells.append((text + " *" * bad, "bad" if bad else ""))
         rows.append(cells)
     names = (threshold_of(p) for p in report["slices"][0]["points"])
     return table(["slice", "rows", "full depth", *names], rows)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ejax import assets
+from ejax import assets, storage
 from ejax.bundle import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
@@ -129,9 +129,7 @@ def write_splits(rows: list[dict[str, str]], folder: Path) -> None:
         ("test", order[dev:]),
     ):
         lines = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in part)
-        fresh = folder / f"{name}.tmp"
-        fresh.write_text(lines, encoding="utf-8")
-        fresh.replace(folder / f"{name}.jsonl")
+        storage.write_text(folder / f"{name}.jsonl", lines)
 
 
 def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:

@@ -44,7 +44,7 @@ def make_report(
     split: Split,
     *,
     beside: Mapping[str, EarlyExitClassifier] | None = None,
-    repeats: int = 1,
+    repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """All that the page shows, ready for JSON.
@@ -266,10 +266,9 @@ def overthinking(table: Table, texts: Sequence[str], labels: Sequence[str]) -> d
 def slices(table: Table, labels: Sequence[str], thresholds: Sequence[Any]) -> list[dict[str, Any]]:
     """Accuracy, drop and depth of rows by label and by length, at each threshold."""
     counts = np.bincount(table.labels, minlength=len(labels))
-    frequent = np.argsort(-counts, kind="stable")[:MOST_LABELS]
-    parts = {
-        f"label {labels[c]}": np.flatnonzero(table.labels == c) for c in sorted(frequent.tolist())
-    }
+    frequent = np.sort(np.argsort(-counts, kind="stable")[:MOST_LABELS])
+    parts = {f"label {labels[c]}": np.flatnonzero(table.labels == c) for c in frequent.tolist()}
+    parts["all other labels"] = np.flatnonzero(~np.isin(table.labels, frequent))
     edges = np.unique(np.quantile(table.tokens, (1 / 3, 2 / 3)).astype(int))
     third = np.searchsorted(edges, table.tokens)
     for i in np.unique(third):

@@ -172,7 +172,11 @@ def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
 
 
 def fitted_on(bundle: Bundle) -> set[str]:
-    """Hashes of the rows that trained or picked the weights, fitted temperatures, placed exits."""
+    """Hashes of the rows that trained the weights, and of others that this bundle's run used.
+
+    Those picked its checkpoint, fitted temperatures or placed exits. What picked the weights of a
+    bundle that it started from is not known.
+    """
     rows = bundle.provenance.get("rows", {})
     fitted = {hash for name in ("dev_a", "calibration", "placed") for hash in rows.get(name, ())}
     return fitted | trained_on(bundle)

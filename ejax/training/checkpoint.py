@@ -45,7 +45,7 @@ class Checkpoints:
             try:
                 _score(json.loads((self.folder / str(step) / "metrics" / "metrics").read_text()))
             except (OSError, ValueError, LookupError) as error:  # Orbax would open none of them
-                if not storage.is_damage(error, self.folder):
+                if not storage.is_damage(error):
                     raise
                 unscored[step] = error
         barrier("looked")  # every host before one moves anything
@@ -126,19 +126,11 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             state, problem = self._try(step, like)
             if problem is None:
-                for newer, why in problems.items():
-                    self._set_aside(newer, why)
-                barrier("set aside")
-                if problems:
-                    self.manager.reload()
+                self._all_aside(problems)
                 return step, state
             problems[step] = problem
         if problems:
-            step, why = next(iter(problems.items()))
-            raise ValueError(
-                f"{self.folder} holds checkpoints that cannot be read "
-                f"(step {step}: {_short(why)}): mend it, or move it away to start anew."
-            )
+            raise self._unreadable(problems)
         return 0, like
 
     def restore_best(self, like: Any) -> tuple[int, Any]:
@@ -147,24 +139,55 @@ class Checkpoints:
         Better ones that cannot be read are moved to `workdir/damaged`, with a warning.
 
         Raises:
-          ValueError: where there is none.
+          ValueError: where none can be read; nothing is moved then.
         """
         self.manager.wait_until_finished()
-        while (step := self.manager.best_step()) is not None:
+        problems: dict[int, Any] = {}
+        for step in self._best_first():
             state, problem = self._try(step, like)
             if problem is None:
+                self._all_aside(problems)
                 return step, state
-            self._set_aside(step, problem)
-            barrier("set aside")
+            problems[step] = problem
+        raise self._unreadable(problems)
+
+    def _best_first(self) -> list[int]:
+        """The steps, those whose score cannot be read first: to be tried, and found damaged."""
+
+        def score(step: int) -> tuple[float, int]:
+            try:
+                return _score(self.manager.metrics(step)), step
+            except Exception as error:  # damage shows in many ways
+                if not storage.is_damage(error):
+                    raise
+                return math.inf, step
+
+        steps = np.array(sorted(self.manager.all_steps(), key=score, reverse=True), np.int64)
+        if jax.process_count() > 1:  # all hosts try them in one order
+            barrier("scored")
+            steps = np.asarray(multihost_utils.broadcast_one_to_all(steps))
+        return [int(step) for step in steps]
+
+    def _all_aside(self, problems: dict[int, Any]) -> None:
+        for step, why in problems.items():
+            self._set_aside(step, why)
+        barrier("set aside")
+        if problems:
             self.manager.reload()
-        raise ValueError(f"{self.folder} holds no checkpoint that can be read.")
+
+    def _unreadable(self, problems: dict[int, Any]) -> ValueError:
+        step, why = next(iter(problems.items()), (0, "there is none"))
+        return ValueError(
+            f"{self.folder} holds checkpoints that cannot be read (step {step}: {_short(why)}): "
+            f"mend it, or move it away to start anew."
+        )
 
     def _try(self, step: int, like: Any) -> tuple[Any, Any]:
         """(state, None), or (None, why some host cannot read it)."""
         try:
             state, problem = self.restore(step, like), None
         except Exception as error:  # damage shows in many ways
-            if not storage.is_damage(error, self.folder):
+            if not storage.is_damage(error):
                 raise
             state, problem = None, error
         if _all_hosts(problem is None):
@@ -256,16 +279,27 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
     default = json.loads(json.dumps(to_json(TrainConfig())))
-    with storage.reaching(path):
-        text = path.read_text() if path.exists() else "null"
-    theirs = json.loads(text) or mine
-    asked, was = _flat(mine), _flat(default) | _flat(theirs)  # a field may be newer
-    differ = [key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)]
-    if differ:
-        raise ValueError(
-            f"{workdir} belongs to another training config (it differs in "
-            f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
-        )
+
+    def check() -> None:
+        with storage.reaching(path):
+            text = path.read_text() if path.exists() else json.dumps(mine)
+        try:
+            theirs = _flat(json.loads(text))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): restore it, or choose a new workdir."
+            ) from error
+        asked, was = _flat(mine), _flat(default) | theirs  # a field may be newer
+        differ = [
+            key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)
+        ]
+        if differ:
+            raise ValueError(
+                f"{workdir} belongs to another training config (it differs in "
+                f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
+            )
+
+    check()
     barrier("claim")  # every host has looked before one writes
     if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -273,3 +307,4 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
     barrier("claimed")
     if not path.exists():
         raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
+    check()  # a host may have been started with another config than the one that wrote it

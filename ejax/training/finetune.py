@@ -96,6 +96,7 @@ def finetune(
         console or Console(stderr=True, quiet=not first_host),
     )
     output = check_output(output or workdir / "bundle")
+    check_not_changed(output, workdir)
     started = time.time()
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
@@ -123,13 +124,14 @@ def finetune(
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
     all_logits = make_all_logits(model)
+    micro_batch = -(-config.batch_size // (jax.device_count() * config.accumulate))
 
     def logits_of(task: Task, params: Any) -> np.ndarray:
         plan = eval_plan(
             task.encoded.lengths,
             buckets=config.data.buckets,
             max_length=max_length,
-            batch_size=4 * config.batch_size,
+            batch_size=4 * micro_batch * jax.local_device_count(),  # hosts take turns
         )
         return all_logits({"params": params}, task.encoded, plan)
 
@@ -137,7 +139,9 @@ def finetune(
         truth, logits = held_out["dev_a"].labels, logits_of(held_out["dev_a"], params)
         per_exit = [accuracy(exit_logits.argmax(axis=-1), truth) for exit_logits in logits]
         names = [f"accuracy/layer_{layer}" for layer in exits.layers]
-        return dict(zip(names, per_exit, strict=True)) | {METRIC: float(np.mean(per_exit))}
+        trained = np.array(config.exit_weights or [1.0] * len(per_exit)) > 0
+        mean = float(np.mean(np.array(per_exit)[trained]))
+        return dict(zip(names, per_exit, strict=True)) | {METRIC: mean}
 
     params = initial_params(model, bert, config)
     params, best, first = train(
@@ -193,6 +197,20 @@ def finetune(
     storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     barrier("the bundle is saved")
     return output
+
+
+def check_not_changed(bundle: Path, workdir: Path) -> None:
+    """Raises ValueError where a finished run would replace what was chosen for its bundle since."""
+    with storage.reaching(bundle):
+        if not ((workdir / "result.json").exists() and (bundle / "exits.json").exists()):
+            return
+        provenance = json.loads((bundle / "exits.json").read_text()).get("provenance", {})
+    since = [name for name in ("calibrated", "target") if name in provenance]
+    if since:
+        raise ValueError(
+            f"this run is finished, and {bundle} has other thresholds since ({', '.join(since)} in "
+            f"its exits.json), which would be lost: choose another output, or move it away."
+        )
 
 
 def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:

@@ -108,6 +108,7 @@ def join(run: Callable[[], None]) -> None:
         ) from error
     try:
         run()
+        barrier("finished")  # the first has more to do at the end than jax would wait for
     except jax.errors.JaxRuntimeError as error:
         if not any(word in str(error) for word in LOST_WORDS):
             raise
