@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_processes import ROOT, finish, start, start_two, weights
@@ -28,7 +29,8 @@ def test_the_engine_takes_the_exits_of_the_reference():
         max_length=clf.bundle.max_length,
         batch_size=32,
     )
-    logits = make_all_logits(clf.model)(clf.bundle.variables, encoded, plan)
+    # On one device: 32 rows over the tests' eight would be 4 a program, where bfloat16 sums differ.
+    logits = make_all_logits(clf.model, jax.devices()[:1])(clf.bundle.variables, encoded, plan)
     differing, total = 0, 0
     for threshold in np.arange(0.22, 1.0, 0.02):
         found = clf.decide_encoded(encoded, threshold=threshold)
