@@ -267,12 +267,12 @@ class EarlyExitClassifier:
         reached = bucket_of(np.arange(1, longest + 1), self.bundle.buckets, self.bundle.max_length)
         for length in np.unique(reached).tolist():
             most = min(rows, self.shapes.pool(length) * len(self.devices))
-            shapes = {
-                shape: count
+            programs = {  # one text alone runs on one device, by a program of its own
+                (shape, len(part) == 1): count
                 for count in range(1, most + 1)
-                for _, shape in self.pools(np.full(count, length), len(self.devices))
+                for part, shape in self.pools(np.full(count, length), len(self.devices))
             }
-            for count in shapes.values():
+            for count in sorted(set(programs.values())):
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
                 self.decide_encoded(Encoded(tokens, tokens.astype(np.int8), offsets))

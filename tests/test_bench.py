@@ -98,13 +98,15 @@ def test_the_sweep_takes_the_fastest_setting(monkeypatch) -> None:
             kept.append(np.ones(1 << 27, np.uint8))
         met.add(setting)
         fast = setting.batch == 64 and setting.threads == 1
-        time.sleep(0.2 if first else 0.001 if fast else 0.004 if setting.batch == 64 else 0.01)
+        time.sleep(0.2 if first else 0.005 if fast else 0.02 if setting.batch == 64 else 0.05)
         return np.zeros((len(rows), 2), np.float32)
 
     encoded = clf().encode(TEXTS)
     found = bench_module.entered("a", lambda: run, encoded, settings_of("onnx-int8"), None)
     assert found.setting == Setting(64, 1)
-    assert found.peak_bytes is None or found.peak_bytes >= kept[0].nbytes
+    assert Setting(32, 1) in met  # requests are tried as well
+    # The kernel's counts are rough where many threads run, and freed memory may be used again.
+    assert found.peak_bytes is None or found.peak_bytes >= 0.9 * kept[0].nbytes
 
 
 def test_a_contender_that_fails_is_left_out(monkeypatch) -> None:

@@ -177,6 +177,18 @@ def test_after_a_warmup_nothing_compiles() -> None:
     assert engine.run_pool._cache_size() == compiled == 5  # of 8 tokens 1 and 32 rows
 
 
+def test_a_warmup_for_many_devices_covers_one_text_too() -> None:
+    """Which runs on one, in the same shape as one text on each."""
+    bundle = dataclasses.replace(ejax.load_bundle(tiny.trained()[0]), buckets=(8,), max_length=8)
+    clf = EarlyExitClassifier(bundle)
+    assert len(clf.devices) == 8
+    engine.run_pool.clear_cache()
+    clf.warmup(rows=8)
+    compiled = engine.run_pool._cache_size()
+    clf("great film")
+    assert engine.run_pool._cache_size() == compiled > 0
+
+
 def test_few_texts_of_a_length_run_one_by_one() -> None:
     """Rather than in a small tile filled up with padding; with a profile, as it measured."""
     bundle = ejax.load_bundle(tiny.trained()[0])

@@ -373,6 +373,10 @@ def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     folder = finetune(tiny_config(epochs=1), workdir)
     data = tiny.write_tsv(tmp_path / "new.tsv", tiny.rows(30, 77))
+    trained = (workdir / "result.json").read_bytes()
+    (folder / "exits.json").write_text("{")  # damaged, it is made anew
+    finetune(tiny_config(epochs=1), workdir)
+    assert (workdir / "result.json").read_bytes() == trained  # its time, date and command
     assert tiny.ejax("thresholds", folder, "--data", data, "--budget", 0.9).code == 0
     before = (folder / "exits.json").read_bytes()
     with pytest.raises(ValueError, match=r"is finished, and .*bundle has other thresholds since"):

@@ -44,7 +44,7 @@ class Checkpoints:
         for step in self._steps_on_disk():
             try:
                 _score(json.loads((self.folder / str(step) / "metrics" / "metrics").read_text()))
-            except (OSError, ValueError, LookupError) as error:  # Orbax would open none of them
+            except (OSError, ValueError, LookupError, TypeError) as error:  # Orbax would open none
                 if not storage.is_damage(error):
                     raise
                 unscored[step] = error
@@ -255,7 +255,7 @@ def _all_hosts(yes: bool) -> bool:
 
 
 def _score(metrics: Any) -> float:
-    return metrics[METRIC]
+    return float(metrics[METRIC])
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -274,37 +274,47 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
       data: a fingerprint of the rows of each split.
 
     Raises:
-      ValueError: naming the fields that differ.
+      ValueError: naming the fields that differ from what the workdir belongs to, or among hosts.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(to_json(config) | {"rows": data}))
     default = json.loads(json.dumps(to_json(TrainConfig())))
-
-    def check() -> None:
-        with storage.reaching(path):
-            text = path.read_text() if path.exists() else json.dumps(mine)
-        try:
-            theirs = _flat(json.loads(text))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): restore it, or choose a new workdir."
-            ) from error
-        asked, was = _flat(mine), _flat(default) | theirs  # a field may be newer
-        differ = [
-            key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)
-        ]
-        if differ:
-            raise ValueError(
-                f"{workdir} belongs to another training config (it differs in "
-                f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
-            )
-
-    check()
+    with storage.reaching(path):
+        text = path.read_text() if path.exists() else json.dumps(mine)
+    try:
+        theirs = _flat(json.loads(text))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it, or choose a new workdir."
+        ) from error
+    asked, was = _flat(mine), _flat(default) | theirs  # a field may be newer
+    differ = [key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)]
+    if differ:
+        raise ValueError(
+            f"{workdir} belongs to another training config (it differs in "
+            f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
+        )
     barrier("claim")  # every host has looked before one writes
+    check_alike(mine)
     if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, json.dumps(mine, indent=2) + "\n")
     barrier("claimed")
     if not path.exists():
         raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
-    check()  # a host may have been started with another config than the one that wrote it
+
+
+def check_alike(config: dict[str, Any]) -> None:
+    """Raises ValueError, on every host, where hosts differ in more than where their files lie."""
+    if jax.process_count() == 1:
+        return
+    data = {key: value for key, value in config["data"].items() if f"data.{key}" not in CARRIED}
+    fields = config | {"data": data}
+    mine = [zlib.crc32(json.dumps(value).encode()) for value in fields.values()]
+    every = np.asarray(multihost_utils.process_allgather(np.array(mine, np.uint32)))
+    differ = [name for name, of in zip(fields, every.T, strict=True) if len(set(of.tolist())) > 1]
+    if differ:
+        raise ValueError(
+            f"the hosts must train alike; they differ in {', '.join(differ)}: start all of them "
+            f"with one command."
+        )

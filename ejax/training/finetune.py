@@ -181,6 +181,10 @@ def finetune(
         barrier("the bundle is saved")
         return output
     save_bundle(bundle, output)
+    steps = config.epochs * -(-len(tasks["train"].labels) // config.batch_size)
+    if first == steps and (workdir / "result.json").exists():  # of the training itself
+        barrier("the bundle is saved")
+        return output
     result = {
         "config": to_json(public(config)),
         "command": command(),
@@ -204,12 +208,17 @@ def check_not_changed(bundle: Path, workdir: Path) -> None:
     with storage.reaching(bundle):
         if not ((workdir / "result.json").exists() and (bundle / "exits.json").exists()):
             return
-        provenance = json.loads((bundle / "exits.json").read_text()).get("provenance", {})
-    since = [name for name in ("calibrated", "target") if name in provenance]
+        text = (bundle / "exits.json").read_text()
+    try:
+        provenance = json.loads(text)["provenance"]
+        since = [name for name in ("calibrated", "target") if name in provenance]
+    except (ValueError, LookupError, TypeError):  # damaged: the run makes its bundle anew
+        since = []
     if since:
         raise ValueError(
             f"this run is finished, and {bundle} has other thresholds since ({', '.join(since)} in "
-            f"its exits.json), which would be lost: choose another output, or move it away."
+            f"its exits.json), which would be lost: choose another workdir or output, or move it "
+            f"away."
         )
 
 
