@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from safetensors.numpy import load_file
@@ -212,6 +213,33 @@ def test_two_processes_set_a_damaged_checkpoint_aside(whole, whole_two, tmp_path
     assert_same_run(tmp_path / "run", whole_two)
 
 
+def test_a_checkpoint_that_one_host_cannot_read_leaves_none_waiting(tmp_path: Path) -> None:
+    """All take the one before it."""
+    code = f"""
+import os, pathlib, jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
+from ejax.training import processes
+from ejax.training.checkpoint import Checkpoints
+read = ocp.StandardCheckpointHandler.restore
+def restore(self, directory, *args, **kwargs):
+    if jax.process_index() and directory.parent.name == "2":
+        raise FileNotFoundError("not in this host's listing")
+    return read(self, directory, *args, **kwargs)
+def run():
+    with Checkpoints(pathlib.Path({str(tmp_path)!r})) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {{"x": jnp.full(3000, step, jnp.float32)}})
+        checkpoints.manager.wait_until_finished()
+        ocp.StandardCheckpointHandler.restore = restore
+        step, state = checkpoints.restore_newest({{"x": jnp.zeros(3000)}})
+        assert step == 1 and (np.asarray(state["x"]) == 1).all()
+processes.join(run)
+"""
+    for process in launch_two([sys.executable, "-c", code]):
+        said = finish(process, seconds=90)
+        assert "checkpoints/2 is damaged" in said
+    assert (tmp_path / "damaged" / "2").exists()
+
+
 def test_the_first_may_take_longer_at_the_end(tmp_path: Path) -> None:
     """It saves, loads and shows; the others wait longer than jax would."""
     code = """
@@ -286,7 +314,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
             checkpoints.save(step, {"x": x, "n": np.int32(step)}, {"mean_accuracy": 0.5})
     newest = made / "checkpoints" / "2"
     files = [path.relative_to(made) for path in sorted(newest.rglob("*")) if path.is_file()]
-    aside = 0
+    aside = []
     for i, (file, how) in enumerate(
         (file, how) for file in files for how in ("truncate", "flip", "delete")
     ):
@@ -306,7 +334,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
         if told:
             assert str(workdir / "checkpoints" / "2") in told[0]
             assert (workdir / "damaged" / "2").is_dir()
-            aside += 1
+            aside.append(file)
     better = tmp_path / "better"
     better.mkdir()
     with Checkpoints(better) as checkpoints:
@@ -322,9 +350,10 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
     assert step == state["n"] == 2
     with Checkpoints(better) as checkpoints:
         full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        monkeypatch.setattr(checkpoints.manager, "restore", mock.Mock(side_effect=full))
-        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-            checkpoints.restore_best(like)
+        with monkeypatch.context() as patched:
+            patched.setattr(ocp.Checkpointer, "restore", mock.Mock(side_effect=full))
+            with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+                checkpoints.restore_best(like)
     for step in ("2", "3"):
         damage(better / "checkpoints" / step / "about" / "metadata", "flip")
     with Checkpoints(better) as checkpoints, pytest.raises(ValueError, match="cannot be read"):
@@ -338,4 +367,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
     ):
         checkpoints.restore_newest(like)
     assert (made / "checkpoints" / "2").is_dir()
-    assert aside > len(files)  # the arrays, their indices and the metrics at least
+    names = {file.parts[-2:] for file in files if aside.count(file) == 3}
+    kept = {("about", "metadata"), ("metrics", "metrics"), ("state", "manifest.ocdbt")}
+    assert names >= kept
+    assert sum(folder == "d" for folder, _ in names) >= 2  # an index and the arrays

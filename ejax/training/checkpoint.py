@@ -96,23 +96,34 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step`, with the shapes, types and placement of `like`.
 
+        Every host reads alone: one that cannot leaves nobody waiting.
+
         Raises:
           ValueError: when it is not what was saved.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_global(like))
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-            ),
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}"
         )
-        state = to_local(found["state"], like)
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        )
+        blank = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            found = reader.restore(
+                self.folder / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(blank), about=ocp.args.JsonRestore()
+                ),
+            )
         wanted = found["about"]["checksums"] | found["about"]["metrics"]
-        read = checksums(state) | dict(self.manager.metrics(step))
+        read = checksums(found["state"]) | dict(self.manager.metrics(step))
         differ = [name for name, value in read.items() if wanted.get(name) != value]
         if differ:
             raise ValueError(f"checkpoint {step}: {differ[0]} is not what was saved")
-        return state
+        return jax.tree.map(_placed, found["state"], like)
 
     def restore_newest(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the newest that can be read, (0, `like`) where there is none.
@@ -229,22 +240,14 @@ def to_global(state: Any) -> Any:
     """Arrays of this host's devices -> arrays of all hosts' devices, as Orbax wants them."""
     if jax.process_count() == 1:
         return state
-    return multihost_utils.host_local_array_to_global_array(state, _all_devices(), _WHOLE)
+    devices = jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))
+    whole = jax.sharding.PartitionSpec()
+    return multihost_utils.host_local_array_to_global_array(state, devices, whole)
 
 
-def to_local(state: Any, like: Any) -> Any:
-    """The inverse of `to_global`, placed as `like`."""
-    if jax.process_count() == 1 or not jax.tree.leaves(like)[0].is_fully_addressable:
-        return state
-    local = multihost_utils.global_array_to_host_local_array(state, _all_devices(), _WHOLE)
-    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), local, like)
-
-
-_WHOLE = jax.sharding.PartitionSpec()
-
-
-def _all_devices() -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    """On the devices of `like`, of which each host fills its own."""
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
 
 
 def _all_hosts(yes: bool) -> bool:
