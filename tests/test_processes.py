@@ -235,7 +235,7 @@ def run():
 processes.join(run)
 """
     for process in launch_two([sys.executable, "-c", code]):
-        said = finish(process, seconds=90)
+        said = finish(process)
         assert "checkpoints/2 is damaged" in said
     assert (tmp_path / "damaged" / "2").exists()
 
