@@ -255,6 +255,19 @@ processes.join(run)
         finish(process)
 
 
+def test_a_host_may_see_the_workdir_late(tmp_path: Path, monkeypatch) -> None:
+    """As on NFS; but not never."""
+    module = sys.modules[Checkpoints.__module__]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # of a first that writes
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    with pytest.raises(ValueError, match="a folder that all hosts share; this one sees none"):
+        module.claim_workdir(tmp_path, TrainConfig(), {})
+    assert sum(waits) == 60
+    monkeypatch.setattr(module.time, "sleep", lambda _: (tmp_path / "config.json").touch())
+    module.claim_workdir(tmp_path, TrainConfig(), {})
+
+
 def test_processes_of_different_configs_do_not_train(tmp_path: Path) -> None:
     """In a new workdir too, where neither finds a config to differ from; both say why."""
     command = [

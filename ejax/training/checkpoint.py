@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 import warnings
 import zlib
 from typing import Any
@@ -19,6 +20,7 @@ from ejax.hardware import environment
 from ejax.training.processes import barrier
 
 METRIC = "mean_accuracy"
+SEEN_WITHIN = 60  # seconds for which an NFS client may remember that a file was not there
 COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
 # How a run is carried, not what it computes: it may go on with others. Where files lie is one of
 # them: the fingerprints of their rows are compared. A named set has an order of labels of its own.
@@ -303,8 +305,11 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
         workdir.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, json.dumps(mine, indent=2) + "\n")
     barrier("claimed")
-    if not path.exists():
-        raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
+    for _ in range(SEEN_WITHIN):
+        if path.exists():
+            return
+        time.sleep(1)
+    raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
 
 
 def check_alike(config: dict[str, Any]) -> None:
