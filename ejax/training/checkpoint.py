@@ -136,7 +136,7 @@ class Checkpoints:
           ValueError: where there are some and none can be read; nothing is moved then.
         """
         problems: dict[int, Any] = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in _as_the_first(sorted(self.manager.all_steps(), reverse=True)):
             state, problem = self._try(step, like)
             if problem is None:
                 self._all_aside(problems)
@@ -175,11 +175,7 @@ class Checkpoints:
                     raise
                 return math.inf, step
 
-        steps = np.array(sorted(self.manager.all_steps(), key=score, reverse=True), np.int64)
-        if jax.process_count() > 1:  # all hosts try them in one order
-            barrier("scored")
-            steps = np.asarray(multihost_utils.broadcast_one_to_all(steps))
-        return [int(step) for step in steps]
+        return _as_the_first(sorted(self.manager.all_steps(), key=score, reverse=True))
 
     def _all_aside(self, problems: dict[int, Any]) -> None:
         for step, why in problems.items():
@@ -250,6 +246,16 @@ def to_global(state: Any) -> Any:
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
     """On the devices of `like`, of which each host fills its own."""
     return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
+
+
+def _as_the_first(steps: list[int]) -> list[int]:
+    """The steps that the first host sees, for all hosts to try in its order."""
+    if jax.process_count() == 1:
+        return steps
+    barrier("listed")
+    sent = np.full(64, -1, np.int32)  # far more than are ever kept
+    sent[: len(steps)] = steps[: sent.size]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(sent) if step >= 0]
 
 
 def _all_hosts(yes: bool) -> bool:
