@@ -144,7 +144,7 @@ def finetune(
         return dict(zip(names, per_exit, strict=True)) | {METRIC: mean}
 
     params = initial_params(model, bert, config)
-    params, best, first = train(
+    params, best, first, total = train(
         config, model, params, tasks["train"], max_length, workdir, dev_a, console
     )
     with console.status("calibrating"):
@@ -181,10 +181,6 @@ def finetune(
         barrier("the bundle is saved")
         return output
     save_bundle(bundle, output)
-    steps = config.epochs * -(-len(tasks["train"].labels) // config.batch_size)
-    if first == steps and (workdir / "result.json").exists():  # of the training itself
-        barrier("the bundle is saved")
-        return output
     result = {
         "config": to_json(public(config)),
         "command": command(),
@@ -198,7 +194,8 @@ def finetune(
         },
         **environment(),
     }
-    storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    if first < total or not (workdir / "result.json").exists():  # else it is of the training itself
+        storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     barrier("the bundle is saved")
     return output
 
@@ -299,11 +296,11 @@ def train(
     workdir: Any,
     evaluate: Callable[[Any], dict[str, float]],
     console: Console,
-) -> tuple[Any, int, int]:
+) -> tuple[Any, int, int, int]:
     """Runs the steps that are left.
 
     Returns:
-      The best checkpoint's parameters, its step, and the step from which this run went on.
+      The best checkpoint's parameters, its step, the step this run went on from, and the last.
     """
 
     def plan_of(epoch: int) -> list[Any]:
@@ -373,7 +370,7 @@ def train(
             if stop and done < total:
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best, state = checkpoints.restore_best(state)
-        return jax.device_get(state.kept), best, first
+        return jax.device_get(state.kept), best, first, total
 
 
 def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:
