@@ -299,15 +299,18 @@ def draw(result: dict[str, Any], axes: Any) -> None:
     def per_text(entry: dict[str, Any], which: str = "median") -> float:
         return 1000 * entry["seconds"][which] / result["rows"]
 
-    x = np.array([per_text(p) for p in points])
-    spread = np.array(
-        [[per_text(p) - per_text(p, "min"), per_text(p, "max") - per_text(p)] for p in points]
-    )
-    axes.errorbar(
-        x, [100 * p["accuracy"] for p in points], xerr=spread.T, marker="o", capsize=2,
-        label="early exit",
-    )  # fmt: skip
-    for p in points:
+    ladder = [p for p in points if not isinstance(p["threshold"], list)]
+    own = [p for p in points if isinstance(p["threshold"], list)]
+    for some, label, style in ((ladder, "one number", "o-C0"), (own, "per exit", "DC3")):
+        if not some:
+            continue
+        x = np.array([per_text(p) for p in some])
+        low, high = (np.array([per_text(p, end) for p in some]) for end in ("min", "max"))
+        axes.errorbar(
+            x, [100 * p["accuracy"] for p in some], xerr=(x - low, high - x), fmt=style,
+            capsize=2, label=label,
+        )  # fmt: skip
+    for p in ladder:
         axes.annotate(
             describe(p["threshold"]).removeprefix("threshold "),
             (per_text(p), 100 * p["accuracy"]),

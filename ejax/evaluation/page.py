@@ -97,8 +97,9 @@ def draw_time(report: Report, panels: Sequence[Any]) -> None:
     measured = report["measured"]
     points = sorted(measured["thresholds"], key=lambda p: p["seconds"]["median"])
     for axes, key in zip(panels, ("accuracy", "macro_f1"), strict=True):
-        axes.plot([ms(p) for p in points], [100 * p[key] for p in points], "o-", label="early exit")
+        ladder = [p for p in points if not isinstance(p["threshold"], list)]
         own = next(p for p in points if isinstance(p["threshold"], list))
+        axes.plot([ms(p) for p in ladder], [100 * p[key] for p in ladder], "o-", label="one number")
         axes.plot([ms(own)], [100 * own[key]], "D", color="C3", label="the bundle's thresholds")
         full = measured["full"]
         axes.plot([ms(full)], [100 * full[key]], "s", color="black", label="full model")
