@@ -13,6 +13,7 @@ import tiny
 from ejax.bundle import load_bundle
 from ejax.evaluation.labelled import labelled_rows
 from ejax.predict import columns_of
+from ejax.training.checkpoint import alone_in
 from train.__main__ import app as train_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")
@@ -106,6 +107,15 @@ def test_no_such_model(tmp_path):
 def test_no_data(tmp_path):
     sentence = tiny.refused("train", "--model", tiny.model(), "--output", tmp_path / "bundle")
     assert sentence.startswith("no data: set ")
+
+
+def test_a_workdir_where_another_training_runs(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with alone_in(workdir):
+        sentence = tiny.refused(*tiny.train_args(tmp_path / "bundle"), "--workdir", workdir)
+    assert sentence.startswith(f"another training runs in {workdir}: wait until it ends")
+    assert not list(workdir.glob("checkpoints/*"))
 
 
 def test_the_workdir_of_another_config(tmp_path):

@@ -1,11 +1,14 @@
 """Orbax checkpoints: the newest for resuming, the best for the bundle."""
 
+import fcntl
 import json
 import math
 import shutil
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -316,6 +319,30 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
             return
         time.sleep(1)
     raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
+
+
+@contextmanager
+def alone_in(workdir: Any) -> Iterator[None]:
+    """Keeps a second training out of a workdir; a process that dies lets go of it.
+
+    On gs://, and on a disk that knows no locks, nothing is held.
+
+    Raises:
+      ValueError: when another training runs there.
+    """
+    if storage.is_remote(workdir) or jax.process_index() > 0:
+        yield
+        return
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another training runs in {workdir}: wait until it ends, or choose a new workdir."
+            ) from None
+        except OSError:  # a disk that knows no locks, as Lustre may be mounted
+            pass
+        yield
 
 
 def check_alike(config: dict[str, Any]) -> None:

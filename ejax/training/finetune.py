@@ -30,7 +30,7 @@ from ejax.hardware import environment, fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
-from ejax.training.checkpoint import METRIC, Checkpoints, claim_workdir
+from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
 from ejax.training.log import Log, check_finite
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
@@ -326,6 +326,7 @@ def train(
         accumulate=config.accumulate,
     )
     with (
+        alone_in(workdir),
         Checkpoints(workdir) as checkpoints,
         Log(workdir) as log,
         Terminated() as terminated,
