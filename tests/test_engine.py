@@ -435,6 +435,8 @@ def test_full_depth_is_the_last_exit_of_the_plain_model(name):
     assert np.abs(found - plain).max() <= case.bound * (1 + np.abs(plain).max())
     engines = case.run(variables, batch, 2.0).logits
     assert np.abs(found - engines).max() <= case.bound * (1 + np.abs(plain).max())
+    small = np.asarray(full_depth(case.model, variables, batch, tile=16))  # 23 rows: and one of 8
+    assert np.abs(small - plain).max() <= case.bound * (1 + np.abs(plain).max())
     some = np.asarray(full_depth(case.model, variables, batch, tile=case.tile, rows=3))
     np.testing.assert_allclose(some[:3], found[:3], rtol=0, atol=case.bound)
     assert (some[max(3, case.tile) :] == 0).all()

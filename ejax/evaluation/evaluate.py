@@ -85,10 +85,11 @@ def evaluate(
             seconds[name].append(time.perf_counter() - start)
     full_logits = results["full"]
     correct = full_logits.argmax(axis=1) == labels
+    lengths = {shape.length for _, shape in pools}
     full = {
         "accuracy": accuracy(full_logits.argmax(axis=1), labels),
         "macro_f1": macro_f1(full_logits.argmax(axis=1), labels),
-        "tile_tokens": baseline.shapes.tile_tokens,
+        "tiles": {length: baseline.shapes.tile(length) for length in sorted(lengths)},
         **timing(seconds["full"], rows),
     }
     points = []
@@ -158,13 +159,17 @@ def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float
 def best_full_depth(
     clf: EarlyExitClassifier, encoded: Encoded, repeats: int
 ) -> EarlyExitClassifier:
-    """The classifier whose tiles run rows of the commonest length fastest at full depth."""
+    """The classifier whose tiles run rows of the commonest length fastest at full depth.
+
+    Those are this machine's profile of each length, where there is one, and the same number of
+    tokens for all lengths.
+    """
     measured = clf.shapes.profile
     free = measured and dataclasses.replace(measured, tile={})
     candidates = [
         clf.on_one_device(dataclasses.replace(clf.shapes, tile_tokens=tokens, profile=free))
         for tokens in TILE_TOKENS
-    ]
+    ] + [clf.on_one_device()] * bool(measured)
     rows, shape = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
     sample = encoded.subset(rows[: TRIAL_TOKENS // shape.length])
 

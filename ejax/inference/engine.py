@@ -487,7 +487,8 @@ def full_depth(
 ) -> Array:
     """The last exit's logits by a straight scan over the layers, tile by tile.
 
-    The baseline of every speed-up: no early head, no packing.
+    The baseline of every speed-up: no early head, no packing; the rows that fill no whole tile
+    go in small ones, as in `early_exit`.
 
     Args:
       batch: a `Batch`, int [N, T] each.
@@ -508,19 +509,28 @@ def _full_depth(
     cfg, exits = cut(model.cfg, model.exits), model.exits
     total = batch.ids.shape[0]
     batch = _pad_to_tiles(batch, tile)
+    widths = tile_sizes(tile)
+    small = widths[-1]
 
-    def run(i: Array, logits: Array) -> Array:
-        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, i * tile, tile), batch)
+    def run(width: int, start: Array, logits: Array) -> Array:
+        part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, width), batch)
         x: Any = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
         vectors = []
         for layer in range(exits.num_layers):
             x = run_layer(cfg, weights, layer, x, part.mask)
             vectors.append(pool_tokens(x, part.mask, exits))
         found = run_head(cfg, weights, len(exits.layers) - 1, exits, vectors)
-        return lax.dynamic_update_slice_in_dim(logits, found, i * tile, 0)
+        return lax.dynamic_update_slice_in_dim(logits, found, start, 0)
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, logits = state
+        few = rows - start <= (tile // small - 1) * small  # as `run_pool` ends a segment
+        runs = [partial(run, width) for width in widths]
+        logits = lax.switch(few.astype(jnp.int32), runs, start, logits)  # one is taken as it is
+        return start + jnp.where(few, small, tile), logits
 
     logits = jnp.zeros((batch.ids.shape[0], exits.num_labels), jnp.float32)
-    return lax.fori_loop(0, (rows + tile - 1) // tile, run, logits)[:total]
+    return lax.while_loop(lambda s: s[0] < rows, step, (jnp.int32(0), logits))[1][:total]
 
 
 def _pad_to_tiles(batch: Batch, tile: int) -> Batch:
