@@ -1,7 +1,7 @@
 """The folder that is saved, loaded and shipped.
 
 model.safetensors   the encoder under Hugging Face names, the heads under `heads.`, and
-                    `rows.train`, which rows were trained on
+                    `texts.train`, which rows were trained on
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds, and how they were chosen
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,11 @@ from ejax.data.tokenizer import Tokenizer, load_tokenizer
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import from_hf, read_config, to_hf
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
-TRAINED = "rows.train"  # a tensor
+TRAINED = "texts.train"  # a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +210,13 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             dict(meta["provenance"]),
             trained,
         )
+        if version < FORMAT_VERSION:  # its hashes held labels too
+            bundle.provenance.pop("rows", None)
+            warnings.warn(
+                f"{folder} was made by an older ejax: which rows it was made of is not known, and "
+                f"so they are not left out of others' work. Train it again to have them known.",
+                stacklevel=2,
+            )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
     except ValueError as error:

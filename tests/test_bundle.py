@@ -59,6 +59,15 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
     assert len(load_bundle(tmp_path / "more").trained_rows) > len(load_bundle(first).trained_rows)
 
 
+def test_rows_that_an_older_format_recorded_are_not_taken_for_these(tmp_path: Path) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    exits = json.loads((folder / "exits.json").read_text())
+    (folder / "exits.json").write_text(json.dumps(exits | {"format_version": 1}))
+    with pytest.warns(UserWarning, match="older ejax: which rows it was made of is not known"):
+        bundle = load_bundle(folder)
+    assert "rows" not in bundle.provenance
+
+
 def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:
     folder = save_bundle(load_bundle(tiny.trained()[0]), tmp_path / "copy")
     assert sorted(os.listdir(folder)) == sorted((*FILES, "README.md"))

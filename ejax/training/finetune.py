@@ -64,7 +64,10 @@ class Task:
         return kept
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()[:16]
+        """16 hex digits of the sha256 over the rows' hashes and labels."""
+        rows = zip(self.hashes, self.labels.tolist(), strict=True)
+        content = " ".join(f"{name} {label}" for name, label in rows)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def finetune(
@@ -248,7 +251,7 @@ def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
     return Task(
         tokenizer.encode(texts, max_length),
         np.asarray([row.label for row in rows], np.int32),
-        [sources.row_hash(row, split.labels) for row in rows],
+        [sources.row_hash(row) for row in rows],
     )
 
 
