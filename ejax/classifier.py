@@ -25,7 +25,7 @@ from ejax.inference.engine import (
     replicate,
     tile_sizes,
 )
-from ejax.inference.policy import Decision
+from ejax.inference.policy import Decision, broadcast_thresholds
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 
@@ -320,12 +320,8 @@ class EarlyExitClassifier:
         """Hands the rows to the device and does not wait for it."""
         total, exits = len(encoded), len(self.bundle.exits.layers)
         thresholds = self.bundle.thresholds if threshold is None else threshold
+        broadcast_thresholds(thresholds, total, exits)  # their shape: below it is that of a pool
         per_row = np.ndim(thresholds) == 2
-        if per_row and np.shape(thresholds) != (total, exits):
-            raise ValueError(
-                f"threshold must have shape ({total}, {exits}), texts by exits. "
-                f"Got {np.shape(thresholds)}."
-            )
         running = Running(total, len(self.bundle.labels), first)
         for rows, given, options in self._calls(encoded):
             part = thresholds
@@ -369,9 +365,8 @@ class EarlyExitClassifier:
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
-            tile = min(n for n in tile_sizes(shape.tile) if n >= min(len(rows), shape.tile))
             model, weights = self._single if len(rows) == 1 else (self.model, self._weights)
-            found = full_depth(model, weights, batch, tile=tile, rows=len(rows))
+            found = full_depth(model, weights, batch, tile=shape.tile, rows=len(rows))
             logits[rows] = np.asarray(found)[: len(rows)]
         return logits
 

@@ -322,7 +322,7 @@ def bench(
             beside=others,
             repeats=repeats, progress=status.update,
         )  # fmt: skip
-    hashes = [row_hash(row, clf.bundle.labels) for row in chosen]
+    hashes = [row_hash(row) for row in chosen]
     result |= {"bundle": name_of(bundle), "data": rows.origin}
     bundles = [clf.bundle, *(other.bundle for other in others.values())]
     result |= {"rows_fitted_on": count_fitted(bundles, hashes)}
@@ -408,7 +408,7 @@ def calibrate(
     The weights stay. Rows trained on are left out, and rows of the bundle's dev-B, which is for
     reports, unless they placed the exits.
     """
-    from ejax.bundle import check_output
+    from ejax.bundle import check_output, load_bundle
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import exit_tables, facts, show
@@ -425,7 +425,7 @@ def calibrate(
     )
     after = recalibrate(clf, rows, max_drop=max_drop)
     folder = save_like(after, bundle, output or bundle)
-    show(facts(after), *exit_tables(after))
+    show(facts(load_bundle(folder)), *exit_tables(after))
     left_out = after.provenance["calibrated"]["rows_left_out"]
     why = f"; {left_out} rows left out: trained on, or dev-B" if left_out else ""
     note(f"written: {folder}{why}")

@@ -178,7 +178,7 @@ def _other_layers(path: Path) -> None:
         ("config.json", _half, "config.json is damaged"),
         ("tokenizer.json", _half, "tokenizer.json"),
         ("exits.json", _half, "exits.json is damaged"),
-        ("exits.json", _newer, "format_version of at most 1. Got 99: update ejax"),
+        ("exits.json", _newer, "format_version of at most 2. Got 99: update ejax"),
         ("exits.json", _without_temperature, "must hold 2 positive temperatures"),
         ("exits.json", _odd_threshold, "could not convert string to float: 'high'"),
         ("exits.json", _few_thresholds, "must hold 2 thresholds, one per exit. Got [0.9]"),
@@ -372,11 +372,12 @@ def test_calibrate_refuses_rows_that_would_mislead(tmp_path):
         ([], "a target must be one of max_drop, budget, budget_ms and risk. Got none"),
         (["--budget", "0.5", "--risk", "0.1"], "Got budget and risk"),
         (["--budget", "0"], "a budget must be a number above 0"),
-        (["--budget", "0.1"], "a budget must be at least 0.3333"),
+        (["--budget", "0.1"], "a budget must be at least 0.3334"),
         (["--budget", "40"], "a share of full depth, above 0 and at most 1. Got 40"),
         (["--budget", "0.5", "--delta", "0.1"], "delta and loss go with risk alone"),
         (["--max-drop", "nan"], "max_drop must be 0 points or above"),
         (["--risk", "1"], "risk must be between 0 and 1"),
+        (["--risk", "1e-310"], "and at least 1e-9. Got 1e-310"),
         (["--risk", "0.1", "--delta", "0"], "delta must be between 0 and 1"),
         (["--risk", "0.1", "--loss", "both"], "loss must be disagreement or error"),
         (["--budget", "0.5", "--split", "train"], "confidences on trained rows"),
@@ -388,6 +389,13 @@ def test_thresholds_for_a_wrong_target(args, expected, tmp_path):
     before = (folder / "exits.json").read_bytes()
     assert expected in tiny.refused("thresholds", folder, "--data", tiny.data(), *args)
     assert (folder / "exits.json").read_bytes() == before
+
+
+def test_the_least_budget_that_a_refusal_names_is_enough(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    done = tiny.ejax("thresholds", folder, "--data", tiny.data(), "--budget", 0.3334)
+    assert done.code == 0, done.err
+    assert load_bundle(folder).provenance["target"]["chosen"]["exit_share"] == [1, 0]
 
 
 def test_thresholds_never_choose_on_rows_that_fitted_temperatures(tmp_path):

@@ -241,6 +241,25 @@ def test_rows_trained_on_choose_and_prove_nothing(tmp_path):
     assert json.loads(result.read_text())["rows_fitted_on"] == 96
 
 
+def test_a_text_trained_on_stays_so_under_another_label(tmp_path):
+    swapped = {"good": "bad", "bad": "good"}
+    lines = tiny.file("train").read_text().splitlines()[1:]
+    rows = [(swapped[label], text) for label, text in (line.split("\t") for line in lines)]
+    data = tiny.write_tsv(tmp_path / "relabelled.tsv", rows)
+    ask = ("thresholds", tiny.trained()[0], "--data", data, "--risk", 0.1)
+    assert "every row of" in tiny.refused(*ask)
+
+
+def test_copies_of_texts_are_named_where_a_risk_is_shown(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    data = tiny.write_tsv(tmp_path / "copies.tsv", tiny.rows(30, 5) * 3)
+    done = tiny.ejax("thresholds", folder, "--data", data, "--risk", 0.2)
+    report = load_bundle(folder).provenance["target"]
+    assert report["copies"] == 60
+    assert "60 of the 90 rows have the text of another" in " ".join(done.err.split())
+    assert "does not hold where rows were copied" in report["sentence"]
+
+
 def test_calibrate_refuses_before_it_works(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("buy milk")
@@ -286,7 +305,7 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     dev_b = [
         row.text
         for row in labelled_rows(before, str(tiny.file("dev")))
-        if row_hash(row, before.labels) in rows["thresholds"]
+        if row_hash(row) in rows["thresholds"]
     ]
     depths = [answer["exit_layer"] for answer in EarlyExitClassifier(after)(dev_b)]
     tokens = after.tokenizer.encode(dev_b, after.max_length).lengths

@@ -111,7 +111,7 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert report["rows"] == 20
     assert report["differ"] == 0
     assert all(value > 0 for value in report["measured"].values())
-    names = [row_hash(row, before.labels) for row in labelled_rows(before, str(tiny.file("dev")))]
+    names = [row_hash(row) for row in labelled_rows(before, str(tiny.file("dev")))]
     assert len(after.provenance["rows"]["placed"]) == 20
     assert set(after.provenance["rows"]["placed"]) <= set(names)
     ask = (*ask[:-1], tmp_path / "test", "--split", "test", "--max-drop", 100)
@@ -123,8 +123,11 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert "Exits after layers 1 of 1, 3" in " ".join(shown.out.split())
     assert {answer["exit_layer"] for answer in EarlyExitClassifier(after)(["great film"])} == {1}
     # Rows that chose the exits are spent: no guarantee can be had from them.
-    again = ("thresholds", folder, "--data", tiny.data(), "--risk", 0.5)
-    assert "fitted this bundle: thresholds need other rows" in tiny.refused(*again)
+    page = tmp_path / "page.html"
+    again = ("report", folder, "--data", tiny.file("dev"), "--output", page)
+    assert "a report needs other rows" in tiny.refused(*again)
+    one = ("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.5)
+    assert "has one exit: there are no thresholds to choose" in tiny.refused(*one)
     # Nor figures of a held-out half.
     assert tiny.ejax("calibrate", folder, "--data", tiny.data()).code == 0
     assert set(load_bundle(folder).provenance["metrics"]) == {"calibration"}

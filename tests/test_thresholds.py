@@ -271,6 +271,17 @@ def test_a_budget_is_spent_and_not_passed(family):
     assert budget_thresholds(table, 1, family=family)["threshold"] == [FULL] * EXITS
 
 
+def test_a_budget_tells_sure_rows_apart():
+    """Scores of which most are above 0.9999."""
+    rng = np.random.default_rng(0)
+    right = rng.normal(12, 3, 4000)
+    logits = np.stack([np.stack([x, np.zeros(4000)], -1) for x in (right, right + 1)])
+    table = make_table(logits, np.zeros(4000, int), [1.0, 1.0], (1, 2), np.full(4000, 8))
+    assert np.mean(table.scores[0] > 0.9999) > 0.6
+    for budget in (0.6, 0.7, 0.8):
+        assert budget_thresholds(table, budget)["spent"] == pytest.approx(budget, abs=0.02)
+
+
 def test_more_budget_buys_accuracy():
     table = disagreeing(4000)
     low, high = (budget_thresholds(table, budget)["accuracy"] for budget in (0.3, 0.9))
@@ -411,8 +422,14 @@ def test_wrong_input_is_one_clear_sentence(change, message):
         (lambda t: operating_point(t, math.nan), r"one per exit \(3\)\. Got nan"),
         (lambda t: budget_thresholds(t, 0), r"a budget must be a number above 0\. Got 0"),
         (lambda t: budget_thresholds(t, 0.1), r"at least 0\.1667, .*first exit\. Got 0\.1"),
-        (lambda t: risk_thresholds(t, 0), r"risk must be between 0 and 1\. Got 0"),
-        (lambda t: risk_thresholds(t, 0.1, 1.0), r"delta must be between 0 and 1\. Got 1\.0"),
+        (
+            lambda t: risk_thresholds(t, 0),
+            r"risk must be between 0 and 1, and at least 1e-9\. Got 0",
+        ),
+        (
+            lambda t: risk_thresholds(t, 0.1, 1.0),
+            r"delta must be between 0 and 1, and at least 1e-9\. Got 1\.0",
+        ),
         (lambda t: risk_thresholds(t, 0.9, loss="both"), "loss must be disagreement or error"),
         (lambda t: risk_thresholds(t, 0.9, family="both"), "family must be 'per exit' or"),
     ],

@@ -243,8 +243,8 @@ def budget_thresholds(
         if spent <= budget:
             return operating_point(table, policy) | {"budget": float(budget), "spent": spent}
     raise ValueError(
-        f"a budget must be at least {spent:.4g}, what these rows cost when all leave at the first "
-        f"exit. Got {budget:g}."
+        f"a budget must be at least {rounded_up(spent):g}, what these rows cost when all leave at "
+        f"the first exit. Got {budget:g}."
     )
 
 
@@ -332,8 +332,14 @@ def check_budget(value: float) -> None:
 
 
 def check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1. Got {value}.")
+    if not 1e-9 <= value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, and at least 1e-9. Got {value}.")
+
+
+def rounded_up(value: float) -> float:
+    """To four digits, none of them lost: what is asked for again is enough."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit) * unit
 
 
 def check_loss(loss: str) -> Loss:
@@ -357,7 +363,7 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
     if not early:
         return np.zeros((0, 1))
     if family == "one number":
-        numbers = np.unique(np.quantile(scores, np.linspace(0, 1, STEPS)).round(4))[::-1]
+        numbers = np.unique(_rounded(np.quantile(scores, np.linspace(0, 1, STEPS))))[::-1]
         columns = [np.append(numbers, 0.0)] * early
     elif family == "per exit":
         curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
@@ -430,19 +436,26 @@ def _fit_loss(scores: Float, lost: Float) -> Float:
 def _score_at(curve: Float, bounds: Float) -> Float:
     """The score at which a row is expected to lose each bound; a curve that rises has none."""
     intercept, slope = curve
+    allowed = _logit(bounds, 1e-13)  # as small as `_logistic` gives
     if slope >= 0:
-        return np.where(intercept <= _logit(bounds), 0.0, FULL)
-    x = (_logit(bounds) - intercept) / slope
+        return np.where(intercept <= allowed, 0.0, FULL)
+    x = (allowed - intercept) / slope
     # 1e-6: far above the rounding of a bound that is the loss at the surest score itself.
-    return np.where(x > _logit(1.0) + 1e-6, FULL, _logistic(x).round(4))
+    return np.where(x > _logit(1.0) + 1e-6, FULL, _rounded(_logistic(x)))
+
+
+def _rounded(scores: Any) -> Any:
+    """Four digits, and of a sure score as many as float32 tells apart."""
+    return np.where(scores < 0.999, np.round(scores, 4), np.round(scores, 7))
 
 
 def _logistic(x: Any) -> Any:
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
-def _logit(p: Any) -> Any:
-    p = np.clip(p, 1e-6, 1 - 1e-6)  # a saturated score is as sure as one row in a million
+def _logit(p: Any, least: float = 1e-6) -> Any:
+    """Of a score: a saturated one is as sure as one row in a million."""
+    p = np.clip(p, least, 1 - least)
     return np.log(p) - np.log1p(-p)
 
 

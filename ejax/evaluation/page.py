@@ -156,11 +156,12 @@ def fragments(report: Report) -> dict[str, Any]:
         "mean depth": f"{own['mean_depth']:.2f} of {layers[-1]}",
     }
     left_out = report["rows_left_out"]
-    whose = "the bundle or one beside it" if report["beside"] else "the bundle"
+    whose = "this bundle or one beside it" if report["beside"] else "this bundle"
+    why = f"{left_out} left out: they fitted {whose} or chose its thresholds"
     words = {
         "title": f"Early exit: {report['bundle']} on {report['data']}",
         "rows": str(report["rows"]),
-        "left_out": f" ({left_out} left out: {whose} was fitted on them)" if left_out else "",
+        "left_out": f" ({why})" if left_out else "",
         "hardware": report["hardware"],
         "dtype": measured["dtype"],
         "passes": times_from(report),

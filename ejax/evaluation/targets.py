@@ -95,14 +95,17 @@ def choose(
       The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
       the same by one threshold for all exits; `full`; `oracle`; all four of the same rows, for a
       risk the tested ones; each with `ms_together`, predicted milliseconds per text of all rows at
-      once (null without a profile) and, for `budget_ms`, `ms_alone`, of one text;
+      once on one device (null without a profile) and, for `budget_ms`, `ms_alone`, of one text;
       `ms_alone_measured` at the thresholds chosen; `differ`, rows that left elsewhere when the
-      engine ran; `sentence`.
+      engine ran; `copies`, rows with the text of another; `sentence`.
 
     Raises:
-      ValueError: where no rows are left, a budget cannot be met, or `budget_ms` has no profile.
+      ValueError: where there is one exit, no rows are left, a budget cannot be met, or
+        `budget_ms` has no profile.
     """
     bundle = clf.bundle
+    if len(bundle.exits.layers) == 1:
+        raise ValueError("this bundle has one exit: there are no thresholds to choose.")
     if target.budget_ms is not None:
         needed_profile(clf, "budget-ms", 1)
     task = rows_for_thresholds(bundle, split)
@@ -121,11 +124,18 @@ def choose(
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
     sentence = in_words(chosen, split.origin, target.budget_ms is not None)
+    copies = len(task.hashes) - len(set(task.hashes))
+    if copies and target.risk is not None:
+        sentence += (
+            f" {copies} of the {len(task.hashes)} rows have the text of another: the promise is "
+            f"for texts drawn one by one, and does not hold where rows were copied."
+        )
     report = {
         "target": target.to_json(),
         "data": split.origin,
         "rows": len(task.labels),
         "rows_left_out": len(split) - len(task.labels),
+        "copies": copies,
         "dtype": bundle.cfg.dtype,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
