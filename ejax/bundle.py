@@ -36,6 +36,10 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor
+OLDER = (
+    "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
+    "cannot be left out. Train it again to have them known."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,8 @@ def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
     """`Bundle.trained_rows` from the weights in a folder, a bundle's or any others: [N]."""
     with safe_open(folder / "model.safetensors", "numpy") as tensors:
         names = tensors.keys()
+        if "rows.train" in names:  # format 1, whose hashes held labels too
+            warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
         return tensors.get_tensor(TRAINED) if TRAINED in names else packed(())
 
 
@@ -212,11 +218,9 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         )
         if version < FORMAT_VERSION:  # its hashes held labels too
             bundle.provenance.pop("rows", None)
-            warnings.warn(
-                f"{folder} was made by an older ejax: which rows it was made of is not known, and "
-                f"so they are not left out of others' work. Train it again to have them known.",
-                stacklevel=2,
-            )
+            bundle.provenance["rows_unknown"] = True  # also of what is saved from it
+        if bundle.provenance.get("rows_unknown"):
+            warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
     except ValueError as error:

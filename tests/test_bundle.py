@@ -63,9 +63,12 @@ def test_rows_that_an_older_format_recorded_are_not_taken_for_these(tmp_path: Pa
     folder = tiny.copy_of_bundle(tmp_path)
     exits = json.loads((folder / "exits.json").read_text())
     (folder / "exits.json").write_text(json.dumps(exits | {"format_version": 1}))
-    with pytest.warns(UserWarning, match="older ejax: which rows it was made of is not known"):
+    with pytest.warns(UserWarning, match="older ejax, which rows it was trained and fitted on"):
         bundle = load_bundle(folder)
     assert "rows" not in bundle.provenance
+    save_bundle(bundle, folder)  # in today's format, and known for it still
+    with pytest.warns(UserWarning, match="older ejax"):
+        load_bundle(folder)
 
 
 def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:

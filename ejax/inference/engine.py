@@ -171,11 +171,17 @@ def tile_sizes(tile: int) -> tuple[int, ...]:
     return (tile, small) if 2 * small <= tile else (tile,)
 
 
+def in_small_tiles(rest: Any, tile: int) -> Any:
+    """Whether rows that fill no whole tile go in small ones, where those are fewer rows."""
+    small = tile_sizes(tile)[-1]
+    return rest <= (tile // small - 1) * small
+
+
 def tiles(rows: int, tile: int) -> list[tuple[int, int]]:
     """The (size, count) of the tiles that one segment runs for so many rows."""
     whole, rest = divmod(rows, tile)
     small = tile_sizes(tile)[-1]
-    if 0 < rest <= (tile // small - 1) * small:
+    if rest and in_small_tiles(rest, tile):
         return [(tile, whole), (small, -(-rest // small))]
     return [(tile, whole + (rest > 0))]
 
@@ -360,8 +366,7 @@ def run_pool(
 
     def step(state: State) -> State:
         segment, start, rest = state.segment, state.start, state.alive - state.start
-        # A rest that fills no whole tile goes in small ones, where they are fewer rows.
-        few = rest <= (tile // small - 1) * small
+        few = in_small_tiles(rest, tile)
         width = jnp.where(few, small, tile)
         pool = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), state.pool)
         stream, seen, logits = lax.switch(
@@ -524,7 +529,7 @@ def _full_depth(
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         start, logits = state
-        few = rows - start <= (tile // small - 1) * small  # as `run_pool` ends a segment
+        few = in_small_tiles(rows - start, tile)
         runs = [partial(run, width) for width in widths]
         logits = lax.switch(few.astype(jnp.int32), runs, start, logits)  # one is taken as it is
         return start + jnp.where(few, small, tile), logits
