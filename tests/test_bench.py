@@ -11,11 +11,14 @@ import pytest
 import tiny
 
 from ejax.bundle import load_bundle
-from ejax.classifier import EarlyExitClassifier
+from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.data.tokenizer import Encoded
 from ejax.evaluation import bench as bench_module
 from ejax.evaluation.bench import AGAINST, bench, build, settings_of
 from ejax.evaluation.contenders import Setting
+from ejax.evaluation.evaluate import best_full_depth
 from ejax.export import export_hf
+from ejax.inference.cost import Profile
 
 TEXTS = [text for _, text in tiny.rows(30, seed=5)]
 LABELS = [i % 2 for i in range(30)]
@@ -126,6 +129,28 @@ def test_a_model_beside_must_have_the_same_labels() -> None:
     other = dataclasses.replace(clf().bundle, labels=("good", "bad"))
     with pytest.raises(ValueError, match="--beside other must have the labels bad, good"):
         bench(clf(), TEXTS, LABELS, beside={"other": EarlyExitClassifier(other)})
+
+
+def test_a_model_beside_must_take_as_many_texts() -> None:
+    bundle = clf().bundle
+    pairs = bundle.provenance | {"text_columns": ["premise", "hypothesis"]}
+    other = EarlyExitClassifier(dataclasses.replace(bundle, provenance=pairs))
+    with pytest.raises(ValueError, match=r"on 1 text columns.*Got 2 \(premise, hypothesis\)"):
+        bench(clf(), TEXTS, LABELS, beside={"other": other})
+
+
+@pytest.mark.parametrize("fastest", [24, 128])
+def test_full_depth_is_run_in_the_fastest_tiles(monkeypatch, fastest: int) -> None:
+    """Those of the machine's profile, which divide no round number of tokens, or others."""
+    profile = Profile("a machine", "2026-11-28", "float32", "float32", tile={16: 24}, seconds={})
+    measured = EarlyExitClassifier(clf().bundle, shapes=Shapes(profile=profile))
+
+    def full_logits(self: EarlyExitClassifier, _: Encoded) -> None:
+        time.sleep(0 if self.shapes.tile(16) == fastest else 0.02)
+
+    monkeypatch.setattr(EarlyExitClassifier, "full_logits", full_logits)
+    best = best_full_depth(measured, measured.encode(TEXTS))
+    assert best.shapes.tile(16) == fastest
 
 
 def test_an_unknown_contender_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ejax.bundle import load_bundle
@@ -22,6 +23,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.command import run
 from ejax.data.files import read_rows
 from ejax.data.sources import row_hash
+from ejax.evaluation.evaluate import draw
 from ejax.evaluation.labelled import labelled_rows
 from ejax.inference.cost import load_profile
 from train.__main__ import app as train_program
@@ -194,6 +196,23 @@ def test_evaluate_measures_and_writes(tmp_path):
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_sets_thresholds_per_exit_apart():
+    """They lie on no line of single numbers."""
+
+    def point(seconds, threshold):
+        spread = dict.fromkeys(("median", "min", "max"), seconds)
+        return {"threshold": threshold, "accuracy": 0.9, "seconds": spread}
+
+    result = {"rows": 1000, "dtype": "float32", "date": "today", "full": point(4.0, None)}
+    result["thresholds"] = [point(1.0, 0.7), point(2.0, [0.8, 0.0]), point(3.0, 0.9)]
+    axes = Figure().subplots()
+    draw(result, axes)
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    seconds = {name: getattr(line, "lines", [line])[0].get_xdata() for name, line in lines.items()}
+    seconds = {name: list(values) for name, values in seconds.items()}
+    assert seconds == {"one number": [1, 3], "per exit": [2], "full model": [4]}
+
+
 def test_a_profile_is_what_evaluate_predicts_from(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     result = tiny.ejax("profile", tiny.trained()[0], "--output", tmp_path / "profile.json")
@@ -210,13 +229,15 @@ def test_a_profile_is_what_evaluate_predicts_from(tmp_path, monkeypatch):
     assert 1 <= first["tile_rounding"] < 2
 
 
-def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path):
+def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("ejax.classifier.fastest_dtype", lambda: "bfloat16")
     folder = tiny.copy_of_bundle(tmp_path)
     before = load_bundle(folder)
     output = tmp_path / "again"
     result = tiny.ejax("calibrate", folder, "--data", tiny.data(), "--output", output)
     assert result.code == 0, result.err
     assert "20 rows left out: trained on, or dev-B" in result.err
+    assert "float32, residual float32" in result.out  # what is written, not what ran here
     after = load_bundle(output)
     rows = after.provenance["rows"]
     assert sorted(rows["calibration"]) == sorted(before.provenance["rows"]["dev_a"])

@@ -134,7 +134,7 @@ def bench(
             field.append(found)
 
     def full_run(model: EarlyExitClassifier, rows: Encoded) -> Run:
-        best = best_full_depth(model, rows, repeats)
+        best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
     def early_run() -> Run:

@@ -26,7 +26,7 @@ from ejax.inference.policy import Decision
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
-TRIAL_TOKENS = 4 * TILE_TOKENS[-1]
+TRIAL_TOKENS, TRIALS = 2 * TILE_TOKENS[-1], 5  # of three, the least named slow tiles the best
 Level = float | tuple[float, ...] | str | None  # of a run, "full" is the baseline
 
 
@@ -67,7 +67,7 @@ def evaluate(
         raise ValueError("evaluation needs at least one labelled row. Got none.")
     progress("choosing the baseline's tile")
     clf = clf.on_one_device()
-    baseline = best_full_depth(clf, encoded, repeats)
+    baseline = best_full_depth(clf, encoded)
     pools = list(clf.pools(encoded.lengths))
     runs: dict[Level, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
@@ -156,9 +156,7 @@ def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float
     )
 
 
-def best_full_depth(
-    clf: EarlyExitClassifier, encoded: Encoded, repeats: int
-) -> EarlyExitClassifier:
+def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
     """The classifier whose tiles run rows of the commonest length fastest at full depth.
 
     Those are this machine's profile of each length, where there is one, and the same number of
@@ -180,8 +178,8 @@ def best_full_depth(
 
     for candidate in candidates:
         candidate.full_logits(sample)  # compiles
-    taken = [[clock(candidate) for candidate in candidates] for _ in range(repeats)]
-    return candidates[int(np.min(taken, axis=0).argmin())]
+    taken = [[clock(candidate) for candidate in candidates] for _ in range(TRIALS)]
+    return candidates[int(np.median(taken, axis=0).argmin())]
 
 
 def quality(

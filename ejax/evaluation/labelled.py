@@ -68,12 +68,19 @@ def labelled_rows(
 
 
 def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the classifiers beside have this bundle's labels, in its order."""
+    """Raises ValueError unless the classifiers beside have this bundle's labels, in its order,
+    and take as many texts per row."""
     for name, other in beside.items():
         if other.bundle.labels != bundle.labels:
             raise ValueError(
                 f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "
                 f"order. Got {', '.join(other.bundle.labels)}."
+            )
+        ours, theirs = text_columns_of(bundle), text_columns_of(other.bundle)
+        if ours and theirs and len(ours) != len(theirs):
+            raise ValueError(
+                f"--beside {name} must be trained on {len(ours)} text columns, as this bundle "
+                f"({', '.join(ours)}). Got {len(theirs)} ({', '.join(theirs)})."
             )
 
 

@@ -196,7 +196,7 @@ def full_depth_of(
 ) -> dict[str, Any]:
     """Accuracy and time of another bundle's full depth on the same texts."""
     encoded = clf.encode([text if pair is None else (text, pair) for text, pair in pairs])
-    best = best_full_depth(clf.on_one_device(), encoded, repeats)
+    best = best_full_depth(clf.on_one_device(), encoded)
     answers = best.full_logits(encoded).argmax(axis=1)
     seconds = []
     for _ in range(repeats):
