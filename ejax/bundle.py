@@ -377,7 +377,14 @@ def describe_thresholds(thresholds: Sequence[float]) -> str:
         return "full depth"
     if len(early) == 1:
         return f"{early[0]:g}"
-    return ", ".join(f"{t:.3f}" if t <= 1 else "none" for t in thresholds[:-1])
+    return ", ".join(map(describe_threshold, thresholds[:-1]))
+
+
+def describe_threshold(threshold: float) -> str:
+    """Of one exit: those near 1 are chosen to more digits."""
+    if threshold > 1:
+        return "none"
+    return f"{threshold:.3f}" if threshold < 0.999 else f"{threshold:.7g}"
 
 
 def model_card(bundle: Bundle) -> str:

@@ -13,7 +13,7 @@ import tiny
 from safetensors.numpy import load_file
 
 import ejax
-from ejax.bundle import FILES, load_bundle, save_bundle
+from ejax.bundle import FILES, describe_thresholds, load_bundle, save_bundle
 from ejax.models.weights import load_bert
 
 
@@ -155,3 +155,7 @@ def test_exits_that_do_not_fit_the_weights_are_named(tmp_path: Path, field: str)
         ValueError, match=r"must hold 2 positive temperatures|does not fit exits.json"
     ):
         load_bundle(folder)
+
+
+def test_thresholds_near_one_are_told_apart():
+    assert describe_thresholds((0.5, 0.9996, 0.99999, 2.0, 0.0)) == "0.500, 0.9996, 0.99999, none"

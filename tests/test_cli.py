@@ -374,7 +374,7 @@ def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     assert "spent) ms of one text alone on 30 rows" in " ".join(done.err.split())
     assert 0 < report["oracle"]["ms_alone"] < report["full"]["ms_alone"] < 1000
     assert report["ms_alone_measured"] > 0
-    assert "when all leave at the first exit" in tiny.refused(*ask, 1e-6)
+    assert " ms, what these rows cost when all leave at the first" in tiny.refused(*ask, 1e-6)
 
 
 def test_info_of_a_bundle_and_of_a_model():
@@ -399,6 +399,28 @@ def test_labels_with_brackets_are_shown_as_they_are():
     with (console := Console(width=100)).capture() as shown:
         console.print(facts(bundle))
     assert "2: [red], [/b]" in shown.get()
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    folder = tmp_path / "a["
+    folder.mkdir()
+    source = tiny.write_tsv(folder / "b].tsv", tiny.rows(20, seed=8))
+    ask = ("--data", source, "--budget", 0.6, "--output", tmp_path / "new")
+    done = tiny.ejax("thresholds", tiny.trained()[0], *ask)
+    assert done.code == 0, done.err
+    assert "20 rows of a[/b].tsv" in done.out
+    swap = {"bad": "[/b]", "good": "[red]"}
+    rows = [(swap[label], text) for label, text in tiny.rows(24, seed=9)]
+    for name in ("train", "dev"):
+        tiny.write_tsv(tmp_path / f"{name}.tsv", rows)
+        rows = [(label, f"{text} tonight") for label, text in rows]
+    done = tiny.ejax(
+        *("train", "--model", tiny.model(), "--train", tmp_path / "train.tsv"),
+        *("--dev", tmp_path / "dev.tsv", "--output", tmp_path / "odd", "--layers", "1,3"),
+        *tiny.FIELDS, "epochs=1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "labels: [/b], [red];" in " ".join(done.err.split())
 
 
 def test_a_pipe_and_a_reader_that_leaves(tmp_path):

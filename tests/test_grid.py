@@ -56,6 +56,13 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in results.iterdir()}
     assert run(grid.app, "train.grid", list(map(str, args))) == 0
     assert before == {path: path.read_bytes() for path in results.iterdir()}
+    done = results / "sst2-twelve-cut1-0.json"
+    of_older = json.loads(done.read_text())
+    assert of_older["seconds"] > 0
+    of_older["config"]["epochs"] += 1
+    done.write_text(json.dumps(of_older))
+    assert run(grid.app, "train.grid", list(map(str, args))) == 2
+    assert "sst2-twelve-cut1-0.json was trained with other epochs" in capsys.readouterr().err
     other = [arg if arg is not tiny.model() else "another/model" for arg in args]
     assert run(grid.app, "train.grid", list(map(str, other))) == 2
     assert "and another/model was asked for" in capsys.readouterr().err
@@ -94,6 +101,7 @@ def test_every_cell_has_a_name_of_its_own():
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):
     """Its result is known by that cell, not by where the bundle lay."""
+    (tmp_path / "snli").mkdir()
     args = [
         *("--data", str(tmp_path), "--workdir", str(tmp_path / "runs")),
         *("--results", str(tmp_path / "grid"), "--cells", "snli-minilm-frozen-0"),
@@ -104,6 +112,7 @@ def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):
         in capsys.readouterr().err
     )
     (tmp_path / "grid").mkdir()
+    (tmp_path / "sst2").mkdir()
     kept = Path(grid.__file__).parents[1] / "configs/results/grid/sst2-minilm-frozen-0.json"
     shutil.copy(kept, tmp_path / "grid")
     args[-1] = "sst2-minilm-frozen-0"
@@ -114,3 +123,5 @@ def test_a_cell_that_is_not(tmp_path, capsys):
     args = ["--data", str(tmp_path), "--cells", "sst3-*"]
     assert run(grid.app, "train.grid", args) == 2
     assert "--cells 'sst3-*' names no cell" in capsys.readouterr().err
+    assert run(grid.app, "train.grid", [*args[:-1], "sst2-minilm-cut1-0"]) == 2
+    assert f"--data {tmp_path} must hold a folder sst2" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import tiny
 from test_thresholds import rows
 
 from ejax.bundle import load_bundle
-from ejax.calibration.placement import Placement, place, point_of
+from ejax.calibration.placement import Placement, cheapest, place, point_of
 from ejax.calibration.thresholds import BOUNDS, make_table, policies
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import row_hash
@@ -57,6 +57,16 @@ def test_layers_that_change_nothing_are_dropped():
     (one,) = place(table, 1, np.ones(300), np.zeros(300), max_drop=0)
     assert one.exits == (2,)
     assert one.cost == 4
+
+
+def test_exits_that_no_row_uses_are_left_out():
+    """They cost the same but for rounding."""
+    logits, labels, temperatures, tokens = rows(5, exits=4, n=300)
+    logits[1:], temperatures[1:] = logits[0], temperatures[0]
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
+    found = place(table, 4, np.linspace(0.1, 0.3, 300), np.full(300, 0.07), max_drop=5)
+    assert [one.exits for one in found][1:] == [(0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    assert cheapest(found).exits == (0,)
 
 
 def test_dear_exits_are_left_out():

@@ -9,6 +9,7 @@ from html import escape
 import numpy as np
 import pytest
 import tiny
+from matplotlib.figure import Figure
 
 from ejax.bundle import load_bundle
 from ejax.calibration.metrics import macro_f1
@@ -17,8 +18,10 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import row_hash
 from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.page import draw_time
 from ejax.evaluation.report import slices, weighted_f1
 from ejax.evaluation.targets import chosen_on, table_of
+from ejax.inference.cost import exit_flops, full_flops
 from ejax.training.finetune import encode
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -53,6 +56,32 @@ def table(source):
     task = encode(labelled_rows(clf.bundle, str(source)), clf.bundle.tokenizer, 16)
     seen = chosen_on(clf.bundle)
     return table_of(clf, task.take(np.flatnonzero([name not in seen for name in task.hashes])))
+
+
+def test_a_bundle_beside_may_have_any_name(made, tmp_path):
+    _, _, report = made
+    beside = dict.fromkeys(("b$x_{$", "_hidden"), next(iter(report["beside"].values())))
+    axes = Figure().subplots(1, 2)
+    draw_time(report | {"beside": beside}, axes)
+    axes[0].figure.savefig(tmp_path / "time.png")
+    names = [text.get_text() for text in axes[0].get_legend().get_texts()][-2:]
+    assert names == [r"beside: b\$x_{\$, 3 layers", "beside: _hidden, 3 layers"]
+
+
+def test_rows_left_at_random_stand_at_what_they_spend(made):
+    """As many at each exit, whatever their length."""
+    source, _, report = made
+    of_rows, bundle = table(source), load_bundle(tiny.trained()[0])
+    flops = exit_flops(bundle.cfg, bundle.exits, of_rows.tokens)
+    whole = full_flops(bundle.cfg, bundle.exits, of_rows.tokens).sum()
+    points = report["curves"]["per exit"]
+    point = points[len(points) // 2]
+    taken = of_rows.leave(point["threshold"])
+    assert 0 < taken.mean() < 1
+    rng, rows = np.random.default_rng(0), np.arange(taken.size)
+    drawn = [flops[rng.permutation(taken), rows].sum() / whole for _ in range(2000)]
+    error = np.std(drawn) / np.sqrt(2000)
+    assert point["random_flops"] == pytest.approx(np.mean(drawn), abs=5 * error)
 
 
 def test_rows_that_chose_are_left_out(made):

@@ -20,6 +20,7 @@ from ejax.calibration.thresholds import (
     operating_point,
     oracle,
     risk_thresholds,
+    within_drop,
 )
 from ejax.inference.policy import select_exit
 
@@ -438,3 +439,10 @@ def test_wrong_settings_are_one_clear_sentence(call, message):
     logits, labels, temperatures, tokens = rows(0)
     with pytest.raises(ValueError, match=message):
         call(make_table(logits, labels, temperatures, LAYERS, tokens))
+
+
+def test_a_sum_of_nothing_is_within_a_drop_of_nothing():
+    lost = np.cumsum([0.1, 0.2, -0.3])[-1:]
+    assert lost > 0
+    assert within_drop(np.zeros(1), lost, 0.0, 3).all()
+    assert not within_drop(np.zeros(1), lost + 0.01, 0.0, 3).any()

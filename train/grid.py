@@ -35,7 +35,7 @@ from ejax.calibration.thresholds import (
 )
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import run
-from ejax.config import DataConfig, TrainConfig
+from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import evaluate, save_figure, write_json
@@ -152,6 +152,8 @@ def main(
     console = Console(stderr=True)
     todo: dict[str, tuple[Cell, Path, str]] = {}
     for cell in [] if show else chosen:
+        if not (data / cell.data).is_dir():
+            raise ValueError(f"--data {data} must hold a folder {cell.data}. There is none.")
         path = results / f"{cell.name}.json"
         model = cell.model(data, twelve, workdir)
         if not path.exists():
@@ -162,17 +164,27 @@ def main(
                     f"first (with other --results, where its result is kept already)."
                 )
             todo[cell.name] = cell, path, model
-        elif (theirs := json.loads(path.read_text())["model"]) != model:
+            continue
+        done = json.loads(path.read_text())
+        if (theirs := done["model"]) != model:
             raise ValueError(
                 f"{path} is of the encoder {theirs}, and {model} was asked for: choose other "
                 f"--results, or give that encoder by --twelve."
             )
+        fields = settings(cell.config(data, twelve, workdir))
+        known = done.get("config", {})
+        changed = [name for name in known if known[name] != fields.get(name)]
+        if changed:
+            raise ValueError(
+                f"{path} was trained with other {', '.join(changed)}: choose other --results, or "
+                f"delete it to train it again."
+            )
     for number, (cell, path, model) in enumerate(todo.values(), 1):
         config = cell.config(data, twelve, workdir)
         console.print(f"{cell.name}, {number} of {len(todo)}")
-        start = time.time()
         jax.clear_caches()  # the programs of one cell after another would fill the address space
         folder = finetune(config, workdir / cell.name)
+        start = time.time()
         found = measure(folder, data / cell.data)
         trained = json.loads((workdir / cell.name / "result.json").read_text(encoding="utf-8"))
         write_json(
@@ -182,7 +194,8 @@ def main(
             }
             | dataclasses.asdict(cell)
             | {"model": model, "rows_at_most": ROWS, "max_length": TOKENS}
-            | {"seconds": time.time() - start}  # since that step
+            | {"config": settings(config)}
+            | {"seconds": trained["seconds"] + time.time() - start}  # since that step
             | {"resumed_from_step": trained["resumed_from_step"]}
             | found
             | {"date": time.strftime("%Y-%m-%d"), **environment()},
@@ -196,6 +209,13 @@ def main(
             size=(4 * len({r["data"] for r in known}), 3.6 * len({r["encoder"] for r in known})),
             panels=(len({r["encoder"] for r in known}), len({r["data"] for r in known})),
         )  # fmt: skip
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """What tells trainings of one cell apart, ready for JSON: all but where things lie."""
+    fields: dict[str, Any] = json.loads(json.dumps(to_json(config)))
+    del fields["model"], fields["data"]["path"]
+    return fields
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -393,7 +413,8 @@ def draw(known: list[dict[str, Any]], panels: Sequence[Any]) -> None:
             if r["kind"] == "exits":
                 oracle_ = r["oracle"]
                 axes.plot([oracle_["cost"]], [100 * oracle_["accuracy"]], "*", label="oracle")
-                axes.plot([r["chosen"]["cost"]], [100 * r["random"]], "x", label="random exit")
+                share = np.dot(r["chosen"]["exit_share"], r["layers"]) / r["layers"][-1]
+                axes.plot([share], [100 * r["random"]], "x", label="random exit")
             elif r["kind"] not in RECIPES:
                 share = r["layers"][-1] / EXITS[encoder][-1]
                 cuts.append((share, 100 * r["exits"][-1]["accuracy"]))

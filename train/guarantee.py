@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table as Shown
+from rich.text import Text
 from scipy.special import bdtri
 
 from ejax.calibration.thresholds import Loss, Table, check_loss, policies, risk_thresholds, totals
@@ -132,7 +133,8 @@ def broken(
 
 
 def table_of_cases(result: dict[str, Any]) -> Shown:
-    made = Shown(title=f"{result['draws']:,} draws from {result['rows']} rows of {result['data']}")
+    title = f"{result['draws']:,} draws from {result['rows']} rows of {result['data']}"
+    made = Shown(title=Text(title, "italic"))
     for heading in (
         "risk", "delta", "rows", "broken (95 %)", "full depth", "mean risk",
         f"depth of {result['layers'][-1]}", "in hindsight",

@@ -3,6 +3,7 @@
 Axes: E exits, N rows, P policies.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from ejax.calibration.metrics import Float
 from ejax.calibration.thresholds import (
     BOUNDS,
     FULL,
+    ROUNDING,
     Table,
     check_max_drop,
     describe,
     policies,
     totals,
+    within_drop,
 )
 
 MOST_SUBSETS = 20_000  # some minutes
@@ -69,8 +72,17 @@ def place(
             for kept in combinations(range(exits), size)
         )
         within = (one for one in tried if one is not None)
-        best.append(min(within, key=lambda one: one.cost))  # the last exit alone loses nothing
+        best.append(cheapest(list(within)))  # the last exit alone loses nothing
     return best
+
+
+def cheapest(placements: Sequence[Placement]) -> Placement:
+    """The first of the least cost: what no row uses changes it by rounding alone."""
+    return placements[_first_of_least([one.cost for one in placements])]
+
+
+def _first_of_least(costs: Any) -> int:
+    return int(np.argmax(np.asarray(costs) <= np.min(costs) * (1 + ROUNDING)))
 
 
 def check_count(count: int, exits: int) -> None:
@@ -104,10 +116,10 @@ def _cheapest(
     expected = totals(table, some, table.expected_lost)
     passed = np.searchsorted(kept, np.arange(len(table.layers)), side="right")
     cost = totals(table, some, np.outer(table.layers, layer_cost) + np.outer(passed, exit_cost))
-    allowed = 100 * np.maximum(lost, expected) <= max_drop * table.tokens.size
+    allowed = within_drop(lost, expected, max_drop, table.tokens.size)
     if not allowed.any():
         return None
-    p = int(np.where(allowed, cost, np.inf).argmin())
+    p = _first_of_least(np.where(allowed, cost, np.inf))
     return Placement(kept, tuple(some[p, kept].tolist()), float(cost[p]) / table.tokens.size)
 
 

@@ -23,6 +23,7 @@ from ejax.inference.policy import as_float32, check_rule, check_temperatures, ex
 
 FULL = 2.0  # above every score: nobody leaves early
 BOUNDS = np.geomspace(5e-4, 0.5, 61)  # on the loss of a row that leaves, for an accuracy drop
+ROUNDING = 1e-9  # of sums that are equal, or nothing, written down exactly
 STEPS = 401  # policies to choose from, for a budget or a risk
 
 Thresholds = float | Sequence[float]  # one for all exits, or one per exit
@@ -207,12 +208,17 @@ def drop_thresholds(
     lost = correct[-1].sum() - totals(table, ordered, correct)
     expected = totals(table, ordered, table.expected_lost)
     spent = totals(table, ordered, work)
-    allowed = 100 * np.maximum(lost, expected) <= max_drop * table.tokens.size
+    allowed = within_drop(lost, expected, max_drop, table.tokens.size)
     spent = np.append(np.where(allowed, spent, np.inf), work[-1].sum())
     best = int(spent.argmin())
     full = (FULL,) * len(table.layers)
     chosen = full if spent[best] == spent[-1] else tuple(ordered[best].tolist())
     return operating_point(table, chosen) | {"max_drop": float(max_drop)}
+
+
+def within_drop(lost: Float, expected: Float, max_drop: float, rows: int) -> Any:
+    """Whether so many rows lost, and expected to be, are at most `max_drop` points: bool [P]."""
+    return 100 * np.maximum(lost, expected) <= max_drop * rows + ROUNDING
 
 
 def budget_thresholds(
@@ -225,7 +231,7 @@ def budget_thresholds(
     """The surest thresholds that spend at most `budget` on these rows.
 
     Args:
-      budget: a share of full depth's layers per token, above 0, or in the unit of `cost`.
+      budget: a share of full depth's layers per token, above 0; with `cost`, milliseconds.
       cost: what rows that leave at int [N] spend; None means mean depth / L.
 
     Returns:
@@ -242,9 +248,10 @@ def budget_thresholds(
         spent = spend(table.leave(policy))
         if spent <= budget:
             return operating_point(table, policy) | {"budget": float(budget), "spent": spent}
+    unit = " ms" if cost else ""
     raise ValueError(
-        f"a budget must be at least {rounded_up(spent):g}, what these rows cost when all leave at "
-        f"the first exit. Got {budget:g}."
+        f"a budget must be at least {rounded_up(spent):g}{unit}, what these rows cost when all "
+        f"leave at the first exit. Got {budget:g}{unit}."
     )
 
 

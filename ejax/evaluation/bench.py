@@ -29,6 +29,7 @@ from ejax.evaluation.evaluate import (
     LADDER,
     best_full_depth,
     exit_accuracy,
+    plain,
     quality,
     save_png,
     timing,
@@ -421,7 +422,7 @@ def draw(result: dict[str, Any], axes: Any) -> None:
     for one in result["contenders"]:
         x, y = one["offline"]["texts_per_second"], 100 * one["accuracy"]
         ours = one["name"].startswith("ejax")
-        axes.plot([x], [y], "s" if ours else "o", label=one["name"], alpha=0.8)
+        axes.plot([x], [y], "s" if ours else "o", label=plain(one["name"]), alpha=0.8)
     axes.set(xlabel="texts per second, offline", ylabel="accuracy, %", xlim=(0, None))
     axes.set_title(f"{result['rows']} texts, {result['date']}\n{result['hardware']}", fontsize=9)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)

@@ -296,6 +296,11 @@ def save_figure(
         figure.savefig(fresh, dpi=150, format="png")
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: what stands between two dollars would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def draw(result: dict[str, Any], axes: Any) -> None:
     points = sorted(result["thresholds"], key=lambda p: p["seconds"]["median"])
 

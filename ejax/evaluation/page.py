@@ -11,7 +11,7 @@ from typing import Any
 
 from ejax import storage
 from ejax.bundle import describe_thresholds
-from ejax.evaluation.evaluate import describe, save_figure, write_json
+from ejax.evaluation.evaluate import describe, plain, save_figure, write_json
 
 CURVES = {"per exit": "C0", "one number": "C1"}
 Report = dict[str, Any]
@@ -83,7 +83,7 @@ def draw_tradeoff(report: Report, panels: Sequence[Any]) -> None:
         if key == "accuracy":
             points = report["curves"]["per exit"]
             axes.plot(
-                [p["flops"] for p in points], [100 * p["random"] for p in points], ":",
+                [p["random_flops"] for p in points], [100 * p["random"] for p in points], ":",
                 color="grey", label="the same exits at random",
             )  # fmt: skip
             best = report["oracle"]
@@ -104,9 +104,8 @@ def draw_time(report: Report, panels: Sequence[Any]) -> None:
         full = measured["full"]
         axes.plot([ms(full)], [100 * full[key]], "s", color="black", label="full model")
         for name, other in report["beside"].items():
-            axes.plot(
-                [ms(other)], [100 * other[key]], "^", label=f"{name}, {other['layers']} layers"
-            )
+            shown = f"beside: {plain(name)}, {other['layers']} layers"
+            axes.plot([ms(other)], [100 * other[key]], "^", label=shown)
         axes.set(xlabel="milliseconds per text, measured", ylabel=f"{name_of(key)}, %")
         axes.set_xlim(0, None)
         axes.legend(fontsize=8)

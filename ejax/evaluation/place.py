@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from rich.table import Table as Shown
+from rich.text import Text
 
-from ejax.bundle import Bundle
-from ejax.calibration.placement import check_count, place, point_of
+from ejax.bundle import Bundle, describe_threshold
+from ejax.calibration.placement import cheapest, check_count, place, point_of
 from ejax.calibration.thresholds import describe
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import ExitConfig
@@ -54,7 +55,7 @@ def place_exits(
     table = table_of(clf, task)
     progress("trying placements")
     found = place(table, count, *row_costs(clf, task.encoded), max_drop=max_drop)
-    best = min(found, key=lambda placement: placement.cost)
+    best = cheapest(found)
     placed = keep(bundle, best.exits, best.thresholds)
     runs = {
         "before": clf.on_one_device(),
@@ -143,7 +144,7 @@ def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> B
 
 def placements_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
-    made = Shown(title=f"{report['rows']} rows of {report['data']}")
+    made = Shown(title=Text(f"{report['rows']} rows of {report['data']}", "italic"))
     for heading in (
         "exits",
         "thresholds",
@@ -156,7 +157,7 @@ def placements_table(report: dict[str, Any]) -> Shown:
     for p in report["found"]:
         made.add_row(
             ", ".join(map(str, p["layers"])),
-            ", ".join(f"{t:.3f}" if t <= 1 else "none" for t in p["threshold"][:-1]),
+            ", ".join(map(describe_threshold, p["threshold"][:-1])),
             f"{p['accuracy']:.4f}",
             f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
             f"{p['mean_depth']:.2f}",

@@ -140,7 +140,7 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
     Returns:
       Per point `flops`, `accuracy`, `macro_f1`, each of the two with `_low` and `_high` (95 % by
       resampling rows), `disagreement`, and `random`: the accuracy of as many rows at each exit,
-      drawn at random.
+      drawn at random, and `random_flops`, what those spend.
     """
     ordered = policies(table, family, table.expected_lost)
     ordered = np.concatenate([np.full((1, len(table.layers)), FULL), ordered])
@@ -168,6 +168,7 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
                 **banded("macro_f1", f1),
                 "disagreement": float((answers != table.answers[-1]).mean()),
                 "random": float(shares @ exit_accuracy),
+                "random_flops": float(shares @ cost.sum(axis=1)),
             }
         )
     return points

@@ -123,7 +123,8 @@ def finetune(
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
-        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
+        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}",
+        markup=False,  # of labels and paths with [brackets]
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
     all_logits = make_all_logits(model)
@@ -264,7 +265,7 @@ def held_out_parts(
         why = f"in {where}, or trained {config.model}"
         rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
         if gone := len(task.labels) - len(rows):
-            console.print(f"{gone} rows of {shown} are left out: they are {why}")
+            console.print(f"{gone} rows of {shown} are left out: they are {why}", markup=False)
         return task.take(rows)
 
     dev = tasks["dev"]
@@ -338,7 +339,7 @@ def train(
         first, state = checkpoints.restore_newest(state)
         log.cut(first)
         if first:
-            console.print(f"resuming {workdir} from step {first} of {total}")
+            console.print(f"resuming {workdir} from step {first} of {total}", markup=False)
         held: list[tuple[int, Step, dict[str, Any]]] = []
         shown = bar.add_task("training", total=total, completed=first)
         for step in range(first, total):
