@@ -376,7 +376,7 @@ def describe_thresholds(thresholds: Sequence[float]) -> str:
     if not early or early[0] > 1:
         return "full depth"
     if len(early) == 1:
-        return f"{early[0]:g}"
+        return f"{early[0]:.7g}"
     return ", ".join(map(describe_threshold, thresholds[:-1]))
 
 

@@ -159,3 +159,4 @@ def test_exits_that_do_not_fit_the_weights_are_named(tmp_path: Path, field: str)
 
 def test_thresholds_near_one_are_told_apart():
     assert describe_thresholds((0.5, 0.9996, 0.99999, 2.0, 0.0)) == "0.500, 0.9996, 0.99999, none"
+    assert describe_thresholds((0.9999996, 0.9999996, 0.0)) == "0.9999996"

@@ -26,7 +26,7 @@ from ejax.inference.policy import Decision
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
-TRIAL_TOKENS, TRIALS = 2 * TILE_TOKENS[-1], 5  # of three, the least named slow tiles the best
+TRIAL_TOKENS, TRIALS = 2 * TILE_TOKENS[-1], 5  # the least of three trials once took a slow tile
 Level = float | tuple[float, ...] | str | None  # of a run, "full" is the baseline
 
 

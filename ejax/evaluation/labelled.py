@@ -68,8 +68,7 @@ def labelled_rows(
 
 
 def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the classifiers beside have this bundle's labels, in its order,
-    and take as many texts per row."""
+    """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():
         if other.bundle.labels != bundle.labels:
             raise ValueError(
