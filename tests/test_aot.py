@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from train.__main__ import load_config
+from train.aot_tables import overview, table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/bert_*.py"))
@@ -51,6 +54,18 @@ def aot(*arguments: str, code: int = 0) -> str:
     done = process("-m", "train.aot", *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
+
+
+def test_tables_name_a_model_as_it_is_written() -> None:
+    part = {"rows": 8, "why": "[hbm] is full"}
+    found = {
+        "topology": "v4:1x1x1", "chips": 1, "tokens_per_row": 128, "chip": {"memory": 2**35},
+        "training": part, "early_exit": part,
+    }  # fmt: skip
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(overview("a/[b]", [found]), table("a/[b]", found))
+    assert shown.getvalue().count("a/[b]") == 2
+    assert "[hbm] is full" in shown.getvalue()
 
 
 def test_every_config_of_the_paper_is_there() -> None:

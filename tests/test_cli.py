@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ejax.data.files import read_rows
 from ejax.data.sources import row_hash
 from ejax.evaluation.evaluate import draw
 from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.targets import Costs
 from ejax.inference.cost import load_profile
 from train.__main__ import app as train_program
 
@@ -375,6 +377,16 @@ def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     assert 0 < report["oracle"]["ms_alone"] < report["full"]["ms_alone"] < 1000
     assert report["ms_alone_measured"] > 0
     assert " ms, what these rows cost when all leave at the first" in tiny.refused(*ask, 1e-6)
+
+
+def test_milliseconds_are_those_of_the_median_pass(monkeypatch):
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    texts = [text for _, text in tiny.rows(10, seed=5)]
+    slept = iter([0.0] * 10 + [0.04] * 10 + [0.004] * 10 + [0.0] * 10)  # the first pass compiles
+    monkeypatch.setattr(
+        EarlyExitClassifier, "decide_encoded", lambda *_, **__: time.sleep(next(slept))
+    )
+    assert 4 <= Costs(clf, clf.encode(texts)).measured(0.5) < 12  # of 40, 4 and 0; their mean is 15
 
 
 def test_info_of_a_bundle_and_of_a_model():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ejax.command import run
@@ -57,8 +58,14 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     assert run(grid.app, "train.grid", list(map(str, args))) == 0
     assert before == {path: path.read_bytes() for path in results.iterdir()}
     done = results / "sst2-twelve-cut1-0.json"
+    done.unlink()  # of a training that had been resumed once and took long: both are kept
+    trained = tmp_path / "runs/sst2-twelve-cut1-0/result.json"
+    long = json.loads(trained.read_text()) | {"seconds": 9e6, "resumed_from_step": 7}
+    trained.write_text(json.dumps(long))
+    assert run(grid.app, "train.grid", list(map(str, args))) == 0
     of_older = json.loads(done.read_text())
-    assert of_older["seconds"] > 0
+    assert 9e6 < of_older["seconds"] < 9e6 + 3600
+    assert of_older["resumed_from_step"] == 7
     of_older["config"]["epochs"] += 1
     done.write_text(json.dumps(of_older))
     assert run(grid.app, "train.grid", list(map(str, args))) == 2
@@ -79,6 +86,18 @@ def test_seeds_have_a_mean():
     line = next(line for line in printed.getvalue().splitlines() if "mean" in line)
     assert f"{one['random'] + 0.01:.4f} ± 0.0141" in line
     assert f"{one['at_budget']['1']['accuracy']:.4f} ± 0.0000 / –" in line  # one seed has no cut1
+
+
+def test_random_exits_are_drawn_at_their_own_mean_depth():
+    """Not at what the chosen thresholds spend, which depends on the texts' lengths too."""
+    kept = Path(grid.__file__).parents[1] / "configs/results/grid/sst2-twelve-exits-0.json"
+    result = json.loads(kept.read_text())
+    result["chosen"] |= {"exit_share": [0.5, 0.25, 0, 0.25], "cost": 0.9, "mean_depth": 4.5}
+    axes = Figure().subplots()
+    grid.draw([result | {"random": 0.75}], [axes])
+    point = next(line for line in axes.lines if line.get_label() == "random exit")
+    share = (0.5 * 1 + 0.25 * 4 + 0.25 * 12) / 12
+    assert point.get_xydata().tolist() == [[pytest.approx(share), 75]]
 
 
 def test_every_cell_has_a_name_of_its_own():

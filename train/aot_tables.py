@@ -3,11 +3,12 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def overview(model: str, slices: list[dict[str, Any]]) -> Table:
     """A row per slice; memory and time of one chip, tokens per second of all."""
-    made = Table(title=f"{model}: compiled, not run")
+    made = Table(title=Text(f"{model}: compiled, not run", "italic"))
     for heading in (
         "slice", "chips", "rows", "GiB", "of", "step, ms", "of peak", "tokens/s", "all-reduce, MiB",
         "early exit: rows", "GiB", "a layer, of peak", "tokens/s, nobody leaves",
@@ -40,17 +41,16 @@ def overview(model: str, slices: list[dict[str, Any]]) -> Table:
 
 def table(model: str, found: dict[str, Any]) -> Table:
     """The report as people read it, a chip at a time."""
-    made = Table(
-        title=f"{model}, {found['tokens_per_row']} tokens, per chip of "
-        f"{found['topology']} ({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): "
-        "compiled, not run",
-        show_header=False,
+    title = (
+        f"{model}, {found['tokens_per_row']} tokens, per chip of {found['topology']} "
+        f"({found['chips']} chips, {found['chip']['memory'] / 2**30:.0f} GiB): compiled, not run"
     )
+    made = Table(title=Text(title, "italic"), show_header=False)
     for name, key in (("training step", "training"), ("early exit, nobody leaves", "early_exit")):
         part = found[key]
         made.add_row(f"[bold]{name}", f"{part['rows']} rows")
         if "memory" not in part:
-            made.add_row("memory", f"does not fit: {part['why']}")
+            made.add_row("memory", Text(f"does not fit: {part['why']}"))
             made.add_row("", "lower batch_size or raise accumulate, or remat=True")
             continue
         held = part["memory"]
