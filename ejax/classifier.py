@@ -1,6 +1,7 @@
 """Texts in, labels out."""
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -175,7 +176,17 @@ class EarlyExitClassifier:
             given = bundle.cfg.dtype  # of texts alone too
             same = profile.dtype == given
             profile = dataclasses.replace(profile, single_dtype=given) if same else None
-        return cls(bundle, shapes=Shapes(profile=profile))
+        clf = cls(bundle, shapes=Shapes(profile=profile))
+        chosen = bundle.provenance.get("target", {})
+        types = [model.cfg.dtype for model in (clf.model, clf._single[0])]
+        if "risk" in chosen.get("target", {}) and set(types) != {chosen["dtype"]}:
+            warnings.warn(
+                f"{folder}: the risk its thresholds promise was shown for {chosen['dtype']}, and "
+                f"here texts run in {types[0]}, one alone in {types[1]}: load it with "
+                f'dtype="{chosen["dtype"]}", or choose thresholds on this machine.',
+                stacklevel=2,
+            )
+        return clf
 
     def save_pretrained(self, folder: str | Path) -> Path:
         return save_bundle(self.bundle, folder)

@@ -1,6 +1,7 @@
 """Texts in, labels out, whatever their order and company."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import jax
@@ -229,6 +230,21 @@ def test_a_single_text_can_have_a_type_of_its_own(monkeypatch, tmp_path: Path) -
     asked = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
     assert asked.shapes.profile.tile == {16: 8}
     np.testing.assert_array_equal(asked.decide(TEXTS[:1]).logits, exact.decide(TEXTS[:1]).logits)
+
+
+def test_a_promise_names_the_compute_type_it_is_for(tmp_path: Path) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    bundle = ejax.load_bundle(folder)
+    target = {"target": {"risk": 0.01, "delta": 0.05}, "dtype": "bfloat16"}
+    ejax.save_bundle(
+        dataclasses.replace(bundle, provenance=bundle.provenance | {"target": target}), folder
+    )
+    said = 'shown for bfloat16, and here texts run in float32, .*dtype="bfloat16"'
+    with pytest.warns(UserWarning, match=said):
+        EarlyExitClassifier.from_pretrained(folder, dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EarlyExitClassifier.from_pretrained(folder, dtype="bfloat16")
 
 
 def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Which exits to keep: against every choice tried one by one, and in a real bundle."""
 
+import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tiny
 from test_thresholds import rows
 
-from ejax.bundle import load_bundle
+from ejax.bundle import load_bundle, save_bundle
 from ejax.calibration.placement import Placement, cheapest, place, point_of
 from ejax.calibration.thresholds import BOUNDS, make_table, policies
 from ejax.classifier import EarlyExitClassifier
@@ -143,6 +144,25 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     # Nor figures of a held-out half.
     assert tiny.ejax("calibrate", folder, "--data", tiny.data()).code == 0
     assert set(load_bundle(folder).provenance["metrics"]) == {"calibration"}
+    # The temperatures with which exits were chosen are of rows that stay spent.
+    spent = set(load_bundle(folder).provenance["rows"]["calibration"])
+    assert tiny.ejax("calibrate", folder, "--data", tiny.file("test")).code == 0
+    assert spent < set(load_bundle(folder).provenance["rows"]["calibration"])
+
+
+def test_place_keeps_no_figure_of_rows_that_are_not_known(tmp_path, monkeypatch):
+    """As those of a bundle of the first format: they may be the very rows that choose."""
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
+    folder, output = tiny.copy_of_bundle(tmp_path), tmp_path / "few"
+    bundle = load_bundle(folder)
+    unknown = {name: value for name, value in bundle.provenance.items() if name != "rows"}
+    save_bundle(dataclasses.replace(bundle, provenance=unknown), folder)
+    assert tiny.ejax("profile", folder).code == 0
+    ask = ("--data", tiny.data(), "--exits", 1, "--max-drop", 100, "--output", output)
+    done = tiny.ejax("place", folder, *ask)
+    assert done.code == 0, done.err
+    assert load_bundle(folder).provenance["metrics"]
+    assert load_bundle(output).provenance["metrics"] == {}
 
 
 def test_too_many_choices_are_refused():

@@ -184,7 +184,7 @@ def test_the_fit_is_the_minimum(share, saturated):
     found = minimize(objective, [-3.0, -1.0], tol=1e-12)
     ours = thresholds._fit_loss(scores, lost)
     assert objective(ours) <= found.fun + 1e-9
-    at = thresholds._score_at(ours, np.float64(0.01))
+    at = thresholds._score_at(ours, np.float64(0.01), 1.0)
     if 0.01 < at < 0.99:
         z = ours[0] + ours[1] * (np.log(at) - np.log1p(-at))
         assert 1 / (1 + np.exp(-z)) == pytest.approx(0.01, rel=0.02)  # four decimals of a score
@@ -203,6 +203,37 @@ def test_an_exit_whose_surest_rows_lose_too_often_holds_no_other_back():
     point = risk_thresholds(table, 0.01)
     assert point["exit_share"][0] == 0
     assert point["exit_share"][1] > 0.9
+
+
+def test_an_exit_that_is_surest_where_it_is_wrong_does_not_let_all_go():
+    """Exit 1 differs from full depth on 1 % of its unsure rows and on 30 % of its sure ones."""
+    rng, n = np.random.default_rng(0), 8000
+    right = np.eye(2)[np.zeros(n, int)]
+    first, second = rng.uniform(0, 4.6, (2, n))
+    wrong = rng.random((2, n)) < np.stack([0.01 + 0.29 * first / 4.6, 0.2 * (1 - second / 4.6)])
+    early = np.stack([first, second])[..., None] * np.where(wrong[..., None], -right, right)
+    logits = np.stack([*early, 6 * right]).astype(np.float32)
+    table = make_table(logits, np.zeros(n, int), (1.0, 1.0, 1.0), (2, 4, 12), np.full(n, 8))
+    budget = budget_thresholds(table, 0.7)
+    assert 0.69 < budget["spent"] <= 0.7
+    single = budget_thresholds(table, 0.7, family="one number")
+    assert budget["accuracy"] > single["accuracy"]
+    depths = [risk_thresholds(table, risk)["mean_depth"] for risk in (0.03, 0.06, 0.09)]
+    assert depths == sorted(depths, reverse=True)
+    assert len(set(depths)) == 3
+
+
+def test_a_large_drop_is_used():
+    """Where all may leave at the first exit, all do, however unsure they are."""
+    rng, n = np.random.default_rng(0), 400
+    label = rng.integers(0, 20, n)
+    right = np.eye(20)[label]
+    first = np.where(rng.random(n) < 0.7, 1.0, -1.0)[:, None] * right  # most confidences below 0.2
+    logits = np.stack([first, 9 * right]).astype(np.float32)
+    table = make_table(logits, label, (1.0, 1.0), (1, 6), np.full(n, 8))
+    lost = 100 * (1 - table.correct[0].mean())
+    assert 20 < lost < 40
+    assert drop_thresholds(table, lost + 5)["mean_depth"] == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

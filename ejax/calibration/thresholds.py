@@ -22,7 +22,8 @@ from ejax.config import check_layers
 from ejax.inference.policy import as_float32, check_rule, check_temperatures, exit_scores
 
 FULL = 2.0  # above every score: nobody leaves early
-BOUNDS = np.geomspace(5e-4, 0.5, 61)  # on the loss of a row that leaves, for an accuracy drop
+# On the loss of a row that leaves, for an accuracy drop.
+BOUNDS = np.append(np.geomspace(5e-4, 0.5, 61), np.linspace(0.55, 0.95, 9))
 ROUNDING = 1e-9  # of sums that are equal, or nothing, written down exactly
 STEPS = 401  # policies to choose from, for a budget or a risk
 
@@ -183,10 +184,10 @@ def drop_thresholds(
     exit (as Platt, 1999, maps scores to probabilities). One bound on that loss, the same
     for all exits, then gives each exit its threshold: an exit that agrees with full depth
     lets unsure rows go too, since the layers above would not make them surer. The bound is
-    one of `BOUNDS`, or else nobody leaves early. On 60 random draws of 436 of SST-2's dev and
-    test rows (MiniLM-L6) the fastest single number within 0.5 points lost 0.56 (standard
-    deviation 0.31) on the other rows at a mean depth of 3.35 layers, one per exit so chosen
-    0.59 (0.36) at 2.49.
+    one of `BOUNDS`; or all leave at the first exit, or nobody leaves early. On 60 random draws
+    of 436 of SST-2's dev and test rows (MiniLM-L6) the fastest single number within 0.5 points
+    lost 0.56 (standard deviation 0.31) on the other rows at a mean depth of 3.35 layers, one
+    per exit so chosen 0.59 (0.36) at 2.49.
 
     Both `drop` and `expected_drop` have to keep within `max_drop`: on few rows the measured
     drop alone is a poor guide, since the fastest of many choices is then the one whose
@@ -284,7 +285,7 @@ def risk_thresholds(
     Returns:
       The dict of `operating_point` of the tested rows at the thresholds chosen, and `risk`,
       `delta`, `loss`; `rows_for_order`, 0 where there were too few to test any; `losses`, the
-      tested rows that lost; `p_value` (null where nobody leaves early); `upper`, the share that
+      tested rows that lost; `p_value` (null where full depth is kept); `upper`, the share that
       the loss is below with probability 1 - delta, were this policy the only one tested
       (Clopper and Pearson, 1934);
       `rows_needed`, without which nothing can be shown.
@@ -374,15 +375,15 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
         columns = [np.append(numbers, 0.0)] * early
     elif family == "per exit":
         curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
-        everyone = bounds is None
         if bounds is None:
             fitted = [
                 _logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)
             ]
             bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
-        columns = [_score_at(curve, bounds) for curve in curves]
-        if everyone:  # also those whose loss no score bounds
-            columns = [np.append(column, 0.0) for column in columns]
+        columns = [
+            np.append(_score_at(curve, bounds, x.max()), 0.0)  # at last all leave at the first
+            for curve, x in zip(curves, scores, strict=True)
+        ]
     else:
         raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
     return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
@@ -440,14 +441,18 @@ def _fit_loss(scores: Float, lost: Float) -> Float:
     return weights
 
 
-def _score_at(curve: Float, bounds: Float) -> Float:
-    """The score at which a row is expected to lose each bound; a curve that rises has none."""
+def _score_at(curve: Float, bounds: Float, surest: float) -> Float:
+    """The score at which a row is expected to lose each bound.
+
+    Where the curve rises, the surest rows lose most: an exit lets go all, once the bound holds for
+    those, or none.
+    """
     intercept, slope = curve
     allowed = _logit(bounds, 1e-13)  # as small as `_logistic` gives
-    if slope >= 0:
-        return np.where(intercept <= allowed, 0.0, FULL)
-    x = (allowed - intercept) / slope
     # 1e-6: far above the rounding of a bound that is the loss at the surest score itself.
+    if slope >= 0:
+        return np.where(intercept + slope * _logit(surest) <= allowed + 1e-6, 0.0, FULL)
+    x = (allowed - intercept) / slope
     return np.where(x > _logit(1.0) + 1e-6, FULL, _rounded(_logistic(x)))
 
 

@@ -94,7 +94,8 @@ def place_exits(
         "sentence": sentence,
     }
     recorded = bundle.provenance.get("rows", {})
-    used = {"test"} - recorded.keys()  # of which nothing is known
+    metrics = bundle.provenance.get("metrics", {})
+    used = metrics.keys() - recorded.keys()  # of which nothing is known
     used |= {name for name, known in recorded.items() if set(known) & set(task.hashes)}
     changed = {
         "thresholds_from": sentence,
@@ -102,7 +103,7 @@ def place_exits(
         "operating_points": {},
         "metrics": {
             name: [parts[e] for e in best.exits]
-            for name, parts in bundle.provenance.get("metrics", {}).items()
+            for name, parts in metrics.items()
             if name not in used  # these report no more
         },
         "rows": rows_used(bundle, task, "placed"),

@@ -36,6 +36,8 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5
     task = encode(split, bundle.tokenizer, bundle.max_length)
     recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
     held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))
+    # Temperatures of earlier rows had their part in which exits were kept.
+    before = set(recorded.get("calibration", ()) if "placed" in recorded else ())
     part_of = np.array(
         [
             "trained" if name in trained else "dev_b" if name in held_out else "calibration"
@@ -64,7 +66,7 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5
             "rows_left_out": len(part_of) - len(fit),
         },
         "rows": {name: rows for name, rows in recorded.items() if name != "thresholds"}
-        | {"calibration": [task.hashes[i] for i in fit]},
+        | {"calibration": sorted(before.union(task.hashes[i] for i in fit))},
     }
     kept_on = {name: what for name, what in bundle.provenance.items() if name != "target"}
     return dataclasses.replace(

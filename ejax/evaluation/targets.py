@@ -99,7 +99,7 @@ def choose(
       risk the tested ones; each with `ms_together`, predicted milliseconds per text of all rows at
       once on one device (null without a profile) and, for `budget_ms`, `ms_alone`, of one text;
       `ms_alone_measured` at the thresholds chosen; `differ`, rows that left elsewhere when the
-      engine ran; `copies`, rows with the text of another; `sentence`.
+      engine ran; `copies`, rows that repeat the text of another; `sentence`.
 
     Raises:
       ValueError: where there is one exit, no rows are left, a budget cannot be met, or
@@ -129,7 +129,7 @@ def choose(
     copies = len(task.hashes) - len(set(task.hashes))
     if copies and target.risk is not None:
         sentence += (
-            f" {copies} of the {len(task.hashes)} rows have the text of another: the promise is "
+            f" {copies} of the {len(task.hashes)} rows repeat the text of another: the promise is "
             f"for texts drawn one by one, and does not hold where rows were copied."
         )
     report = {
