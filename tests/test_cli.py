@@ -279,7 +279,7 @@ def test_copies_of_texts_are_named_where_a_risk_is_shown(tmp_path):
     done = tiny.ejax("thresholds", folder, "--data", data, "--risk", 0.2)
     report = load_bundle(folder).provenance["target"]
     assert report["copies"] == 60
-    assert "60 of the 90 rows have the text of another" in " ".join(done.err.split())
+    assert "60 of the 90 rows repeat the text of another" in " ".join(done.err.split())
     assert "does not hold where rows were copied" in report["sentence"]
 
 
