@@ -164,7 +164,7 @@ class EarlyExitClassifier:
 
         Without a dtype it computes in what is fastest here: by `ejax profile` where that ran,
         which also chooses the tiles, or else bfloat16 where the device is known to multiply it
-        faster.
+        faster. Where its thresholds promise a risk that was shown in another type, it warns.
         """
         bundle = load_bundle(folder, **overrides)
         profile = load_profile(profile_path(bundle.cfg))
@@ -172,21 +172,19 @@ class EarlyExitClassifier:
             dtype = profile.dtype if profile else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
-        elif profile:
-            given = bundle.cfg.dtype  # of texts alone too
-            same = profile.dtype == given
-            profile = dataclasses.replace(profile, single_dtype=given) if same else None
-        clf = cls(bundle, shapes=Shapes(profile=profile))
-        chosen = bundle.provenance.get("target", {})
-        types = [model.cfg.dtype for model in (clf.model, clf._single[0])]
-        if "risk" in chosen.get("target", {}) and set(types) != {chosen["dtype"]}:
+        used, chosen = bundle.cfg.dtype, bundle.provenance.get("target", {})
+        promised = chosen.get("dtype") if "risk" in chosen.get("target", {}) else None
+        if profile and ("dtype" in overrides or promised):  # then of texts alone too
+            same = profile.dtype == used
+            profile = dataclasses.replace(profile, single_dtype=used) if same else None
+        if promised not in (None, used):
             warnings.warn(
-                f"{folder}: the risk its thresholds promise was shown for {chosen['dtype']}, and "
-                f"here texts run in {types[0]}, one alone in {types[1]}: load it with "
-                f'dtype="{chosen["dtype"]}", or choose thresholds on this machine.',
+                f"{folder}: the risk that its thresholds promise was shown in {promised}, and here "
+                f'it computes in {used}: load it with dtype="{promised}", or choose its thresholds '
+                f"on this machine.",
                 stacklevel=2,
             )
-        return clf
+        return cls(bundle, shapes=Shapes(profile=profile))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         return save_bundle(self.bundle, folder)

@@ -232,19 +232,29 @@ def test_a_single_text_can_have_a_type_of_its_own(monkeypatch, tmp_path: Path) -
     np.testing.assert_array_equal(asked.decide(TEXTS[:1]).logits, exact.decide(TEXTS[:1]).logits)
 
 
-def test_a_promise_names_the_compute_type_it_is_for(tmp_path: Path) -> None:
+def test_a_promise_names_the_compute_type_it_is_for(monkeypatch, tmp_path: Path) -> None:
     folder = tiny.copy_of_bundle(tmp_path)
     bundle = ejax.load_bundle(folder)
     target = {"target": {"risk": 0.01, "delta": 0.05}, "dtype": "bfloat16"}
     ejax.save_bundle(
         dataclasses.replace(bundle, provenance=bundle.provenance | {"target": target}), folder
     )
-    said = 'shown for bfloat16, and here texts run in float32, .*dtype="bfloat16"'
+    said = 'shown in bfloat16, and here it computes in float32: load it with dtype="bfloat16"'
     with pytest.warns(UserWarning, match=said):
         EarlyExitClassifier.from_pretrained(folder, dtype="float32")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         EarlyExitClassifier.from_pretrained(folder, dtype="bfloat16")
+        # A text alone keeps to it, where another type would be faster for that.
+        cache = tmp_path / "cache"
+        monkeypatch.setenv("EJAX_CACHE", str(cache))
+        measured = Profile(
+            "a machine", "2026-11-28", "bfloat16", "float32", tile={16: 8}, seconds={}
+        )
+        save_profile(measured, profile_path(bundle.cfg))
+        clf = EarlyExitClassifier.from_pretrained(folder)
+        assert clf.shapes.profile.single_dtype == "bfloat16"
+        assert clf.shapes.profile.tile == {16: 8}
 
 
 def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:

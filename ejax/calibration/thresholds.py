@@ -372,7 +372,7 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
         return np.zeros((0, 1))
     if family == "one number":
         numbers = np.unique(_rounded(np.quantile(scores, np.linspace(0, 1, STEPS))))[::-1]
-        columns = [np.append(numbers, 0.0)] * early
+        columns = [numbers] * early
     elif family == "per exit":
         curves = [_fit_loss(scores[e], np.asarray(lost[e], np.float64)) for e in range(early)]
         if bounds is None:
@@ -380,12 +380,10 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
                 _logistic(a + b * _logit(x)) for (a, b), x in zip(curves, scores, strict=True)
             ]
             bounds = np.append(np.unique(np.quantile(fitted, np.linspace(0, 1, STEPS))), 1.0)
-        columns = [
-            np.append(_score_at(curve, bounds, x.max()), 0.0)  # at last all leave at the first
-            for curve, x in zip(curves, scores, strict=True)
-        ]
+        columns = [_score_at(c, bounds, x.max()) for c, x in zip(curves, scores, strict=True)]
     else:
         raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
+    columns = [np.append(column, 0.0) for column in columns]  # at last all leave at the first
     return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
 
 
