@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ejax.calibration.metrics import Float, Int, check_rows, nll
 
-LOWEST, HIGHEST = 0.05, 20.0  # without wrong rows the NLL has no minimum: it needs bounds
+LOWEST, HIGHEST = 0.05, 20.0
 
 
 def fit_temperatures(logits: Any, labels: Any) -> npt.NDArray[np.float32]:
@@ -17,7 +17,9 @@ def fit_temperatures(logits: Any, labels: Any) -> npt.NDArray[np.float32]:
 
     Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2, one exit
     at a time as in Schwartz et al. (ACL 2020), section 3.3. The NLL is convex in 1 / T, not
-    in T, so the fit is a bisection on its slope in 1 / T, within [0.05, 20].
+    in T, so the fit is a bisection on its slope in 1 / T, within [0.05, 20]. Of an exit without
+    a wrong row the NLL falls as long as T does: there each label counts as
+    (N + 1) / (N + 2) likely, the others as equally likely (Platt, 1999, section 2.2).
 
     Args:
       logits: <float>[E, N, C], finite.
@@ -47,7 +49,13 @@ def _fit(exit: int, logits: Float, labels: Int) -> float:
     if still_falls and already_rises:
         _warn(exit, "its NLL does not depend on the temperature, which stays 1", logits, labels)
         return 1.0
-    if still_falls or already_rises:
+    if still_falls and (margins <= 0).all():
+        rows, classes = logits.shape
+        others = margins.sum(axis=1).mean() / (classes - 1) / (rows + 2)
+        temperature = _root(margins, others)
+        what = f"its temperature is fitted as if one label in {rows + 2} were wrong"
+        _warn(exit, what, logits, labels)
+    elif still_falls or already_rises:
         temperature = LOWEST if still_falls else HIGHEST
         _warn(exit, f"its temperature stops at the bound {temperature:g}", logits, labels)
     else:
@@ -66,11 +74,12 @@ def _slope(margins: Float, beta: float) -> float:
     return float((weights * margins).sum(axis=1).mean())
 
 
-def _root(margins: Float) -> float:
+def _root(margins: Float, expected: float = 0.0) -> float:
+    """The temperature at which the slope is 0, or that of labels whose margin is `expected`."""
     low, high = LOWEST, HIGHEST
     for _ in range(40):  # halvings of a log range of 6: far below a float32 step
         middle = math.sqrt(low * high)
-        if _slope(margins, 1 / middle) > 0:
+        if _slope(margins, 1 / middle) > expected:
             low = middle
         else:
             high = middle
