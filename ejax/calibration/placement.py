@@ -62,8 +62,6 @@ def place(
     exits = len(table.layers)
     check_count(count, exits)
     ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
-    everyone = np.full((1, exits), FULL)  # also the surest: nobody leaves early
-    ordered = np.concatenate([everyone, ordered.reshape(-1, exits)])
     correct, layer, passing = table.correct.astype(float), np.asarray(layer_cost), exit_cost
     best: list[Placement] = []
     for size in range(1, count + 1):

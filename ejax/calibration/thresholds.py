@@ -208,12 +208,9 @@ def drop_thresholds(
     correct, work = table.correct.astype(float), np.outer(table.layers, table.tokens)
     lost = correct[-1].sum() - totals(table, ordered, correct)
     expected = totals(table, ordered, table.expected_lost)
-    spent = totals(table, ordered, work)
     allowed = within_drop(lost, expected, max_drop, table.tokens.size)
-    spent = np.append(np.where(allowed, spent, np.inf), work[-1].sum())
-    best = int(spent.argmin())
-    full = (FULL,) * len(table.layers)
-    chosen = full if spent[best] == spent[-1] else tuple(ordered[best].tolist())
+    spent = np.where(allowed, totals(table, ordered, work), np.inf)
+    chosen = ordered[spent.argmin()].tolist()
     return operating_point(table, chosen) | {"max_drop": float(max_drop)}
 
 
@@ -243,9 +240,8 @@ def budget_thresholds(
     """
     spend = cost or (lambda taken: table.depth(taken) / float(table.layers[-1]))
     check_budget(budget)
-    full = [FULL] * len(table.layers)
     spent = math.inf
-    for policy in [full, *policies(table, family, table.expected_lost).tolist()]:
+    for policy in policies(table, family, table.expected_lost).tolist():
         spent = spend(table.leave(policy))
         if spent <= budget:
             return operating_point(table, policy) | {"budget": float(budget), "spent": spent}
@@ -302,14 +298,13 @@ def risk_thresholds(
     enough = rest.size >= needed
     if enough:
         ordering, tested = table.take(first), table.take(rest)
-        ordered = policies(ordering, family, ordering.lost(loss))
+        ordered = policies(ordering, family, ordering.lost(loss))[1:]
         counts = totals(tested, ordered, tested.lost(loss).astype(float)).round()
         p_values = bdtr(counts, rest.size, risk)
         passed = int((p_values <= delta).cumprod().sum())
         if passed:
             chosen, p_value = ordered[passed - 1].tolist(), float(p_values[passed - 1])
             losses = int(counts[passed - 1])
-    upper = float(bdtri(losses, rest.size, delta)) if losses < rest.size else 1.0
     return operating_point(tested, chosen) | {
         "risk": float(risk),
         "delta": float(delta),
@@ -317,7 +312,7 @@ def risk_thresholds(
         "rows_for_order": first.size if enough else 0,
         "losses": losses,
         "p_value": p_value,
-        "upper": upper if p_value is not None else 0.0,
+        "upper": 0.0 if p_value is None else float(bdtri(losses, rest.size, delta)),
         "rows_needed": max(needed + 1, 4 * (needed - 1) // 3 + 1),
     }
 
@@ -361,6 +356,8 @@ def check_loss(loss: str) -> Loss:
 def policies(table: Table, family: Family, lost: Any, bounds: Float | None = None) -> Float:
     """Thresholds [P, E] from the surest to the fastest, each at most the one before.
 
+    The first is full depth; by the last all leave at the first exit.
+
     Args:
       lost: [E, N], what rows lose that leave at each exit, in [0, 1]; for "per exit" only.
       bounds: on that loss, ascending, for "per exit" only; None means its quantiles, so that
@@ -369,7 +366,7 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
     early = len(table.layers) - 1
     scores = table.scores[:-1].astype(np.float64)
     if not early:
-        return np.zeros((0, 1))
+        return np.full((1, 1), FULL)
     if family == "one number":
         numbers = np.unique(_rounded(np.quantile(scores, np.linspace(0, 1, STEPS))))[::-1]
         columns = [numbers] * early
@@ -383,8 +380,9 @@ def policies(table: Table, family: Family, lost: Any, bounds: Float | None = Non
         columns = [_score_at(c, bounds, x.max()) for c, x in zip(curves, scores, strict=True)]
     else:
         raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
-    columns = [np.append(column, 0.0) for column in columns]  # at last all leave at the first
-    return np.stack([*columns, np.zeros_like(columns[0])], axis=1)
+    between = np.stack([*columns, np.zeros_like(columns[0])], axis=1)
+    none, all_at_first = np.full((1, early + 1), FULL), np.zeros((1, early + 1))
+    return np.concatenate([none, between, all_at_first])
 
 
 def totals(table: Table, ordered: Float, values: Any) -> Float:
