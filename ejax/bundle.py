@@ -151,6 +151,13 @@ def check_output(folder: str | Path) -> Path:
         taken = folder.exists() and not (folder / "exits.json").exists() and _taken(folder)
     if taken:
         raise ValueError(f"{folder} exists and is not a bundle: choose another output folder.")
+    if not storage.is_remote(folder):
+        above = Path(os.path.realpath(folder)).parent  # a link stays one
+        above = next(one for one in (above, *above.parents) if one.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise ValueError(f"{folder} cannot be written: {above} takes no new folder.")
+        if os.path.ismount(folder):
+            raise ValueError(f"{folder} cannot be replaced: it is a mount. Give a folder in it.")
     return folder
 
 

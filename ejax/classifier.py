@@ -1,5 +1,6 @@
 """Texts in, labels out."""
 
+import copy
 import dataclasses
 import warnings
 from collections import deque
@@ -108,6 +109,11 @@ class Running:
         return out
 
 
+def promises_risk(provenance: dict[str, Any]) -> bool:
+    """Whether a bundle's thresholds come with the promise of a risk."""
+    return "risk" in provenance.get("target", {}).get("target", {})
+
+
 def check_finite(logits: np.ndarray, first: int = 0) -> None:
     """Raises ValueError naming a text of [N, C] whose logits are not finite."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
@@ -133,10 +139,18 @@ class EarlyExitClassifier:
         *,
         shapes: Shapes = Shapes(),
         devices: Sequence[jax.Device] | None = None,
+        one_type: bool = False,
     ) -> None:
-        """Args: devices share the rows of a pool; None means all local ones."""
+        """Ready on these devices.
+
+        Args:
+          devices: they share the rows of a pool; None means all local ones.
+          one_type: whether a text alone is computed in the bundle's type too, and not in the one
+            that is faster for it by the profile.
+        """
         self.bundle = bundle
         self.shapes = shapes
+        self.one_type = one_type
         self.devices = tuple(devices or jax.local_devices())
         self.model = bundle.model
         self._weights = self._prepared(self.model)
@@ -144,7 +158,8 @@ class EarlyExitClassifier:
         self._copies = replicate(self._weights, self.devices) if many else self._weights
         self._single = self.model, self._weights
         profile = shapes.profile
-        if profile and profile.single_dtype != bundle.cfg.dtype == profile.dtype:
+        own = profile and not one_type and profile.dtype == bundle.cfg.dtype
+        if profile and own and profile.single_dtype != bundle.cfg.dtype:
             cfg = dataclasses.replace(bundle.cfg, dtype=profile.single_dtype)
             model = dataclasses.replace(bundle, cfg=cfg).model
             self._single = model, self._prepared(model)
@@ -153,10 +168,15 @@ class EarlyExitClassifier:
         return jax.device_put(prepare(model, self.bundle.variables), self.devices[0])
 
     def on_one_device(self, shapes: Shapes | None = None) -> "EarlyExitClassifier":
-        """The same on its first device, where times are compared."""
-        return EarlyExitClassifier(
-            self.bundle, shapes=shapes or self.shapes, devices=self.devices[:1]
-        )
+        """The same weights on its first device, where times are compared.
+
+        Args:
+          shapes: with compute types as in its own.
+        """
+        other = copy.copy(self)
+        other.shapes, other.devices = shapes or self.shapes, self.devices[:1]
+        other._copies = self._weights
+        return other
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "EarlyExitClassifier":
@@ -173,10 +193,10 @@ class EarlyExitClassifier:
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
         used, chosen = bundle.cfg.dtype, bundle.provenance.get("target", {})
-        promised = chosen.get("dtype") if "risk" in chosen.get("target", {}) else None
-        if profile and ("dtype" in overrides or promised):  # then of texts alone too
-            same = profile.dtype == used
-            profile = dataclasses.replace(profile, single_dtype=used) if same else None
+        promised = chosen.get("dtype") if promises_risk(bundle.provenance) else None
+        one_type = "dtype" in overrides or promised is not None
+        if profile and one_type and profile.dtype != used:
+            profile = None
         if promised not in (None, used):
             warnings.warn(
                 f"{folder}: the risk that its thresholds promise was shown in {promised}, and here "
@@ -184,7 +204,7 @@ class EarlyExitClassifier:
                 f"on this machine.",
                 stacklevel=2,
             )
-        return cls(bundle, shapes=Shapes(profile=profile))
+        return cls(bundle, shapes=Shapes(profile=profile), one_type=one_type)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         return save_bundle(self.bundle, folder)

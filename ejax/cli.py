@@ -1,6 +1,7 @@
 """The `ejax` command: a short function per verb."""
 
 import dataclasses
+import json
 import signal
 import sys
 import time
@@ -200,7 +201,6 @@ def evaluate(
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.evaluate import LADDER, evaluate, save, table
-    from ejax.evaluation.labelled import labelled_rows
     from ejax.training.finetune import encode
 
     check_json(output)
@@ -210,9 +210,7 @@ def evaluate(
         if thresholds
     ] or [*LADDER, None, FULL]
     clf = EarlyExitClassifier.from_pretrained(bundle)
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("tokenising") as status:
         task = encode(rows, clf.bundle.tokenizer, clf.bundle.max_length)
         result = evaluate(
@@ -247,18 +245,16 @@ def report(
     from rich.console import Console
 
     from ejax.classifier import EarlyExitClassifier
-    from ejax.evaluation.labelled import labelled_rows
-    from ejax.evaluation.page import write_page
+    from ejax.evaluation.page import check_report, write_page
     from ejax.evaluation.report import make_report
 
     check_split(split)
     check_output_file(output, ".html")
+    check_report(output.with_suffix(".json"))
     started = time.perf_counter()
     clf = EarlyExitClassifier.from_pretrained(bundle)
     others = load_beside(beside or ())
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("") as status:
         made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
     for path in write_page(made | {"bundle": name_of(bundle)}, output):
@@ -303,14 +299,11 @@ def bench(
     from ejax.data.sources import row_hash
     from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
     from ejax.evaluation.describe import show
-    from ejax.evaluation.labelled import labelled_rows
 
     check_json(output)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     others = load_beside(beside or ())
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    rows = rows_of(clf, data, split, text_column, label_column)
     every = list(rows)
     chosen = [every[i] for i in spread(len(every), limit or len(every))]
     texts = [row.text if row.pair is None else (row.text, row.pair) for row in chosen]
@@ -394,8 +387,12 @@ def calibrate(
     data: Data,
     split: Annotated[str, typer.Option(help="dev or test.")] = "dev",
     max_drop: Annotated[
-        float, typer.Option(help="Points of accuracy the thresholds may lose.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Points of accuracy the thresholds may lose; else as in training.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
@@ -408,24 +405,22 @@ def calibrate(
     The weights stay. Rows trained on are left out, and rows of the bundle's dev-B, which is for
     reports, unless they placed the exits.
     """
-    from ejax.bundle import check_output, load_bundle
+    from ejax.bundle import check_output, save_bundle
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import exit_tables, facts, show
-    from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.recalibrate import recalibrate
 
     check_split(split)
-    if output:
-        check_output(output)
-    check_max_drop(max_drop)
+    if max_drop is not None:
+        check_max_drop(max_drop)
     clf = EarlyExitClassifier.from_pretrained(bundle)
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    check_output(output or bundle)
+    rows = rows_of(clf, data, split, text_column, label_column)
     after = recalibrate(clf, rows, max_drop=max_drop)
-    folder = save_like(after, bundle, output or bundle)
-    show(facts(load_bundle(folder)), *exit_tables(after))
+    after = in_its_type(after, bundle)
+    show(facts(after), *exit_tables(after))
+    folder = save_bundle(after, output or bundle)
     left_out = after.provenance["calibrated"]["rows_left_out"]
     why = f"; {left_out} rows left out: trained on, or dev-B" if left_out else ""
     note(f"written: {folder}{why}")
@@ -480,21 +475,17 @@ def thresholds(
     from ejax.bundle import check_output
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
-    from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.targets import Target, choose, targets_table
 
     check_split(split)
-    if output:
-        check_output(output)
     target = Target(max_drop, budget, budget_ms, risk, delta, loss)
     clf = EarlyExitClassifier.from_pretrained(bundle)
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    check_output(output or bundle)
+    rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("tokenising") as status:
         after, report = choose(clf, rows, target, progress=status.update)
-    save_chosen(after, bundle, output or bundle, report)
     show(targets_table(report))
+    save_chosen(after, bundle, output or bundle, report)
 
 
 @app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")
@@ -520,7 +511,6 @@ def place(
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
-    from ejax.evaluation.labelled import labelled_rows
     from ejax.evaluation.place import place_exits, placements_table
 
     check_split(split)
@@ -531,15 +521,13 @@ def place(
             f"--output must not be {bundle}: the layers it loses could not be had back."
         )
     clf = EarlyExitClassifier.from_pretrained(bundle)
-    rows = labelled_rows(
-        clf.bundle, data, split, text_columns=text_column or (), label_column=label_column
-    )
+    rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("tokenising") as status:
         after, report = place_exits(
             clf, rows, exits, max_drop=max_drop, repeats=repeats, progress=status.update
         )
-    save_chosen(after, bundle, output, report)
     show(placements_table(report))
+    save_chosen(after, bundle, output, report)
 
 
 @app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")
@@ -579,6 +567,13 @@ def quickstart(
     quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
 
 
+def rows_of(clf: Any, data: str, split: str, text: list[str] | None, label: str) -> Any:
+    """Labelled rows for the classifier's bundle, by the options of a command."""
+    from ejax.evaluation.labelled import labelled_rows
+
+    return labelled_rows(clf.bundle, data, split, text_columns=text or (), label_column=label)
+
+
 def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
     """How many of the rows fitted one of the bundles or its thresholds; says so."""
     from ejax.evaluation.targets import chosen_on
@@ -593,18 +588,22 @@ def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
     return seen
 
 
-def save_like(after: Any, bundle: Path, output: Path) -> Path:
-    """Writes a bundle in the numerics of the one it came from, not in this machine's."""
-    from ejax.bundle import load_bundle, save_bundle
+def in_its_type(after: Any, bundle: Path) -> Any:
+    """A bundle in the compute type of the one it came from; says so where a promise is gone."""
+    from ejax.classifier import promises_risk
 
-    own = load_bundle(bundle).cfg
-    cfg = dataclasses.replace(own, num_hidden_layers=after.cfg.num_hidden_layers)
-    return save_bundle(dataclasses.replace(after, cfg=cfg), output)
+    before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
+    if promises_risk(before["provenance"]) and "target" not in after.provenance:
+        note("The risk that its thresholds promised is gone: `ejax thresholds` chooses anew.")
+    cfg = dataclasses.replace(after.cfg, dtype=before["dtype"])
+    return dataclasses.replace(after, cfg=cfg)
 
 
 def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
     """Writes what was chosen on some rows, and says on which."""
-    folder = save_like(after, bundle, output)
+    from ejax.bundle import save_bundle
+
+    folder = save_bundle(in_its_type(after, bundle), output)
     if report["rows_left_out"]:
         note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
     if report["differ"]:

@@ -11,6 +11,9 @@ import tiny
 
 import ejax
 from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.evaluation import targets
+from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.targets import Target
 from ejax.inference import engine
 from ejax.inference.cost import Profile, Seconds, profile_path, save_profile
 
@@ -253,8 +256,23 @@ def test_a_promise_names_the_compute_type_it_is_for(monkeypatch, tmp_path: Path)
         )
         save_profile(measured, profile_path(bundle.cfg))
         clf = EarlyExitClassifier.from_pretrained(folder)
-        assert clf.shapes.profile.single_dtype == "bfloat16"
         assert clf.shapes.profile.tile == {16: 8}
+        wanted = EarlyExitClassifier(clf.bundle, devices=ONE)  # without a profile: one type
+        for one in (clf, clf.on_one_device()):
+            alone = one.decide(TEXTS[:1]).logits
+            np.testing.assert_array_equal(alone, wanted.decide(TEXTS[:1]).logits)
+    # Another target ends the promise: what runs then is what is timed.
+    timed, of_exits = [], targets.table_of
+    monkeypatch.setattr(
+        targets, "table_of", lambda clf, task: timed.append(clf) or of_exits(clf, task)
+    )
+    rows = labelled_rows(clf.bundle, str(tiny.file("test")))
+    for asked in (Target(budget=0.9), Target(risk=0.5)):
+        targets.choose(clf, rows, asked)
+    alike = [
+        (one.decide(TEXTS[:1]).logits == wanted.decide(TEXTS[:1]).logits).all() for one in timed
+    ]
+    assert alike == [False, True]
 
 
 def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import escape
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from ejax.data.sources import row_hash
 from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.page import draw_time
-from ejax.evaluation.report import slices, weighted_f1
+from ejax.evaluation.report import shown, slices, weighted_f1
 from ejax.evaluation.targets import chosen_on, table_of
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.training.finetune import encode
@@ -36,7 +36,7 @@ HOSTILE = f'{"great " * 14}<script>document.title = "taken"</script>'
 def made(tmp_path_factory):
     """The report on dev, of which half chose the bundle, and one row that is no friend of HTML."""
     folder = tmp_path_factory.mktemp("report")
-    source = folder / "rows.tsv"
+    source = folder / "<i>rows.tsv"
     source.write_text(tiny.file("dev").read_text() + f"good\t{HOSTILE}\nbad\t{HOSTILE}\n")
     long = "great " * 200  # characters: 1,200
     source.write_text(f"{source.read_text()}bad\t{long}\n")
@@ -153,6 +153,8 @@ def test_the_page_needs_nothing_else(made):
     page = output.read_text(encoding="utf-8")
     assert all(at.startswith("data:") for at in re.findall(r"(?:src|href)=\"?([^\s>]*)", page))
     assert HOSTILE not in page
+    assert "<i>" not in page
+    assert "&lt;i&gt;rows.tsv" in page
     assert escape(HOSTILE) in page  # among the examples
     assert "Medians of 3 passes, in turns. Bundles beside are timed after these." in page
     alts = re.findall(r'alt="([^"]*)"', page)
@@ -185,11 +187,23 @@ def test_the_page_in_a_browser(made, tmp_path, width):
     )  # fmt: skip
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
-    seen = json.loads(found[1].replace("&quot;", '"'))
+    seen = json.loads(unescape(found[1]))
     assert seen["title"] == f"Early exit: bundle on {report['data']}"
     assert seen["over"] <= 0
     assert seen["width"] == width
     assert (seen["pictures"], seen["tables"]) == (4, 7)
+
+
+def test_of_a_pair_both_texts_are_shown():
+    assert shown(["great " * 200, "no"]) == f"{('great ' * 200)[:500]}… | no"
+
+
+def test_the_json_of_something_else_stays(tmp_path):
+    kept = tmp_path / "r.json"
+    kept.write_text("[1, 2]")
+    args = ("report", tiny.trained()[0], "--data", tiny.file("test"))
+    assert "exists and is not of a report" in tiny.refused(*args, "--output", tmp_path / "r.html")
+    assert kept.read_text() == "[1, 2]"
 
 
 def test_nothing_to_report_on(tmp_path):

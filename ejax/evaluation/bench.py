@@ -170,7 +170,7 @@ def bench(
     full = field[0].logits
     right = full.argmax(axis=1) == truth
     decision = clf.decide_encoded(encoded, threshold=levels)
-    early = quality(clf, encoded.lengths, truth, decision, full, right)
+    early = quality(clf, encoded.lengths, truth, decision, full)
     measured = []
     for one in field:
         answers = one.logits.argmax(axis=1)

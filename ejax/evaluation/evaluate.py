@@ -84,7 +84,6 @@ def evaluate(
             run()
             seconds[name].append(time.perf_counter() - start)
     full_logits = results["full"]
-    correct = full_logits.argmax(axis=1) == labels
     lengths = {shape.length for _, shape in pools}
     full = {
         "accuracy": accuracy(full_logits.argmax(axis=1), labels),
@@ -95,13 +94,15 @@ def evaluate(
     points = []
     for threshold in thresholds:
         decision = results[threshold]
-        point = quality(clf, encoded.lengths, labels, decision, full_logits, correct)
+        point = quality(clf, encoded.lengths, labels, decision, full_logits)
         time_of = timing(seconds[threshold], rows)
         speedup = full["seconds"]["median"] / time_of["seconds"]["median"]
         ideal = ideal_speedup(clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit)
         points.append(
             {
-                "threshold": list(clf.bundle.thresholds) if threshold is None else threshold,
+                "threshold": np.asarray(
+                    clf.bundle.thresholds if threshold is None else threshold
+                ).tolist(),
                 **point,
                 **time_of,
                 "speedup": speedup,
@@ -188,11 +189,10 @@ def quality(
     labels: np.ndarray,
     decision: Decision,
     full_logits: np.ndarray,
-    full_correct: np.ndarray,
 ) -> dict[str, Any]:
     layers = np.asarray(clf.bundle.exits.layers)
-    predicted = decision.logits.argmax(axis=1)
-    drop, low, high = paired_interval(full_correct, predicted == labels)
+    predicted, full = decision.logits.argmax(axis=1), full_logits.argmax(axis=1)
+    drop, low, high = paired_interval(full == labels, predicted == labels)
     counts = np.bincount(decision.exit, minlength=len(layers))
     return {
         "accuracy": accuracy(predicted, labels),
@@ -200,7 +200,7 @@ def quality(
         "drop": drop,
         "drop_low": low,
         "drop_high": high,
-        "agreement": float(np.mean(predicted == full_logits.argmax(axis=1))),
+        "agreement": float(np.mean(predicted == full)),
         "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
         "exit_share": [float(share) for share in counts / len(labels)],
     }

@@ -1,6 +1,7 @@
 """A report as one HTML file that needs nothing else, with its JSON and PNGs beside it."""
 
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from html import escape
@@ -35,6 +36,21 @@ def write_page(report: Report, output: Path) -> list[Path]:
     page = Template(frame).substitute(fragments(report) | pictures)
     storage.write_text(output, page)
     return files
+
+
+def check_report(path: Path) -> None:
+    """Raises ValueError where something else than a report would be overwritten."""
+    if not path.exists():
+        return
+    try:
+        known = "overthinking" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path} exists and is not of a report, whose JSON would take its place: choose "
+            f"another --output."
+        )
 
 
 def figures(report: Report) -> dict[str, Any]:

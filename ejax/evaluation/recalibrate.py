@@ -16,7 +16,7 @@ from ejax.training.finetune import encode
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
-def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5) -> Bundle:
+def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | None = None) -> Bundle:
     """The bundle with temperatures and thresholds fitted on these rows; weights as they are.
 
     Rows that the bundle's provenance records as dev-B are not fitted on: where the split holds
@@ -27,12 +27,14 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float = 0.5
 
     Args:
       max_drop: points of accuracy on these rows that the thresholds may lose against
-        full depth.
+        full depth; None means as many as in the training, or else 0.5.
 
     Raises:
       ValueError: when too few rows are left.
     """
     bundle = clf.bundle
+    if max_drop is None:
+        max_drop = float(bundle.provenance.get("config", {}).get("max_drop", 0.5))
     task = encode(split, bundle.tokenizer, bundle.max_length)
     recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
     held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))

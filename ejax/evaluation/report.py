@@ -35,7 +35,7 @@ from ejax.training.finetune import encode
 POINTS = 40  # of a curve
 RESAMPLES = 200  # of the rows, for a band of 95 %
 EXAMPLES = 5
-LONGEST = 500  # characters of an example
+LONGEST = 500  # characters of an example's text, and of its pair
 MOST_LABELS = 20  # slices; of more classes the most frequent
 
 
@@ -69,7 +69,7 @@ def make_report(
     check_beside(bundle, beside or {})
     progress("tokenising")
     rows = list(split)
-    task = encode(split, bundle.tokenizer, bundle.max_length)
+    task = encode(rows, bundle.tokenizer, bundle.max_length)
     seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
     whose = "this bundle or one beside it" if beside else "this bundle"
     kept = task.without(
@@ -78,9 +78,8 @@ def make_report(
         f"other rows.",
     )  # fmt: skip
     task = task.take(kept)
-    pairs = [(rows[i].text, rows[i].pair) for i in kept]
-    texts = [text if pair is None else f"{text} | {pair}" for text, pair in pairs]
-    texts = [text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in texts]
+    parts = [[part for part in (rows[i].text, rows[i].pair) if part is not None] for i in kept]
+    texts = [shown(some) for some in parts]
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
@@ -92,7 +91,7 @@ def make_report(
         repeats=repeats, exit_logits=logits, progress=progress,
     )  # fmt: skip
     others = {
-        name: full_depth_of(other, pairs, task.labels, repeats)
+        name: full_depth_of(other, parts, task.labels, repeats)
         for name, other in (beside or {}).items()
     }
     inference = time.perf_counter() - started
@@ -123,6 +122,11 @@ def make_report(
     }
 
 
+def shown(parts: Sequence[str]) -> str:
+    """A text, or a text and its pair, each cut where it is long."""
+    return " | ".join(one if len(one) <= LONGEST else f"{one[:LONGEST]}…" for one in parts)
+
+
 def share(values: Any, taken: Any) -> float:
     """The sum over rows of `values` [E, N] at the exit each takes."""
     return float(values[taken, np.arange(taken.size)].sum())
@@ -143,7 +147,6 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
       drawn at random, and `random_flops`, what those spend.
     """
     ordered = policies(table, family, table.expected_lost)
-    ordered = np.concatenate([np.full((1, len(table.layers)), FULL), ordered])
     spent = totals(table, ordered, cost)
     wanted = np.linspace(spent.max(), spent.min(), POINTS)
     chosen = np.unique(np.searchsorted(-spent, -wanted))
@@ -193,10 +196,10 @@ def weighted_f1(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) ->
 
 
 def full_depth_of(
-    clf: EarlyExitClassifier, pairs: Sequence[Any], labels: np.ndarray, repeats: int
+    clf: EarlyExitClassifier, parts: Sequence[Any], labels: np.ndarray, repeats: int
 ) -> dict[str, Any]:
-    """Accuracy and time of another bundle's full depth on the same texts."""
-    encoded = clf.encode([text if pair is None else (text, pair) for text, pair in pairs])
+    """Accuracy and time of another bundle's full depth on the same texts, each a text or a pair."""
+    encoded = clf.encode([tuple(some) if some[1:] else some[0] for some in parts])
     best = best_full_depth(clf.on_one_device(), encoded)
     answers = best.full_logits(encoded).argmax(axis=1)
     seconds = []

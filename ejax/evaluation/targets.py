@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rich.text import Text
 from ejax.bundle import Bundle, describe_threshold, unpacked
 from ejax.calibration import thresholds
 from ejax.calibration.thresholds import FULL, Family, Table
-from ejax.classifier import EarlyExitClassifier
+from ejax.classifier import EarlyExitClassifier, promises_risk
 from ejax.data.batches import bucket_of
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
@@ -106,6 +107,10 @@ def choose(
         `budget_ms` has no profile.
     """
     bundle = clf.bundle
+    # A promise is for one compute type; one that ends here no longer asks for it.
+    one_type = target.risk is not None or (clf.one_type and not promises_risk(bundle.provenance))
+    if one_type != clf.one_type:
+        clf = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices, one_type=one_type)
     if len(bundle.exits.layers) == 1:
         raise ValueError("this bundle has one exit: there are no thresholds to choose.")
     if target.budget_ms is not None:
@@ -218,14 +223,14 @@ class Costs:
         self.clf, self.encoded = clf, encoded
         self.pools = list(clf.pools(encoded.lengths))
         bundle = clf.bundle
-        self.bucket = bucket_of(encoded.lengths, bundle.buckets, bundle.max_length)
+        bucket = bucket_of(encoded.lengths, bundle.buckets, bundle.max_length)
+        self.lengths, self.bucket = np.unique(bucket, return_inverse=True)
         self.sample = spread(len(encoded), SAMPLE)
         self.call: float | None = None
 
     def measure_call(self) -> None:
         """What a call with one text takes beyond what the profile knows."""
-        first = np.zeros(len(self.encoded), int)
-        by_profile = self._alone(self.sample, first[self.sample])
+        by_profile = self._alone(self.sample, np.zeros_like(self.sample))
         self.call = self.measured([0.0] * len(self.clf.bundle.exits.layers)) - by_profile
 
     def measured(self, threshold: Any) -> float:
@@ -245,13 +250,15 @@ class Costs:
         return self.call + self._alone(np.arange(taken.size), taken)
 
     def _alone(self, rows: np.ndarray, taken: np.ndarray) -> float:
-        profile = needed_profile(self.clf, "budget-ms", 1)
-        pairs = np.stack([taken, self.bucket[rows]])
-        seconds = sum(
-            count * profile.predict(self.clf.bundle.exits, exit[None], 1, int(length))
-            for (exit, length), count in zip(*_counts(pairs), strict=True)
-        )
-        return 1000 * seconds / len(rows)
+        return float(self._ms[taken, self.bucket[rows]].mean())
+
+    @cached_property
+    def _ms(self) -> np.ndarray:
+        """Of one text alone that leaves at an exit, by its padded length: [E, lengths]."""
+        profile, exits = needed_profile(self.clf, "budget-ms", 1), self.clf.bundle.exits
+        lengths, each = self.lengths.tolist(), range(len(exits.layers))
+        seconds = [[profile.predict(exits, np.array([e]), 1, t) for t in lengths] for e in each]
+        return 1000 * np.array(seconds)
 
     def of(self, taken: np.ndarray) -> dict[str, float | None]:
         together = predicted(self.clf, self.pools, taken)
@@ -279,12 +286,6 @@ def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None)
             f"for this bundle first."
         )
     return profile
-
-
-def _counts(pairs: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The different columns [K, 2] and how often each is there."""
-    found, counts = np.unique(pairs, axis=1, return_counts=True)
-    return found.T, counts.tolist()
 
 
 def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[str, Any]:
