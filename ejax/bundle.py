@@ -36,6 +36,7 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor
+PICKED = ("dev_a", "placed", "picked")  # rows that had their part in which weights are kept
 OLDER = (
     "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
     "cannot be left out. Train it again to have them known."
@@ -81,6 +82,13 @@ def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
         if "rows.train" in names:  # format 1, whose hashes held labels too
             warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
         return tensors.get_tensor(TRAINED) if TRAINED in names else packed(())
+
+
+def rows_that_picked(folder: Path) -> list[str]:
+    """Hashes of rows that picked the weights in a folder, or what those started from."""
+    path = folder / "exits.json"
+    rows = _read(path).get("provenance", {}).get("rows", {}) if path.exists() else {}
+    return sorted({hash for name in PICKED for hash in rows.get(name, ())})
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> Path:

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 import ejax
 from ejax.bundle import FILES, describe_thresholds, load_bundle, save_bundle
+from ejax.data.sources import row_hash
+from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
 
 
@@ -56,7 +58,18 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
         "thresholds", tmp_path / "more", "--budget", 0.5, "--data", tiny.file("train")
     )
     assert "every row of data/train.tsv" in sentence
+    picked = [row for row, name in zip(*dev_rows(first), strict=True) if name in rows["picked"]]
+    assert len(picked) == 21
+    chose = tiny.write_tsv(tmp_path / "chose.tsv", picked)
+    ask = ("thresholds", tmp_path / "more", "--budget", 0.5, "--data", chose)
+    assert "every row of" in tiny.refused(*ask)
     assert len(load_bundle(tmp_path / "more").trained_rows) > len(load_bundle(first).trained_rows)
+
+
+def dev_rows(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(label, text) of the tiny dev set, and the rows' hashes."""
+    rows = list(labelled_rows(load_bundle(folder), str(tiny.file("dev"))))
+    return [(("bad", "good")[row.label], row.text) for row in rows], [row_hash(row) for row in rows]
 
 
 def test_rows_that_an_older_format_recorded_are_not_taken_for_these(tmp_path: Path) -> None:

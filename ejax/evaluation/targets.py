@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_threshold, unpacked
+from ejax.bundle import PICKED, Bundle, describe_threshold, unpacked
 from ejax.calibration import thresholds
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.classifier import EarlyExitClassifier, promises_risk
@@ -191,11 +191,11 @@ def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
 def fitted_on(bundle: Bundle) -> set[str]:
     """Hashes of the rows that trained the weights, and of others that this bundle's run used.
 
-    Those picked its checkpoint, fitted temperatures or placed exits. What picked the weights of a
-    bundle that it started from is not known.
+    Those picked its checkpoint, or that of a bundle that it started from, fitted temperatures or
+    placed exits.
     """
     rows = bundle.provenance.get("rows", {})
-    fitted = {hash for name in ("dev_a", "calibration", "placed") for hash in rows.get(name, ())}
+    fitted = {hash for name in (*PICKED, "calibration") for hash in rows.get(name, ())}
     return fitted | trained_on(bundle)
 
 

@@ -19,7 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ejax import assets, storage
-from ejax.bundle import Bundle, check_output, packed, save_bundle, trained_rows_of, unpacked
+from ejax.bundle import (
+    Bundle,
+    check_output,
+    packed,
+    rows_that_picked,
+    save_bundle,
+    trained_rows_of,
+    unpacked,
+)
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
@@ -104,7 +112,8 @@ def finetune(
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     cfg, bert, tokenizer = load_model(config)
-    behind = trained_rows_of(assets.resolve(config.model))
+    start = assets.resolve(config.model)
+    behind = trained_rows_of(start)
     exits = ExitConfig(
         config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
         len(labels),
@@ -177,7 +186,8 @@ def finetune(
             "text_columns": list(splits["train"].text_columns),
             "config": to_json(public(config)),
             "versions": environment()["versions"],
-            "rows": {name: task.hashes for name, task in held_out.items()},
+            "rows": {name: task.hashes for name, task in held_out.items()}
+            | {"picked": rows_that_picked(start)},
         },
         np.union1d(packed(tasks["train"].hashes), behind),
     )
