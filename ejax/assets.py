@@ -81,9 +81,10 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
         return _package_folder(name, PACKAGES[name], cache_dir)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _hub_folder(name, cache_dir)
+    old = f" On the hub it may be 'google-bert/{name}'." if name.startswith("bert-") else ""
     raise ValueError(
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
-        f"{', '.join(PACKAGES)}."
+        f"{', '.join(PACKAGES)}.{old}"
     )
 
 

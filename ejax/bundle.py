@@ -87,7 +87,8 @@ def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
 def rows_that_picked(folder: Path) -> list[str]:
     """Hashes of rows that picked the weights in a folder, or what those started from."""
     path = folder / "exits.json"
-    rows = _read(path).get("provenance", {}).get("rows", {}) if path.exists() else {}
+    provenance = _read(path).get("provenance") if path.exists() else None
+    rows = (provenance or {}).get("rows") or {}
     return sorted({hash for name in PICKED for hash in rows.get(name, ())})
 
 
@@ -101,11 +102,10 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
     """
     with replacing(folder) as fresh:
         save_file(_tensors(bundle), fresh / "model.safetensors", metadata={"format": "pt"})
-        (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
         bundle.tokenizer.save(fresh)
         _write(fresh / "config.json", hf_config(bundle))
         _write(fresh / "exits.json", _exits(bundle))
-        (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8")
+        (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8", errors="replace")
     return storage.path_of(folder)
 
 
@@ -127,6 +127,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o755)
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
         if folder.exists():
             _swap(folder, fresh)
         else:
@@ -143,11 +144,12 @@ def _swap(folder: Path, fresh: Path) -> None:
         if item.name not in WRITTEN:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, fresh / item.name)
     old = fresh.with_name(fresh.name + "-old")
-    folder.rename(old)
     try:
+        folder.rename(old)
         fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
+    except BaseException:  # a signal too, that came between the two
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -198,7 +200,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     if storage.is_remote(folder):
         with storage.fetched(folder, FILES) as copy:
             return load_bundle(copy, **overrides)
-    folder = Path(folder)
+    folder = storage.path_of(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -231,6 +233,8 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             dict(meta["provenance"]),
             trained,
         )
+        if _read(folder / "exits.json") != meta:
+            raise ValueError(f"{folder} is being written at this moment: try again.")
         if version < FORMAT_VERSION:  # its hashes held labels too
             bundle.provenance.pop("rows", None)
             bundle.provenance["rows_unknown"] = True  # also of what is saved from it
@@ -354,7 +358,7 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
 
 def _write(path: Path, values: Any) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")  # of a path that is not
 
 
 def _read(path: Path) -> dict[str, Any]:

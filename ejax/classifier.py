@@ -76,10 +76,13 @@ class Shapes:
         Rows of padding are not run, but their memory is laid out: on a CPU about the time
         of a thirtieth of a layer.
         """
+        size = next(n for n in self.sizes(length) if n >= min(rows, self.pool(length)))
+        return Shape(size, length, min(size, self.tile(length)))
+
+    def sizes(self, length: int) -> tuple[int, ...]:
+        """Rows of a pool, per device, from one to a whole pool."""
         tile, pool = self.tile(length), self.pool(length)
-        sizes = (1, min(2 * tile, pool), min(16 * tile, pool), pool)
-        size = next(n for n in sizes if n >= min(rows, pool))
-        return Shape(size, length, min(size, tile))
+        return 1, min(2 * tile, pool), min(16 * tile, pool), pool
 
 
 @dataclasses.dataclass
@@ -295,13 +298,9 @@ class EarlyExitClassifier:
         longest = min(max_length or self.bundle.max_length, self.bundle.max_length)
         reached = bucket_of(np.arange(1, longest + 1), self.bundle.buckets, self.bundle.max_length)
         for length in np.unique(reached).tolist():
-            most = min(rows, self.shapes.pool(length) * len(self.devices))
-            programs = {  # one text alone runs on one device, by a program of its own
-                (shape, len(part) == 1): count
-                for count in range(1, most + 1)
-                for part, shape in self.pools(np.full(count, length), len(self.devices))
-            }
-            for count in sorted(set(programs.values())):
+            sizes = (size * len(self.devices) for size in self.shapes.sizes(length))
+            # One text alone runs on one device, by a program of its own.
+            for count in sorted({1, *(min(rows, size) for size in sizes)}):
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
                 self.decide_encoded(Encoded(tokens, tokens.astype(np.int8), offsets))
@@ -309,19 +308,17 @@ class EarlyExitClassifier:
     def answers(self, decision: Decision, top_k: int | None) -> list[Any]:
         """A decision in the words of `__call__`."""
         layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
-        found = []
-        for probs, layer in zip(self.probabilities(decision), layers, strict=True):
-            order = np.argsort(-probs, kind="stable")[: top_k or len(probs)]
-            named = [
-                {
-                    "label": self.bundle.labels[i],
-                    "score": float(probs[i]),
-                    "exit_layer": layer,
-                }
-                for i in order
+        probs, labels = self.probabilities(decision), self.bundle.labels
+        order = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
+        scores = np.take_along_axis(probs, order, axis=1).tolist()
+        found = [
+            [
+                {"label": labels[i], "score": score, "exit_layer": layer}
+                for i, score in zip(*row, strict=True)
             ]
-            found.append(named[0] if top_k == 1 else named)
-        return found
+            for *row, layer in zip(order.tolist(), scores, layers, strict=True)
+        ]
+        return [named[0] for named in found] if top_k == 1 else found
 
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
         """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`."""
@@ -391,11 +388,14 @@ class EarlyExitClassifier:
 
     def full_logits(self, encoded: Encoded) -> np.ndarray:
         """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""
-        logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
+        running = []  # the device works on one pool while the next is padded, as in `start`
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
             model, weights = self._single if len(rows) == 1 else (self.model, self._weights)
             found = full_depth(model, weights, batch, tile=shape.tile, rows=len(rows))
+            running.append((rows, found))
+        logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
+        for rows, found in running:
             logits[rows] = np.asarray(found)[: len(rows)]
         return logits
 

@@ -306,7 +306,7 @@ def bench(
     rows = rows_of(clf, data, split, text_column, label_column)
     every = list(rows)
     chosen = [every[i] for i in spread(len(every), limit or len(every))]
-    texts = [row.text if row.pair is None else (row.text, row.pair) for row in chosen]
+    texts = [row.inputs for row in chosen]
     with Console(stderr=True).status("") as status:
         result = bench(
             clf, texts, [row.label for row in chosen],

@@ -10,6 +10,7 @@ import itertools
 import types
 import typing
 from collections.abc import Mapping
+from math import inf
 from typing import Any, Literal, get_args, get_origin
 
 T = typing.TypeVar("T")
@@ -45,8 +46,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+    if hint is float:  # finite: JSON has no other
+        return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < inf
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -58,6 +59,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(arg) for arg in args)
     if origin is tuple:
         return f"a tuple of {_describe(args[0])}"
+    if hint is float:
+        return "a finite float"
     return getattr(hint, "__name__", str(hint))
 
 
@@ -334,8 +337,10 @@ def _set(config: Any, path: list[str], text: str, full: str) -> Any:
 
 def _parse(text: str, hint: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
-        items = [item for item in text.strip("()[]").split(",") if item.strip()]
-        return tuple(_parse(item.strip(), get_args(hint)[0], where) for item in items)
+        text = text.strip()
+        inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        items = [_unquoted(item.strip()) for item in inner.split(",") if item.strip()]
+        return tuple(_parse(item, get_args(hint)[0], where) for item in items)
     if hint is str or get_origin(hint) is Literal:
         value: Any = text
     else:
@@ -345,3 +350,8 @@ def _parse(text: str, hint: Any, where: str) -> Any:
             value = text
     _check(_fits(value, hint), f"{where} must be {_describe(hint)}. Got {text!r}.")
     return value
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text

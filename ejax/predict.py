@@ -292,10 +292,12 @@ def writing(output: str) -> Iterator[BinaryIO]:
                 yield file
             storage.upload(Path(folder), target.parent)
         return
-    path = Path(os.path.realpath(output))
+    path = Path(output)
     if path.is_dir():
         raise ValueError(f"{output} is a folder: give the name of a file to write.")
     device = path.exists() and not path.is_file()  # or a pipe: it stays what it is
+    if not device:
+        path = Path(os.path.realpath(path))
     part = path if device else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

@@ -29,7 +29,8 @@ def path_of(path: str | Path) -> Path:
     if re.match(r"[a-z][a-z0-9]+:/(?!/)", str(path)):  # what pathlib makes of gs://
         raise ValueError(f"{path} must be a folder here, or gs:// as a string where that can be.")
     if "://" not in str(path):
-        return Path(path)
+        text = str(path)
+        return Path(path).expanduser() if text == "~" or text.startswith("~/") else Path(path)
     if not is_remote(path):
         raise ValueError(f"{path}: only folders and gs:// are known here.")
     if not importlib.util.find_spec("gcsfs"):

@@ -82,6 +82,11 @@ def test_an_unknown_name(name):
         resolve(name)
 
 
+def test_a_name_of_the_paper_says_where_it_may_be():
+    with pytest.raises(ValueError, match=r"it may be 'google-bert/bert-base-uncased'"):
+        resolve("bert-base-uncased")
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="is a file: give the folder"):

@@ -85,7 +85,7 @@ def test_an_unknown_label_in_dev_names_the_line(tmp_path):
         (["--epochs", "two"], "epochs must be int. Got 'two'."),
         (["epoch=3"], "no field 'epoch'. Did you mean 'epochs'?"),
         (["data.max_lenght=3"], "Did you mean 'max_length'?"),
-        (["learning_rate=fast"], "learning_rate must be float. Got 'fast'."),
+        (["learning_rate=fast"], "learning_rate must be a finite float. Got 'fast'."),
         (["epochs"], "an override must look like field=value. Got 'epochs'."),
         (["--text-column", "review"], "has no column 'review'. Its columns: label, text."),
         (["--label-column", "class"], "no column 'class' for the label"),

@@ -85,7 +85,6 @@ def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
 
     monkeypatch.setattr(bench_module, "build", slow)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(bench_module.metadata, "version", lambda name: "0")
     monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
     result = bench(clf(), TEXTS, LABELS, threshold=0.7, against=("torch-bfloat16",), repeats=1)
     assert len(result["contenders"]) == 2
@@ -113,13 +112,48 @@ def test_the_sweep_takes_the_fastest_setting(monkeypatch) -> None:
     assert found.peak_bytes is None or found.peak_bytes >= 0.9 * kept[0].nbytes
 
 
+def test_requests_are_run_in_the_best_batches() -> None:
+    """A rival pads all of a batch to its longest row; here one that runs 8 at once is fastest."""
+
+    def run(rows, setting):
+        time.sleep({1: 0.02, 8: 0.004}.get(setting.batch, 0.05))
+        return np.zeros((len(rows), 2), np.float32)
+
+    encoded = clf().encode(TEXTS * 3)
+    rival = bench_module.Contender("a", run, encoded, Setting(16, 1), np.zeros(0), None)
+    ours = bench_module.Contender("b", run, encoded, Setting(0, 1), np.zeros(0), None)
+    found = bench_module.requests([rival, ours], 3, lambda _: None)
+    # 2 requests of 32 take 8 or 100 ms, and what the clock and the rows cost.
+    assert 64 / 0.05 < found["a"]["32"] < 64 / 0.008
+    assert 64 / 0.2 < found["b"]["32"] < 64 / 0.1
+
+
+def test_the_sweep_pads_as_the_run_does() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 2000)
+    rows = bench_module.sweep_rows(lengths)
+    assert rows.size == 512
+    blocks = lengths[rows].reshape(4, 128)
+    assert blocks.max(axis=1).tolist() == sorted(blocks.max(axis=1))
+    assert np.ptp(blocks, axis=1).max() < 12  # of 117, spread over 15 blocks
+    assert blocks[0].min() == 3
+    assert sorted(bench_module.sweep_rows(lengths[:100])) == list(range(100))
+
+
+def test_a_model_beside_is_tried_on_its_own_tokens(monkeypatch) -> None:
+    """Which ours, with a shorter max_length, could not run."""
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    long = ["the film was great and the music was poor and awful tonight"] * 4
+    short = EarlyExitClassifier(dataclasses.replace(clf().bundle, max_length=8))
+    result = bench(short, long, [1] * 4, beside={"longer": clf()}, against=(), repeats=1)
+    assert [one["name"] for one in result["contenders"]][2:] == ["ejax, longer"]
+
+
 def test_a_contender_that_fails_is_left_out(monkeypatch) -> None:
     def broken(name, bundle, threshold):
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(bench_module, "build", broken)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(bench_module.metadata, "version", lambda name: "0")
     monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
     result = bench(clf(), TEXTS, LABELS, against=("onnx-int8",), repeats=1)
     assert result["left_out"] == {"onnx-int8": "failed: RuntimeError: no such operator"}
@@ -225,6 +259,7 @@ def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["num_hidden_layers"] == 3
+    assert (folder / "model.safetensors").stat().st_mode & 0o044  # a server is another user
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["do_lower_case"]
     assert settings["model_max_length"] == bundle.max_length

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -451,6 +452,21 @@ def test_a_pipe_and_a_reader_that_leaves(tmp_path):
         job.stdout.close()
         assert job.stderr.read() == ""
         assert job.wait(600) == 141
+
+
+def test_pipes_by_name():
+    """As a shell gives them for <(…) and >(…)."""
+    read, write = os.pipe()
+    back, out = os.pipe()
+    os.write(write, b"text\nthe film was great\n")
+    os.close(write)
+    names = ("--input", f"/dev/fd/{read}", "--format", "tsv", "--output", f"/dev/fd/{out}")
+    done = tiny.ejax("predict", tiny.trained()[0], *names)
+    os.close(out)
+    assert done.code == 0, done.err
+    with os.fdopen(back) as answered:
+        assert [row["label"] for row in answers(answered.read())] == ["good"]
+    os.close(read)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_the_defaults_are_bert_base():
         (TrainConfig, {"epochs": 0}, r"epochs must be at least 1. Got 0"),
         (TrainConfig, {"batch_size": 0}, r"batch_size must be at least 1"),
         (TrainConfig, {"gradient_stop": 1.5}, r"gradient_stop must be between 0 .* Got 1.5"),
-        (TrainConfig, {"gradient_stop": True}, r"gradient_stop must be float. Got True"),
+        (TrainConfig, {"gradient_stop": True}, r"gradient_stop must be a finite float. Got True"),
+        (TrainConfig, {"clip_norm": float("inf")}, r"clip_norm must be a finite float. Got inf"),
         (TrainConfig, {"learning_rate": 0.0}, r"learning_rate must be above 0"),
         (TrainConfig, {"warmup_fraction": 1.0}, r"warmup_fraction must be in \[0, 1\)"),
         (TrainConfig, {"max_drop": -0.5}, r"max_drop must be 0 or above. Got -0.5"),
@@ -146,6 +147,9 @@ def test_overrides():
     assert config.exit_weights == (1, 0.5, 0)
     assert override(config, ["layers="]).layers == ()
     assert override(config, ["model=123"]).model == "123"
+    for text in ("body (en),'x y'", '(body (en),"x y")', "[body (en), x y]"):
+        columns = override(config, [f"data.text_columns={text}"]).data.text_columns
+        assert columns == ("body (en)", "x y")
     assert override(config, []) == config
 
 

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from ejax.bundle import load_bundle
 from ejax.config import BertConfig, ExitConfig
+from ejax.evaluation import profile
 from ejax.inference.cost import (
     Profile,
     Seconds,
@@ -70,6 +73,29 @@ PROFILE = Profile(
     "a machine", "2026-01-01", "bfloat16", "float32", {16: 32},
     {(32, 16): Seconds(10.0, 2.0, 1.0), (8, 16): Seconds(3.0, 0.5, 0.25)}, 0.9,
 )  # fmt: skip
+
+
+def test_a_profile_is_what_its_pieces_took(monkeypatch):
+    """One layer of four, a step of eight, the smallest tile within 2 % of the best."""
+    per_row = {1: 3.0, 32: 1.0, 64: 0.96, 128: 0.95}
+    pieces = {"head": 0.5, "step": 8 * 0.75}
+    types = iter(({"float32": 2.0, "bfloat16": 1.0}, {"float32": 1.0, "bfloat16": 2.0}))
+
+    def seconds(runs):
+        (first, *_) = runs
+        if isinstance(first, str):
+            return {"whole": 774.0} if first == "whole" else next(types)
+        if isinstance(first[0], str):
+            return {(part, s): pieces.get(part, 4.0 * s[0]) for part, s in runs}
+        return {(rows, length): per_row[rows] * rows for rows, length in runs}
+
+    monkeypatch.setattr(profile, "median_seconds", seconds)
+    found = profile.measure(load_bundle(tiny.trained()[0]))  # exits after layers 1 and 3
+    assert (found.dtype, found.single_dtype) == ("bfloat16", "float32")
+    assert found.tile == {16: 64}
+    assert found.seconds == {(rows, 16): Seconds(float(rows), 0.5, 0.25) for rows in (64, 16, 1)}
+    # 8 tiles at full depth: 8 * (64 + 0.75) and 8 * (2 * 64 + 0.75), twice what the whole took.
+    assert found.whole == pytest.approx(0.5)
 
 
 def test_a_profile_predicts_any_exits():

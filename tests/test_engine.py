@@ -7,6 +7,7 @@ across T, at B = 1 and against `model.apply`. On logits the same, times 1 + the 
 import dataclasses
 import functools
 import re
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -537,6 +538,14 @@ def test_a_pool_that_cannot_fit_says_what_it_needs(monkeypatch):
     text = r"pool of 23 rows of 9 tokens needs 0.0 GB and .* has 0.0 GB free: lower the rows"
     with pytest.raises(ValueError, match=text):
         FIRST.run(variables, batch, 0.5)
+    # Devices share the rows, and those of a CPU its memory.
+    half = 2 * engine.pool_bytes(FIRST.model, 12, FIRST.length, FIRST.tile)
+    for free, fits in ((half, True), (half - 1, False)):
+        monkeypatch.setattr(engine, "free_bytes", lambda device, free=free: free)
+        with nullcontext() if fits else pytest.raises(ValueError, match=text):
+            engine.check_memory(
+                FIRST.model, FIRST.rows, FIRST.length, FIRST.tile, jax.devices()[:2]
+            )
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_the_page_in_a_browser(made, tmp_path, width):
 
 
 def test_of_a_pair_both_texts_are_shown():
-    assert shown(["great " * 200, "no"]) == f"{('great ' * 200)[:500]}… | no"
+    assert shown(("great " * 200, "no")) == f"{('great ' * 200)[:500]}… | no"
 
 
 def test_the_json_of_something_else_stays(tmp_path):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -373,6 +374,11 @@ TWO = "expected 2 columns (text, label)."
         ),
         (
             "t.jsonl",
+            '{"text": "x", "label": "\\ud83d"}\n',
+            ", line 1: the label holds half a surrogate pair, which is no character.",
+        ),
+        (
+            "t.jsonl",
             '{"text": "\\ud83d", "label": 1}\n',
             ", line 1: column 'text' holds half a surrogate pair, which is no character.",
         ),
@@ -393,6 +399,23 @@ TWO = "expected 2 columns (text, label)."
 )  # fmt: skip
 def test_bad_training_file(tmp_path, name, text, expected):
     assert train_error(tmp_path, name, text) == expected
+
+
+def test_a_label_for_rows_without_one_is_warned_of(tmp_path):
+    for labels, warned in ((range(-1, 3), True), ((-1, 1), False)):
+        rows = "".join(f"{label}\ttext {label}\n" for label in [*labels] * 3)
+        (tmp_path / "train.tsv").write_text(f"label\ttext\n{rows}")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            load(tmp_path, path=str(tmp_path))
+        assert any("has the label -1" in str(one.message) for one in seen) == warned
+
+
+def test_dev_may_be_called_val(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.csv").write_text(f"label,text\na,{name}\nb,y\n")
+    dev = load(tmp_path, path=str(tmp_path))["dev"]
+    assert [row.text for row in dev] == ["val", "y"]
 
 
 def test_a_label_per_row_is_warned_of(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import optax
 import pytest
 import tiny
 
+from ejax.bundle import load_bundle
 from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig, to_json
 from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
@@ -201,6 +203,22 @@ def test_dropout_follows_the_row_not_its_place() -> None:
     loss, same, other = (float(one_step(r)[1]["loss"]) for r in (rows, shuffled, renumbered))
     assert same == pytest.approx(loss, rel=1e-6)
     assert abs(other - loss) > 1e-4
+    later = fresh_state()[0]._replace(step=np.int32(7))  # another step drops other units
+    _, metrics = stepper()(replicate(later, jax.devices()[:1]), rows)
+    assert abs(float(metrics["loss"]) - loss) > 1e-4
+
+
+def test_class_weights_count_in_a_step() -> None:
+    config = dataclasses.replace(CONFIG, class_weights=(1.0, 0.0, 0.0, 3.0), distillation=0.0)
+    rows = labelled()
+    _, metrics = take_steps(1, 1, config)
+    params, keys = fresh_state(config)[0].params, jax.random.fold_in(jax.random.key(config.seed), 0)
+    each = jax.vmap(jax.random.fold_in, (None, 0))(keys, rows.numbers)
+    logits = jax.jit(MODEL.apply)({"params": params}, rows.batch, keys=each)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.labels[None]).sum(axis=0)
+    weights = np.array(config.class_weights)[rows.labels] * rows.weights
+    wanted = float((weights * losses).sum() / weights.sum())
+    assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_mixing_weights_move_in_training() -> None:
@@ -379,8 +397,11 @@ def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
     assert (workdir / "result.json").read_bytes() == trained  # its time, date and command
     assert tiny.ejax("thresholds", folder, "--data", data, "--budget", 0.9).code == 0
     before = (folder / "exits.json").read_bytes()
-    with pytest.raises(ValueError, match=r"is finished, and .*bundle has other thresholds since"):
-        finetune(tiny_config(epochs=1), workdir)
+    other = tiny_config(epochs=1, seed=1)  # of another run
+    for config, place in ((tiny_config(epochs=1), workdir), (other, tmp_path / "other")):
+        with pytest.raises(ValueError, match=r"bundle has other thresholds since its training"):
+            finetune(config, place, output=folder)
+    assert not (tmp_path / "other").exists()
     assert (folder / "exits.json").read_bytes() == before
 
 
@@ -396,8 +417,26 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypat
     assert set(taken) == {4 * rows // 2}
 
 
-def test_exits_without_weight_do_not_pick_the_checkpoint(tmp_path: Path) -> None:
-    finetune(tiny_config(exit_weights=(0.0, 1.0)), tmp_path)
+def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
+    """Every epoch has an order of its own, the gradient stops where asked, the mean is kept."""
+    module = sys.modules["ejax.training.finetune"]
+    plans, models, planned, made = module.train_plan, module.EarlyExitBert, [], []
+    monkeypatch.setattr(
+        module, "train_plan", lambda *a, **k: planned.append(k["epoch"]) or plans(*a, **k)
+    )
+    monkeypatch.setattr(module, "EarlyExitBert", lambda *a: made.append(models(*a)) or made[-1])
+    config = tiny_config(epochs=3, gradient_stop=0.5, average_decay=0.9, exit_weights=(0.0, 1.0))
+    folder = finetune(config, tmp_path)
+    assert planned == [0, 1, 2]
+    assert {model.gradient_stop for model in made} == {0.5}
+    optimizer = make_optimizer(config, 36)
+    params = load_bundle(folder).variables["params"]
+    with Checkpoints(tmp_path) as checkpoints:
+        _, best = checkpoints.restore_best(first_state(params, optimizer, config))
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(best.average))
+    first, second = (jax.tree.leaves(tree)[0] for tree in (best.average, best.params))
+    assert np.abs(np.asarray(first) - np.asarray(second)).max() > 0
+    # Exits without weight do not pick the checkpoint.
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     scores = [line for line in lines if line["kind"] == "dev_a"]
     assert scores
@@ -431,6 +470,22 @@ def test_bad_configs_leave_nothing_behind(tmp_path: Path, changes, message) -> N
     with pytest.raises(ValueError, match=message):
         finetune(tiny_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_does_not_hold_its_workdir(tmp_path: Path) -> None:
+    """Else it could not be written at the end, and the run not be resumed."""
+    for output in (tmp_path / "run", tmp_path):
+        with pytest.raises(ValueError, match="must not be or hold the workdir"):
+            finetune(tiny_config(), tmp_path / "run", output=output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny.model(), tmp_path / "model"))
+    with (model / "vocab.txt").open("a") as vocabulary:
+        vocabulary.write("more\n")
+    with pytest.raises(ValueError, match=r"vocabulary of the tokenizer go up to 19, the model emb"):
+        finetune(tiny_config(model=str(model)), tmp_path / "run")
 
 
 def test_object_storage_is_refused() -> None:

@@ -194,13 +194,7 @@ def texts_of(
             raise ValueError(
                 f"{path}, line {line}: column {name!r} must hold text. Got {row[name]!r}."
             )
-        try:
-            row[name].encode()
-        except UnicodeEncodeError:  # "\ud800" in JSON
-            raise ValueError(
-                f"{path}, line {line}: column {name!r} holds half a surrogate pair, "
-                f"which is no character."
-            ) from None
+        _check_characters(row[name], f"{path}, line {line}: column {name!r}")
     return row[columns[0]], row[columns[1]] if len(columns) == 2 else None
 
 
@@ -236,7 +230,15 @@ def label_of(row: Mapping[str, Any], column: str, path: str | Path, line: int) -
         raise ValueError(f"{where} is missing: expected a name. Got {label!r}.")
     if label != label.strip():
         raise ValueError(f"{where} must not begin or end with a space. Got {label!r}.")
+    _check_characters(label, where)
     return label
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # "\ud800" in JSON
+        raise ValueError(f"{where} holds half a surrogate pair, which is no character.") from None
 
 
 def path_format(path: str | Path) -> str:
@@ -263,7 +265,7 @@ def check_file(path: str | Path) -> None:
     try:
         if file.is_dir():
             raise ValueError(f"{path} is a folder: expected a file.")
-        if file.is_file():
+        if file.is_file() or (not storage.is_remote(path) and file.is_fifo()):
             return
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error

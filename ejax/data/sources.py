@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPLITS = ("train", "dev", "test")
-FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
+FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 LABELLED = ("tsv", "csv", "jsonl")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
 FEW_ROWS = 20  # of which every second may have a label of its own
@@ -38,6 +38,11 @@ class Example(NamedTuple):
     text: str
     pair: str | None
     label: int
+
+    @property
+    def inputs(self) -> str | tuple[str, str]:
+        """As a tokenizer takes it."""
+        return self.text if self.pair is None else (self.text, self.pair)
 
 
 class Split(Sequence[Example]):
@@ -215,6 +220,12 @@ def _load_files(
                 f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: "
                 f"{config.label_column!r} (in a tsv without a header the first column) may not be "
                 f"the label; label_column (--label-column) names another.",
+                stacklevel=2,
+            )
+        if name == "train" and {*records.labels} == {*map(str, range(-1, len(records.labels) - 1))}:
+            warnings.warn(
+                f"{paths[name]} has the label -1, which in some data marks rows without one: here "
+                f"it is a class. Leave such rows out.",
                 stacklevel=2,
             )
         labels = labels or _sorted_labels(records.labels)

@@ -148,7 +148,7 @@ def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
 def examples(clf: EarlyExitClassifier, rows: list[sources.Example]) -> Table:
     """Predictions on a few rows, of those that leave first and those that leave last."""
     shown = rows[:: max(1, len(rows) // 200)][:200]
-    texts: list[Any] = [row.text if row.pair is None else (row.text, row.pair) for row in shown]
+    texts = [row.inputs for row in shown]
     found = clf(texts)
     by_depth = sorted(range(len(shown)), key=lambda i: (found[i]["exit_layer"], -found[i]["score"]))
     made = Table(title="who leaves early, who goes deep")

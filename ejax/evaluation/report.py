@@ -23,7 +23,7 @@ from ejax.calibration.thresholds import (
     policies,
     totals,
 )
-from ejax.classifier import EarlyExitClassifier
+from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.sources import Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
@@ -78,8 +78,8 @@ def make_report(
         f"other rows.",
     )  # fmt: skip
     task = task.take(kept)
-    parts = [[part for part in (rows[i].text, rows[i].pair) if part is not None] for i in kept]
-    texts = [shown(some) for some in parts]
+    inputs = [rows[i].inputs for i in kept]
+    texts = [shown(one) for one in inputs]
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
@@ -91,7 +91,7 @@ def make_report(
         repeats=repeats, exit_logits=logits, progress=progress,
     )  # fmt: skip
     others = {
-        name: full_depth_of(other, parts, task.labels, repeats)
+        name: full_depth_of(other, inputs, task.labels, repeats)
         for name, other in (beside or {}).items()
     }
     inference = time.perf_counter() - started
@@ -122,8 +122,9 @@ def make_report(
     }
 
 
-def shown(parts: Sequence[str]) -> str:
+def shown(given: str | tuple[str, str]) -> str:
     """A text, or a text and its pair, each cut where it is long."""
+    parts = (given,) if isinstance(given, str) else given
     return " | ".join(one if len(one) <= LONGEST else f"{one[:LONGEST]}…" for one in parts)
 
 
@@ -196,10 +197,10 @@ def weighted_f1(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) ->
 
 
 def full_depth_of(
-    clf: EarlyExitClassifier, parts: Sequence[Any], labels: np.ndarray, repeats: int
+    clf: EarlyExitClassifier, inputs: Sequence[Text], labels: np.ndarray, repeats: int
 ) -> dict[str, Any]:
-    """Accuracy and time of another bundle's full depth on the same texts, each a text or a pair."""
-    encoded = clf.encode([tuple(some) if some[1:] else some[0] for some in parts])
+    """Accuracy and time of another bundle's full depth on the same texts."""
+    encoded = clf.encode(inputs)
     best = best_full_depth(clf.on_one_device(), encoded)
     answers = best.full_logits(encoded).argmax(axis=1)
     seconds = []

@@ -138,16 +138,8 @@ class Checkpoints:
         Raises:
           ValueError: where there are some and none can be read; nothing is moved then.
         """
-        problems: dict[int, Any] = {}
-        for step in _as_the_first(sorted(self.manager.all_steps(), reverse=True)):
-            state, problem = self._try(step, like)
-            if problem is None:
-                self._all_aside(problems)
-                return step, state
-            problems[step] = problem
-        if problems:
-            raise self._unreadable(problems)
-        return 0, like
+        steps = _as_the_first(sorted(self.manager.all_steps(), reverse=True))
+        return self._first_readable(steps, like) if steps else (0, like)
 
     def restore_best(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the best that can be read.
@@ -158,8 +150,11 @@ class Checkpoints:
           ValueError: where none can be read; nothing is moved then.
         """
         self.manager.wait_until_finished()
+        return self._first_readable(self._best_first(), like)
+
+    def _first_readable(self, steps: list[int], like: Any) -> tuple[int, Any]:
         problems: dict[int, Any] = {}
-        for step in self._best_first():
+        for step in steps:
             state, problem = self._try(step, like)
             if problem is None:
                 self._all_aside(problems)

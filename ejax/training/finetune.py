@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,14 @@ def finetune(
         console or Console(stderr=True, quiet=not first_host),
     )
     output = check_output(output or workdir / "bundle")
-    check_not_changed(output, workdir)
+    check_apart(output, workdir)
+    check_not_changed(output)
     started = time.time()
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     cfg, bert, tokenizer = load_model(config)
     start = assets.resolve(config.model)
-    behind = trained_rows_of(start)
+    behind, picked = trained_rows_of(start), rows_that_picked(start)
     exits = ExitConfig(
         config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
         len(labels),
@@ -126,13 +127,14 @@ def finetune(
     with console.status("tokenising"):
         tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
-    held_out = held_out_parts(
-        tasks, config, {*unpacked(behind), *tasks["train"].hashes}, console=console
-    )
+    trained = {*unpacked(behind), *tasks["train"].hashes}
+    held_out = held_out_parts(tasks, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
+    longest = (tasks["train"].encoded.lengths == max_length).mean()
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
-        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}",
+        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
+        + (f"; {longest:.0%} of train end at {max_length} tokens" if longest > 0 else ""),
         markup=False,  # of labels and paths with [brackets]
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
@@ -186,8 +188,7 @@ def finetune(
             "text_columns": list(splits["train"].text_columns),
             "config": to_json(public(config)),
             "versions": environment()["versions"],
-            "rows": {name: task.hashes for name, task in held_out.items()}
-            | {"picked": rows_that_picked(start)},
+            "rows": {name: task.hashes for name, task in held_out.items()} | {"picked": picked},
         },
         np.union1d(packed(tasks["train"].hashes), behind),
     )
@@ -214,10 +215,20 @@ def finetune(
     return output
 
 
-def check_not_changed(bundle: Path, workdir: Path) -> None:
-    """Raises ValueError where a finished run would replace what was chosen for its bundle since."""
+def check_apart(output: Path, workdir: Path) -> None:
+    """Raises ValueError where the bundle's folder would be or hold the workdir."""
+    bundle, work = (p if storage.is_remote(p) else p.absolute() for p in (output, workdir))
+    if bundle == work or bundle in work.parents:
+        raise ValueError(
+            f"the bundle's folder must not be or hold the workdir {workdir}: choose another "
+            f"output, such as {workdir / 'bundle'}. Got {output}."
+        )
+
+
+def check_not_changed(bundle: Path) -> None:
+    """Raises ValueError where a run would replace what was chosen for a bundle since."""
     with storage.reaching(bundle):
-        if not ((workdir / "result.json").exists() and (bundle / "exits.json").exists()):
+        if not (bundle / "exits.json").exists():
             return
         text = (bundle / "exits.json").read_text()
     try:
@@ -227,9 +238,8 @@ def check_not_changed(bundle: Path, workdir: Path) -> None:
         since = []
     if since:
         raise ValueError(
-            f"this run is finished, and {bundle} has other thresholds since ({', '.join(since)} in "
-            f"its exits.json), which would be lost: choose another workdir or output, or move it "
-            f"away."
+            f"{bundle} has other thresholds since its training ({', '.join(since)} in its "
+            f"exits.json), which would be lost: choose another output, or move it away."
         )
 
 
@@ -258,18 +268,22 @@ def check_weights(config: TrainConfig, exits: ExitConfig) -> None:
 
 def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
     rows = list(split)
-    texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
     return Task(
-        tokenizer.encode(texts, max_length),
+        tokenizer.encode([row.inputs for row in rows], max_length),
         np.asarray([row.label for row in rows], np.int32),
         [sources.row_hash(row) for row in rows],
     )
 
 
 def held_out_parts(
-    tasks: dict[str, Task], config: TrainConfig, trained: set[str], *, console: Console
+    tasks: dict[str, Task],
+    config: TrainConfig,
+    trained: set[str],
+    picked: Iterable[str],
+    *,
+    console: Console,
 ) -> dict[str, Task]:
-    """dev_a less the rows that trained, dev_b and test less those of dev_a too."""
+    """dev_a less the rows that trained, dev_b and test less those that picked the weights too."""
 
     def left(shown: str, task: Task, seen: set[str], where: str) -> Task:
         why = f"in {where}, or trained {config.model}"
@@ -281,7 +295,7 @@ def held_out_parts(
     dev = tasks["dev"]
     half_a, half_b = sources.split_dev(len(dev.labels), config.seed)
     dev_a = left("dev-A", dev.take(half_a), trained, "train")
-    seen, where = trained | set(dev_a.hashes), "train or dev-A"
+    seen, where = trained.union(picked, dev_a.hashes), "train or dev-A"
     parts = {"dev_a": dev_a, "dev_b": left("dev-B", dev.take(half_b), seen, where)}
     if "test" in tasks:
         parts["test"] = left("test", tasks["test"], seen, where)

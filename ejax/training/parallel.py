@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.config import Parallel
-from ejax.data.batches import Step, take
+from ejax.data.batches import Step, pad
 from ejax.data.tokenizer import Encoded
 from ejax.inference.engine import replicate
 from ejax.models.early_exit import EarlyExitBert
@@ -137,9 +137,8 @@ def make_all_logits(
         if jax.process_count() > 1:
             variables = jax.device_get(variables)
         variables = replicate(variables, devices)
-        none = np.zeros(len(encoded), np.int32)
         for step in plan[jax.process_index() :: jax.process_count()]:
-            batch = take(encoded, none, step)[0]
+            batch = pad(encoded, step.rows, step.length)
             out = np.asarray(forward(variables, shard(batch, len(devices))))
             out = np.moveaxis(out, 1, 0).reshape(exits, -1, classes)
             real = step.rows >= 0
