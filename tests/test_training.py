@@ -27,7 +27,7 @@ from ejax.training.checkpoint import Checkpoints, claim_workdir
 from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
-from ejax.training.parallel import make_all_logits, parallel_step, shard
+from ejax.training.parallel import make_all_logits, parallel_step, place, shard
 from ejax.training.step import Rows, TrainState, first_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -398,9 +398,9 @@ def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
     assert tiny.ejax("thresholds", folder, "--data", data, "--budget", 0.9).code == 0
     before = (folder / "exits.json").read_bytes()
     other = tiny_config(epochs=1, seed=1)  # of another run
-    for config, place in ((tiny_config(epochs=1), workdir), (other, tmp_path / "other")):
+    for config, where in ((tiny_config(epochs=1), workdir), (other, tmp_path / "other")):
         with pytest.raises(ValueError, match=r"bundle has other thresholds since its training"):
-            finetune(config, place, output=folder)
+            finetune(config, where, output=folder)
     assert not (tmp_path / "other").exists()
     assert (folder / "exits.json").read_bytes() == before
 
@@ -432,7 +432,7 @@ def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
     optimizer = make_optimizer(config, 36)
     params = load_bundle(folder).variables["params"]
     with Checkpoints(tmp_path) as checkpoints:
-        _, best = checkpoints.restore_best(first_state(params, optimizer, config))
+        _, best = checkpoints.restore_best(place(first_state(params, optimizer, config)))
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(best.average))
     first, second = (jax.tree.leaves(tree)[0] for tree in (best.average, best.params))
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 0
