@@ -53,12 +53,11 @@ class Shapes:
 
     tile_tokens: int = 1024
     pool_tokens: int = 65536
-    min_tile: int = SMALL_TILE
     profile: Profile | None = None
 
     def tile(self, length: int) -> int:
         measured = self.profile.tile.get(length) if self.profile else None
-        return measured or max(self.min_tile, self.tile_tokens // length)
+        return measured or max(SMALL_TILE, self.tile_tokens // length)
 
     def pool(self, length: int) -> int:
         return max(self.tile(length), self.pool_tokens // length)
@@ -68,7 +67,7 @@ class Shapes:
         seconds = self.profile.seconds if self.profile else {}
         small = tile_sizes(self.tile(length))[-1]
         one, few = seconds.get((1, length)), seconds.get((small, length))
-        return int(few.layer / one.layer) if one and few else self.min_tile // 2
+        return int(few.layer / one.layer) if one and few else SMALL_TILE // 2
 
     def of(self, rows: int, length: int) -> Shape:
         """The smallest shape that holds `rows`: one row, 2 or 16 tiles, a whole pool.

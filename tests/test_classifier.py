@@ -17,7 +17,7 @@ from ejax.evaluation.targets import Target
 from ejax.inference import engine
 from ejax.inference.cost import Profile, Seconds, profile_path, save_profile
 
-SMALL = Shapes(tile_tokens=256, pool_tokens=512, min_tile=2)
+SMALL = Shapes(tile_tokens=256, pool_tokens=512)
 ONE = jax.devices()[:1]
 TEXTS = [text for _, text in tiny.rows(23, seed=9)]
 
@@ -96,10 +96,10 @@ def test_company_and_order_do_not_matter(clf: EarlyExitClassifier) -> None:
 
 
 def test_many_rows_run_in_several_pools() -> None:
-    """23 rows in pools of 10: the same answers as in one pool."""
+    """23 rows in two pools of 10 and 3 alone: the same answers as in one pool."""
     bundle = ejax.load_bundle(tiny.trained()[0])
-    small = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=64, pool_tokens=160, min_tile=4))
-    assert len(list(small.pools(small.encode(TEXTS).lengths))) == 3
+    small = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=64, pool_tokens=160))
+    assert len(list(small.pools(small.encode(TEXTS).lengths))) == 5
     one, many = EarlyExitClassifier(bundle).decide(TEXTS), small.decide(TEXTS)
     np.testing.assert_allclose(many.score, one.score, atol=1e-5)
     np.testing.assert_array_equal(many.exit, one.exit)
