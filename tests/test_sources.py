@@ -411,6 +411,16 @@ def test_a_label_for_rows_without_one_is_warned_of(tmp_path):
         assert any("has the label -1" in str(one.message) for one in seen) == warned
 
 
+def test_a_test_file_without_labels_is_left_out(tmp_path):
+    """Where the folder holds it; one that is named has to have them."""
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "fine\t1\npoor\t0\n" * 9)
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfine\n")
+    with pytest.warns(UserWarning, match=r"test.tsv is left out: it has no column 'label'"):
+        assert set(load(tmp_path, path=str(tmp_path))) == {"train", "dev"}
+    with pytest.raises(ValueError, match="no column 'label' for the label"):
+        load(tmp_path, path=str(tmp_path), test=str(tmp_path / "test.tsv"))
+
+
 def test_dev_may_be_called_val(tmp_path):
     for name in ("train", "val"):
         (tmp_path / f"{name}.csv").write_text(f"label,text\na,{name}\nb,y\n")

@@ -201,15 +201,20 @@ def _load_files(
     found: dict[str, Split] = {}
     width = 0
     for name in (name for name in SPLITS if name in wanted and name in paths):
+        columns: dict[str, Any] = {
+            "text_columns": config.text_columns, "label_column": config.label_column,
+            "labels": labels,
+        }  # fmt: skip
         with storage.fetched(paths[name]) as file:
-            records = local.open_file(
-                file,
-                root,
-                text_columns=config.text_columns,
-                label_column=config.label_column,
-                labels=labels,
-                preferred=preferred,
-            )
+            if name == "test" and not config.test:  # as GLUE's, whose labels are not public
+                first = next((row for _, row in read_rows(file, **columns)), None)
+                if first and config.label_column not in first:
+                    warnings.warn(
+                        f"{paths[name]} is left out: it has no column {config.label_column!r}.",
+                        stacklevel=2,
+                    )
+                    continue
+            records = local.open_file(file, root, preferred=preferred, **columns)
         if name == "train" and len(records.labels) < 2:
             raise ValueError(
                 f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
