@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from rich.console import Console
 
 from ejax.bundle import load_bundle
 from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig, to_json
@@ -413,8 +415,11 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypat
         module, "eval_plan", lambda *a, **k: taken.append(k["batch_size"]) or plans(*a, **k)
     )
     rows = 2 * jax.device_count()
-    finetune(tiny_config(epochs=1, accumulate=2, batch_size=rows), tmp_path)
+    config = tiny_config(epochs=1, accumulate=2, batch_size=rows)
+    data, said = dataclasses.replace(config.data, max_length=8), io.StringIO()
+    finetune(dataclasses.replace(config, data=data), tmp_path, console=Console(file=said))
     assert set(taken) == {4 * rows // 2}
+    assert "% of train fill or pass 8 tokens, and are cut" in " ".join(said.getvalue().split())
 
 
 def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:

@@ -134,7 +134,11 @@ def finetune(
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
         f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
-        + (f"; {longest:.0%} of train end at {max_length} tokens" if longest > 0 else ""),
+        + (
+            f"; {longest:.0%} of train fill or pass {max_length} tokens, and are cut"
+            if longest > 0
+            else ""
+        ),
         markup=False,  # of labels and paths with [brackets]
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
