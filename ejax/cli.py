@@ -1,7 +1,5 @@
 """The `ejax` command: a short function per verb."""
 
-import dataclasses
-import json
 import signal
 import sys
 import time
@@ -21,13 +19,17 @@ from ejax.command import (
     check_json,
     check_output_file,
     check_split,
+    count_fitted,
+    in_its_type,
     keep_programs,
     load_beside,
     name_of,
     note,
     parse_threshold,
     parse_top_k,
+    rows_of,
     run,
+    save_chosen,
 )
 from ejax.storage import path_of
 
@@ -565,48 +567,3 @@ def quickstart(
     console = Console(stderr=True)
     path_of(workdir)  # not on gs://
     quickstart(workdir, model=model, data=data, small=smoke, fields=fields or (), console=console)
-
-
-def rows_of(clf: Any, data: str, split: str, text: list[str] | None, label: str) -> Any:
-    """Labelled rows for the classifier's bundle, by the options of a command."""
-    from ejax.evaluation.labelled import labelled_rows
-
-    return labelled_rows(clf.bundle, data, split, text_columns=text or (), label_column=label)
-
-
-def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
-    """How many of the rows fitted one of the bundles or its thresholds; says so."""
-    from ejax.evaluation.targets import chosen_on
-
-    fitted = set[str]().union(*map(chosen_on, bundles))
-    seen = sum(name in fitted for name in hashes)
-    if seen:
-        note(
-            f"{seen} of these rows also fitted {'a' if bundles[1:] else 'this'} bundle or its "
-            f"thresholds: figures may flatter it."
-        )
-    return seen
-
-
-def in_its_type(after: Any, bundle: Path) -> Any:
-    """A bundle in the compute type of the one it came from; says so where a promise is gone."""
-    from ejax.classifier import promises_risk
-
-    before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
-    if promises_risk(before["provenance"]) and "target" not in after.provenance:
-        note("The risk that its thresholds promised is gone: `ejax thresholds` chooses anew.")
-    cfg = dataclasses.replace(after.cfg, dtype=before["dtype"])
-    return dataclasses.replace(after, cfg=cfg)
-
-
-def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
-    """Writes what was chosen on some rows, and says on which."""
-    from ejax.bundle import save_bundle
-
-    folder = save_bundle(in_its_type(after, bundle), output)
-    if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
-    if report["differ"]:
-        note(f"{report['differ']} rows left at another exit when the engine ran.")
-    note(report["sentence"])
-    note(f"written: {folder}")

@@ -419,7 +419,9 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypat
     data, said = dataclasses.replace(config.data, max_length=8), io.StringIO()
     finetune(dataclasses.replace(config, data=data), tmp_path, console=Console(file=said))
     assert set(taken) == {4 * rows // 2}
-    assert "% of train fill or pass 8 tokens, and are cut" in " ".join(said.getvalue().split())
+    assert "% of train fill or pass 8 tokens, where texts are cut" in " ".join(
+        said.getvalue().split()
+    )
 
 
 def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:

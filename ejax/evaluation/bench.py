@@ -71,10 +71,7 @@ class Contender:
 
     def seconds_of(self, parts: Sequence[Encoded], setting: Setting) -> float:
         """One after the other."""
-        start = time.perf_counter()
-        for part in parts:
-            self.run(part, setting)
-        return time.perf_counter() - start
+        return timed(lambda: [self.run(part, setting) for part in parts])
 
 
 def bench(

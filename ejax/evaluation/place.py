@@ -59,7 +59,9 @@ def place_exits(
     placed = keep(bundle, best.exits, best.thresholds)
     runs = {
         "before": clf.on_one_device(),
-        "after": EarlyExitClassifier(placed, shapes=clf.shapes, devices=clf.devices[:1]),
+        "after": EarlyExitClassifier(
+            placed, shapes=clf.shapes, devices=clf.devices[:1], one_type=clf.one_type
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     taken = {name: run.decide_encoded(task.encoded).exit for name, run in runs.items()}

@@ -135,7 +135,7 @@ def finetune(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
         f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
         + (
-            f"; {longest:.0%} of train fill or pass {max_length} tokens, and are cut"
+            f"; {longest:.0%} of train fill or pass {max_length} tokens, where texts are cut"
             if longest > 0
             else ""
         ),
@@ -289,8 +289,7 @@ def held_out_parts(
 ) -> dict[str, Task]:
     """dev_a less the rows that trained, dev_b and test less those that picked the weights too."""
 
-    def left(shown: str, task: Task, seen: set[str], where: str) -> Task:
-        why = f"in {where}, or trained {config.model}"
+    def left(shown: str, task: Task, seen: set[str], why: str) -> Task:
         rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
         if gone := len(task.labels) - len(rows):
             console.print(f"{gone} rows of {shown} are left out: they are {why}", markup=False)
@@ -298,11 +297,12 @@ def held_out_parts(
 
     dev = tasks["dev"]
     half_a, half_b = sources.split_dev(len(dev.labels), config.seed)
-    dev_a = left("dev-A", dev.take(half_a), trained, "train")
-    seen, where = trained.union(picked, dev_a.hashes), "train or dev-A"
-    parts = {"dev_a": dev_a, "dev_b": left("dev-B", dev.take(half_b), seen, where)}
+    dev_a = left("dev-A", dev.take(half_a), trained, f"in train, or trained {config.model}")
+    seen = trained.union(picked, dev_a.hashes)
+    why = f"in train or dev-A, or trained or picked {config.model}"
+    parts = {"dev_a": dev_a, "dev_b": left("dev-B", dev.take(half_b), seen, why)}
     if "test" in tasks:
-        parts["test"] = left("test", tasks["test"], seen, where)
+        parts["test"] = left("test", tasks["test"], seen, why)
     return parts
 
 
