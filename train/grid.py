@@ -60,8 +60,14 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "alternate": SUM | {"alternate": True},  # BERxiT
     "frozen": SUM | {"train_encoder": False},  # of the standard model: DeeBERT
     "long": {},  # twice the epochs: about as long as all the models that it stands for
+    "longer": {},  # twice that
 }
-LINES = {"exits": ("early exit", "C0"), "long": ("early exit, twice the epochs", "C4")}
+TIMES = {"long": 2, "longer": 4}  # the epochs of all others
+LINES = {
+    "exits": ("early exit", "C0"),
+    "long": ("early exit, twice the epochs", "C4"),
+    "longer": ("early exit, four times the epochs", "C5"),
+}
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -97,7 +103,7 @@ class Cell:
             model=model,
             data=DataConfig(path=str(root / self.data), limit=ROWS, max_length=TOKENS),
             layers=self.layers,
-            epochs=(2 if self.encoder == "minilm" else 1) * (2 if self.kind == "long" else 1),
+            epochs=(2 if self.encoder == "minilm" else 1) * TIMES.get(self.kind, 1),
             batch_size=32,
             learning_rate=1.5e-4,
             train_embeddings=False,
@@ -122,14 +128,15 @@ def all_cells() -> list[Cell]:
         return [Cell(data, encoder, kind, seed) for kind in ("exits", "standard", *cuts)]
 
     cells = [cell for data in DATA for cell in group(data, "minilm")]
-    others = [kind for kind in RECIPES if kind not in ("exits", "long")]
+    others = [kind for kind in RECIPES if kind not in ("exits", *TIMES)]
     cells += [Cell(data, "minilm", kind) for data in MORE_SEEDS for kind in others]
     cells += [Cell(data, "minilm", "long") for data in DATA]
     cells += [cell for data in DATA for cell in group(data, "twelve")]
     cells += [Cell(data, "twelve", "long") for data in DATA]
-    return cells + [
+    cells += [
         cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
     ]
+    return cells + [Cell(data, "twelve", "longer") for data in ("sst2", "mnli", "snli")]
 
 
 @app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
