@@ -116,7 +116,7 @@ def test_every_cell_has_a_name_of_its_own():
     long = by_name["snli-minilm-long-0"].config(tiny.HOME, "", tiny.HOME)
     assert (long.epochs, long.distillation) == (4, 1)
     assert by_name["snli-twelve-long-0"].config(tiny.HOME, "", tiny.HOME).epochs == 2
-    assert by_name["snli-twelve-longer-0"].config(tiny.HOME, "", tiny.HOME).epochs == 4
+    assert by_name["mnli-twelve-longer-0"].config(tiny.HOME, "", tiny.HOME).epochs == 4
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):

@@ -136,7 +136,7 @@ def all_cells() -> list[Cell]:
     cells += [
         cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
     ]
-    return cells + [Cell(data, "twelve", "longer") for data in ("sst2", "mnli", "snli")]
+    return cells + [Cell(data, "twelve", "longer") for data in ("sst2", "mnli")]
 
 
 @app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
