@@ -203,9 +203,12 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     folder = storage.path_of(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
+        found = f"is not a whole bundle: {', '.join(missing)} missing"
+        inside = folder / "bundle"  # of a workdir
         raise ValueError(
-            f"{folder} is not a whole bundle: {', '.join(missing)} missing. "
-            f"A bundle is the folder that `ejax train --output` writes."
+            f"{folder} {found if folder.exists() else 'does not exist'}. "
+            + (f"Did you mean {inside}? " if (inside / FILES[0]).is_file() else "")
+            + "A bundle is the folder that `ejax train --output` writes."
         )
     meta = _read(folder / "exits.json")
     version = meta.get("format_version")

@@ -200,7 +200,9 @@ def test_a_damaged_bundle(tmp_path, name, damage, expected):
 
 
 def test_no_bundle_at_all(tmp_path):
-    assert "is not a whole bundle" in tiny.refused("predict", tmp_path / "nothing")
+    assert "nothing does not exist. A bundle is" in tiny.refused("predict", tmp_path / "nothing")
+    tiny.copy_of_bundle(tmp_path)
+    assert f"Did you mean {tmp_path / 'bundle'}?" in tiny.refused("predict", tmp_path)
     assert "neither a folder here, nor a hub id" in tiny.refused("info", tmp_path / "nothing")
 
 
