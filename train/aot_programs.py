@@ -256,14 +256,14 @@ def inference(
     except DoesNotFit as error:
         return {"fits": False, "why": str(error)}
     x = floats(tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)
-    vectors = [floats(tile, cfg.hidden_size)] * exits.num_layers
+    mixed = floats(tile, cfg.hidden_size)
     layer = cost(
         lambda weights, x, mask: run_layer(cfg, weights, 0, x, mask),
         device, weights, x, ints(tile, length),
     )  # fmt: skip
     head = cost(
-        lambda weights, vectors: run_head(cfg, weights, count - 1, exits, vectors),
-        device, weights, vectors,
+        lambda weights, mixed: run_head(cfg, weights, count - 1, exits, mixed),
+        device, weights, mixed,
     )  # fmt: skip
     # A step also reads and writes the stream of its tile.
     step = head + Cost(0.0, 2 * size(x), 2 * size(x))

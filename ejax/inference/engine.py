@@ -47,13 +47,13 @@ class Rows(NamedTuple):
     """What is known of the rows still alive, packed to the front; whole tiles (N')."""
 
     row: Array  # int32 [N'], the row's place in the input
-    places: Array  # int32 [N', E], where the row stood in each segment so far
+    place: Array  # int32 [N'], where the row stood in the segment before
     agreed: Agreed  # int32 [N'] each
 
 
 class State(NamedTuple):
     hidden: Array  # `stored` <residual dtype>[N', T, D], in the order of the segment before
-    pooled: Array  # float32 [L or more, N', D], each layer's vectors in its segment's order
+    mixed: Array  # float32 [N', E - 1, D], the later exits' mixes so far, in that order
     pool: Rows
     left: Array  # int32 [N' + B], the rows that `out` speaks of; N' stands for nobody
     out: Decision  # [N' + B, ...], in the order in which rows leave
@@ -198,8 +198,8 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     cfg, exits = model.cfg, model.exits
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
     stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * length * d
-    vectors = 4 * exits.num_layers * d if exits.mix == "softmax" else 0
-    row = stream + vectors + 4 * (3 * length + 3 * len(exits.layers) + 3 * exits.num_labels + 6)
+    mixes = 4 * (len(exits.layers) - 1) * d if exits.mix == "softmax" else 0
+    row = stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 3 * exits.num_labels + 7)
     at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
     return (rows + tile) * row + tile * at_work
 
@@ -322,44 +322,41 @@ def run_pool(
     batch = _pad_to_tiles(batch, tile)
     size, length = batch.ids.shape
     firsts = (0, *exits.layers[:-1])
-    longest = max(b - a for a, b in zip(firsts, exits.layers, strict=True))
+    carried = last if mixes else 0
     widths = tile_sizes(tile)
     small = widths[-1]
 
     def run_segment(
-        number: int, width: int, start: Array, pool: Rows, hidden: Array, pooled: Array
+        number: int, width: int, start: Array, pool: Rows, hidden: Array, mixed: Array
     ) -> tuple[Array, Array, Array]:
         """The first `width` rows of a tile through one segment.
 
-        Returns the tile's stream [B, T, D], its layers' vectors [longest, B, D] and the
-        logits [B, C]; the rows that were not run keep their stream.
+        Returns the tile's stream [B, T, D], its mixes [B, E - 1, D] and the logits [B, C]; the
+        rows that were not run keep their stream and mixes.
         """
         old = lax.dynamic_slice_in_dim(hidden, start, tile)
+        old_mixed = lax.dynamic_slice_in_dim(mixed, start, tile)
         pool = jax.tree.map(lambda leaf: leaf[:width], pool)
         part = jax.tree.map(lambda leaf: leaf[pool.row], batch)
         x: Any
+        sums = [jnp.zeros((width, cfg.hidden_size))] * (last + 1 - number)  # of this exit on
         if number == 0:
             x = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
         else:
-            x = unstored(hidden[pool.places[:, number - 1]], cfg.residual_dtype)
-        vectors = [jnp.zeros((width, cfg.hidden_size))] * firsts[number]
-        if mixes:
-            vectors = [
-                pooled[i, pool.places[:, segment]]
-                for segment in range(number)
-                for i in range(firsts[segment], exits.layers[segment])
-            ]
+            x = unstored(hidden[pool.place], cfg.residual_dtype)
+            if mixes:
+                sums = list(jnp.moveaxis(mixed[pool.place, number - 1 :], 1, 0))
         for i in range(firsts[number], exits.layers[number]):
             x = run_one(cfg, weights, i, x, part.mask)
-            vectors.append(pool_tokens(x, part.mask, exits))
-        logits = run_head(cfg, weights, number, exits, vectors)
-        own = vectors[firsts[number] :]
-        seen = jnp.stack(own + own[-1:] * (longest - len(own)))
-        rest = tile - width
+            vector = pool_tokens(x, part.mask, exits)
+            sums = [one + weights.columns[i, number + e] * vector for e, one in enumerate(sums)]
+        logits = run_head(cfg, weights, number, exits, sums[0])
+        passed = [jnp.zeros_like(sums[0])] * number  # nobody reads the mixes of these exits again
+        seen = jnp.stack([*passed, *sums[1:], sums[0]], 1)[:, :carried]
         return (
             jnp.concatenate([stored(x), old[width:]]),
-            jnp.pad(seen, ((0, 0), (0, rest), (0, 0))),
-            jnp.pad(logits, ((0, rest), (0, 0))),
+            jnp.concatenate([seen, old_mixed[width:]]),
+            jnp.pad(logits, ((0, tile - width), (0, 0))),
         )
 
     segments = [partial(run_segment, n, width) for width in widths for n in range(last + 1)]
@@ -371,7 +368,7 @@ def run_pool(
         pool = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, tile), state.pool)
         stream, seen, logits = lax.switch(
             segment + jnp.where(few, last + 1, 0),
-            segments, start, pool, state.hidden, state.pooled,
+            segments, start, pool, state.hidden, state.mixed,
         )  # fmt: skip
         score, agreed = score_exit(rule, logits, temperatures[segment], pool.agreed, last + 1)
         real = jnp.arange(tile) < jnp.minimum(width, rest)
@@ -380,11 +377,8 @@ def run_pool(
 
         # No row stands before its index: what is overwritten here has been read.
         hidden = lax.dynamic_update_slice_in_dim(state.hidden, stream, start, 0)
-        pooled = state.pooled
-        if mixes:
-            corner = (jnp.asarray(firsts)[segment], start, 0)
-            pooled = lax.dynamic_update_slice(pooled, seen, corner)
-        places = pool.places.at[:, segment].set(start + jnp.arange(tile))
+        mixed = lax.dynamic_update_slice_in_dim(state.mixed, seen, start, 0)
+        place = start + jnp.arange(tile)
         found = Decision(logits, jnp.full((tile,), segment), score)
         left, out = _append((state.left, state.out), (pool.row, found), leave, state.gone)
         all_logits = state.every
@@ -395,8 +389,8 @@ def run_pool(
         done = width >= rest
         return State(
             hidden,
-            pooled,
-            _append(state.pool, Rows(pool.row, places, agreed), stay, state.stayed),
+            mixed,
+            _append(state.pool, Rows(pool.row, place, agreed), stay, state.stayed),
             left,
             out,
             all_logits,
@@ -412,12 +406,10 @@ def run_pool(
 
     state = State(
         hidden=stored(zeros(size + tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)),
-        pooled=zeros(
-            firsts[-1] + longest if mixes else 0, size + tile, cfg.hidden_size, dtype=jnp.float32
-        ),
+        mixed=zeros(size + tile, carried, cfg.hidden_size, dtype=jnp.float32),
         pool=Rows(
             jnp.minimum(jnp.arange(size + tile), size - 1),
-            zeros(size + tile, last + 1),
+            zeros(size + tile),
             nothing_agreed((size + tile,)),
         ),
         left=jnp.full((size + tile,), size),
@@ -465,13 +457,8 @@ def run_layer(cfg: Any, weights: Prepared, i: int, x: Array, mask: Array) -> Arr
     return out
 
 
-def run_head(
-    cfg: Any, weights: Prepared, number: int, exits: Any, vectors: Sequence[Array]
-) -> Array:
-    """Logits [B, C] of one exit, from the pooled vectors [B, D] of the layers up to its own."""
-    mixed = jnp.zeros_like(vectors[-1])
-    for i, vector in enumerate(vectors):
-        mixed = mixed + weights.columns[i, number] * vector
+def run_head(cfg: Any, weights: Prepared, number: int, exits: Any, mixed: Array) -> Array:
+    """Logits [B, C] of one exit, from its mix [B, D] of the pooled layers up to its own."""
     head = ExitHead(cfg, exits.num_labels)
     logits: Any = head.apply({"params": weights.heads[number]}, mixed)
     return logits
@@ -520,11 +507,11 @@ def _full_depth(
     def run(width: int, start: Array, logits: Array) -> Array:
         part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, width), batch)
         x: Any = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
-        vectors = []
+        mixed = jnp.zeros((width, cfg.hidden_size))
         for layer in range(exits.num_layers):
             x = run_layer(cfg, weights, layer, x, part.mask)
-            vectors.append(pool_tokens(x, part.mask, exits))
-        found = run_head(cfg, weights, len(exits.layers) - 1, exits, vectors)
+            mixed = mixed + weights.columns[layer, -1] * pool_tokens(x, part.mask, exits)
+        found = run_head(cfg, weights, len(exits.layers) - 1, exits, mixed)
         return lax.dynamic_update_slice_in_dim(logits, found, start, 0)
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
