@@ -28,7 +28,7 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     results = tmp_path / "grid"
     args = [
         *("--data", tmp_path / "data", "--twelve", tiny.model(), "--results", results),
-        *("--workdir", tmp_path / "runs", "--cells", "sst2-twelve-[ec]*"),
+        *("--workdir", tmp_path / "runs", "--cells", "sst2-twelve-[ec][xu]*"),
     ]
     assert run(grid.app, "train.grid", list(map(str, args))) == 0
     names = {f"sst2-twelve-{name}-0" for name in ("exits", "cut1")}
@@ -117,6 +117,8 @@ def test_every_cell_has_a_name_of_its_own():
     assert (long.epochs, long.distillation) == (4, 1)
     assert by_name["snli-twelve-long-0"].config(tiny.HOME, "", tiny.HOME).epochs == 2
     assert by_name["mnli-twelve-longer-0"].config(tiny.HOME, "", tiny.HOME).epochs == 4
+    every = by_name["sst2-twelve-every-0"].config(tiny.HOME, "", tiny.HOME)
+    assert (every.epochs, every.layers) == (2, tuple(range(1, 13)))
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):

@@ -61,8 +61,10 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "frozen": SUM | {"train_encoder": False},  # of the standard model: DeeBERT
     "long": {},  # twice the epochs: about as long as all the models that it stands for
     "longer": {},  # twice that
+    "every": {},  # as "long", with an exit after every layer
+    "halved": {"gradient_stop": 0.5},  # as "long"
 }
-MORE_EPOCHS = {"long": 2, "longer": 4}  # times those of all others
+MORE_EPOCHS = {"long": 2, "longer": 4, "every": 2, "halved": 2}  # times those of all others
 LINES = {
     "exits": ("early exit", "C0"),
     "long": ("early exit, twice the epochs", "C4"),
@@ -91,6 +93,8 @@ class Cell:
     @property
     def layers(self) -> tuple[int, ...]:
         exits = EXITS[self.encoder]
+        if self.kind == "every":
+            return tuple(range(1, exits[-1] + 1))
         if self.kind in RECIPES:
             return exits
         return exits[-1:] if self.kind == "standard" else (int(self.kind.removeprefix("cut")),)
@@ -136,7 +140,8 @@ def all_cells() -> list[Cell]:
     cells += [
         cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
     ]
-    return cells + [Cell(data, "twelve", "longer") for data in ("sst2", "mnli")]
+    cells += [Cell(data, "twelve", "longer") for data in ("sst2", "mnli")]
+    return cells + [Cell("sst2", "twelve", kind) for kind in ("every", "halved")]
 
 
 @app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
@@ -364,8 +369,11 @@ def summary(known: list[dict[str, Any]]) -> Shown:
             other = by_name.get((key[0], key[1], kind, key[2]))
             return other["exits"][-1]["accuracy"] if other else None
 
+        budgets = r["at_budget"]
         beside = [
-            (p["accuracy"], single_head(f"cut{layer}")) for layer, p in r["at_budget"].items()
+            (budgets[layer]["accuracy"], single_head(f"cut{layer}"))
+            for layer in map(str, EXITS[encoder])
+            if layer in budgets
         ]
         chosen, times = r["chosen"], r["speed"]
         groups.setdefault((data, encoder, kind), {})[str(seed)] = [
