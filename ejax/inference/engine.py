@@ -339,20 +339,19 @@ def run_pool(
         pool = jax.tree.map(lambda leaf: leaf[:width], pool)
         part = jax.tree.map(lambda leaf: leaf[pool.row], batch)
         x: Any
-        sums = [jnp.zeros((width, cfg.hidden_size))] * (last + 1 - number)  # of this exit on
+        sums = jnp.zeros((width, last + 1 - number, cfg.hidden_size))  # of this exit and later ones
         if number == 0:
             x = BertModel(cfg).apply({"params": weights.bert}, part, method="embed")
         else:
             x = unstored(hidden[pool.place], cfg.residual_dtype)
             if mixes:
-                sums = list(jnp.moveaxis(mixed[pool.place, number - 1 :], 1, 0))
+                sums = mixed[pool.place, number - 1 :]
         for i in range(firsts[number], exits.layers[number]):
             x = run_one(cfg, weights, i, x, part.mask)
             vector = pool_tokens(x, part.mask, exits)
-            sums = [one + weights.columns[i, number + e] * vector for e, one in enumerate(sums)]
-        logits = run_head(cfg, weights, number, exits, sums[0])
-        passed = [jnp.zeros_like(sums[0])] * number  # nobody reads the mixes of these exits again
-        seen = jnp.stack([*passed, *sums[1:], sums[0]], 1)[:, :carried]
+            sums = sums + weights.columns[i, number:, None] * vector[:, None]
+        logits = run_head(cfg, weights, number, exits, sums[:, 0])
+        seen = jnp.pad(sums[:, 1:], ((0, 0), (number, 0), (0, 0)))[:, :carried]
         return (
             jnp.concatenate([stored(x), old[width:]]),
             jnp.concatenate([seen, old_mixed[width:]]),
