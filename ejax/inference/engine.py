@@ -349,7 +349,7 @@ def run_pool(
         for i in range(firsts[number], exits.layers[number]):
             x = run_one(cfg, weights, i, x, part.mask)
             vector = pool_tokens(x, part.mask, exits)
-            sums = sums + weights.columns[i, number:, None] * vector[:, None]
+            sums = sums + weights.columns[None, i, number:, None] * vector[:, None]
         logits = run_head(cfg, weights, number, exits, sums[:, 0])
         seen = jnp.pad(sums[:, 1:], ((0, 0), (number, 0), (0, 0)))[:, :carried]
         return (
