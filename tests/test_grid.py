@@ -88,6 +88,18 @@ def test_seeds_have_a_mean():
     assert f"{one['at_budget']['1']['accuracy']:.4f} ± 0.0000 / –" in line  # one seed has no cut1
 
 
+def test_a_depth_stands_beside_the_model_cut_there():
+    """Also where there are more exits than cut models."""
+    kept = Path(grid.__file__).parents[1] / "configs/results/grid"
+    one, cut = (
+        json.loads((kept / f"sst2-twelve-{k}-0.json").read_text()) for k in ("every", "cut4")
+    )
+    printed = io.StringIO()
+    Console(file=printed, width=250).print(grid.summary([one, cut]))
+    at_4 = one["at_budget"]["4"]["accuracy"]
+    assert f"{at_4:.4f} / {cut['exits'][0]['accuracy']:.4f}" in printed.getvalue()
+
+
 def test_random_exits_are_drawn_at_their_own_mean_depth():
     """Not at what the chosen thresholds spend, which depends on the texts' lengths too."""
     kept = Path(grid.__file__).parents[1] / "configs/results/grid/sst2-twelve-exits-0.json"
