@@ -170,14 +170,19 @@ def test_the_page_needs_nothing_else(made):
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_the_page_in_a_browser(made, tmp_path, width):
-    """Every picture is shown, nothing hangs over the side, no text has become a script."""
+    """Every picture is shown, nothing hangs over the side, no text has become a script.
+
+    On a desktop no table has to be scrolled.
+    """
     _, output, report = made
     probe = """<script>addEventListener("load", () => {
         const shown = [...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth > 0);
         document.body.dataset.seen = JSON.stringify({
             title: document.title, pictures: shown.length, width: innerWidth,
             over: document.documentElement.scrollWidth - innerWidth,
-            tables: document.querySelectorAll("table").length})})</script>"""
+            tables: document.querySelectorAll("table").length,
+            cut: [...document.querySelectorAll(".wide")].filter(
+                w => w.scrollWidth > w.clientWidth).length})})</script>"""
     page = tmp_path / "page.html"
     page.write_text(output.read_text(encoding="utf-8").replace("</body>", probe + "</body>"))
     done = subprocess.run(
@@ -192,6 +197,7 @@ def test_the_page_in_a_browser(made, tmp_path, width):
     assert seen["over"] <= 0
     assert seen["width"] == width
     assert (seen["pictures"], seen["tables"]) == (4, 7)
+    assert seen["cut"] == 0 or width == 500
 
 
 def test_of_a_pair_both_texts_are_shown():

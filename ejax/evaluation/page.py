@@ -289,12 +289,12 @@ def qualities(report: Report) -> str:
         auroc = after["failure_auroc"]
         rows.append(
             [str(e["layer"]), f"{after['accuracy']:.4f}", f"{after['macro_f1']:.4f}",
-             f"{e['temperature']:.3f}", f"{after['nll']:.4f}", f"{after['brier']:.4f}",
-             f"{e['before']['ece_width']:.4f}", f"{after['ece_width']:.4f}",
-             f"{after['ece_width_minus_floor']:.4f} ({e['ece_minus_floor_low']:.4f} to "
-             f"{e['ece_minus_floor_high']:.4f})",
-             f"{e['ece_minus_floor_at_best']:.4f} at {e['best_temperature']:.2f}",
-             f"{after['ece_mass_minus_floor']:.4f}",
+             f"{e['temperature']:.3f}", f"{after['nll']:.3f}", f"{after['brier']:.3f}",
+             f"{e['before']['ece_width']:.3f}", f"{after['ece_width']:.3f}",
+             f"{after['ece_width_minus_floor']:.3f} ({e['ece_minus_floor_low']:.3f} to "
+             f"{e['ece_minus_floor_high']:.3f})",
+             f"{e['ece_minus_floor_at_best']:.3f} at {e['best_temperature']:.2f}",
+             f"{after['ece_mass_minus_floor']:.3f}",
              "" if auroc is None else f"{auroc:.3f}"]
         )  # fmt: skip
     return table(
