@@ -141,7 +141,8 @@ def all_cells() -> list[Cell]:
         cell for seed in (1, 2) for data in MORE_SEEDS for cell in group(data, "minilm", seed)
     ]
     cells += [Cell(data, "twelve", "longer") for data in ("sst2", "mnli")]
-    return cells + [Cell("sst2", "twelve", kind) for kind in ("every", "halved")]
+    cells += [Cell("sst2", "twelve", "halved")]
+    return cells + [Cell(data, "twelve", "every") for data in ("sst2", "mnli")]
 
 
 @app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
