@@ -131,6 +131,7 @@ def test_every_cell_has_a_name_of_its_own():
     assert by_name["mnli-twelve-longer-0"].config(tiny.HOME, "", tiny.HOME).epochs == 4
     every = by_name["sst2-twelve-every-0"].config(tiny.HOME, "", tiny.HOME)
     assert (every.epochs, every.layers) == (2, tuple(range(1, 13)))
+    assert by_name["mnli-twelve-shallow-0"].layers == (1, 3, 5, 12)
 
 
 def test_the_frozen_cell_starts_from_the_standard_model(tmp_path, capsys):

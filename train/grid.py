@@ -62,9 +62,11 @@ RECIPES: dict[str, dict[str, Any]] = {  # of all exits together
     "long": {},  # twice the epochs: about as long as all the models that it stands for
     "longer": {},  # twice that
     "every": {},  # as "long", with an exit after every layer
+    "shallow": {},  # as "long", with the middle exits one layer lower
     "halved": {"gradient_stop": 0.5},  # as "long"
 }
-MORE_EPOCHS = {"long": 2, "longer": 4, "every": 2, "halved": 2}  # times those of all others
+MORE_EPOCHS = {"long": 2, "longer": 4, "every": 2, "shallow": 2, "halved": 2}  # times all others'
+OTHER_EXITS = {"every": tuple(range(1, 13)), "shallow": (1, 3, 5, 12)}  # of the 12-layer model
 LINES = {
     "exits": ("early exit", "C0"),
     "long": ("early exit, twice the epochs", "C4"),
@@ -93,10 +95,8 @@ class Cell:
     @property
     def layers(self) -> tuple[int, ...]:
         exits = EXITS[self.encoder]
-        if self.kind == "every":
-            return tuple(range(1, exits[-1] + 1))
         if self.kind in RECIPES:
-            return exits
+            return OTHER_EXITS.get(self.kind, exits)
         return exits[-1:] if self.kind == "standard" else (int(self.kind.removeprefix("cut")),)
 
     def config(self, root: Path, twelve: str, workdir: Path) -> TrainConfig:
@@ -142,7 +142,8 @@ def all_cells() -> list[Cell]:
     ]
     cells += [Cell(data, "twelve", "longer") for data in ("sst2", "mnli")]
     cells += [Cell("sst2", "twelve", "halved")]
-    return cells + [Cell(data, "twelve", "every") for data in ("sst2", "mnli")]
+    cells += [Cell(data, "twelve", "every") for data in ("sst2", "mnli")]
+    return [*cells, Cell("mnli", "twelve", "shallow")]
 
 
 @app.command(epilog="Example: `python -m train.grid --data DATA --cells 'sst2-minilm-*'`")
