@@ -381,6 +381,13 @@ def text_columns_of(bundle: Bundle) -> tuple[str, ...]:
     return tuple(p.get("text_columns", asked))
 
 
+def label_column_of(bundle: Bundle) -> str:
+    """That of the training; "" where it was recognised and not recorded."""
+    p = bundle.provenance
+    asked = p.get("config", {}).get("data", {}).get("label_column", "")
+    return str(p.get("label_column", asked))
+
+
 def check_columns(bundle: Bundle, columns: Sequence[str], source: str) -> None:
     """Raises ValueError for pairs of texts where single ones were trained on, or the reverse."""
     trained = text_columns_of(bundle) or columns

@@ -73,7 +73,7 @@ def train(
     pooling: Annotated[str, typer.Option(help="mean or cls; else mean.")] = "",
     epochs: Annotated[str, typer.Option(help="Passes over train; else 2.")] = "",
     text_column: TextColumns = None,
-    label_column: LabelColumn = "label",
+    label_column: LabelColumn = "",
     workdir: Annotated[
         Path | None,
         typer.Option(

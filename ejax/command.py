@@ -40,7 +40,13 @@ Beside = Annotated[
         parser=path_of,
     ),
 ]
-LabelColumn = Annotated[str, typer.Option(help="Column of the labels.", show_default=False)]
+LabelColumn = Annotated[
+    str,
+    typer.Option(
+        help="Column of the labels; else that of the training, or label, category, class, …",
+        show_default=False,
+    ),
+]
 
 
 def keep_programs() -> None:

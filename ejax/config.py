@@ -180,7 +180,7 @@ class DataConfig:
     dev: str = ""
     test: str = ""
     text_columns: tuple[str, ...] = ()  # () = recognised from the header
-    label_column: str = "label"
+    label_column: str = ""  # "" = recognised from the header
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
     limit: int = 0  # at most so many rows of each split; 0 = all
     max_length: int = 128  # tokens; longer texts are truncated

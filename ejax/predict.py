@@ -19,16 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns, text_columns_of
+from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.classifier import EarlyExitClassifier, Text, chunks
-from ejax.data.files import (
-    Row,
-    check_still,
-    find_text_columns,
-    path_format,
-    read_rows,
-    texts_of,
-)
+from ejax.data.columns import check_still, find_column, find_text_columns
+from ejax.data.files import Row, path_format, read_rows, texts_of
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")
@@ -202,10 +196,9 @@ def columns_of(
     Raises:
       ValueError: where none are found, or two instead of the one trained on, or the reverse.
     """
-    label = bundle.provenance.get("config", {}).get("data", {}).get("label_column", "label")
     columns = find_text_columns(
         known, given, preferred=text_columns_of(bundle),
-        label_column=label if label in known else "label", path=source,
+        label_column=find_column(known, label_column_of(bundle)), path=source,
     )  # fmt: skip
     if not given:
         check_columns(bundle, columns, source)

@@ -46,10 +46,14 @@ def test_no_such_file_names_the_nearest(tmp_path):
         ("empty.tsv", "", "empty.tsv is empty."),
         ("header.tsv", "label\ttext\n", "header.tsv"),
         ("one.tsv", "label\ttext\ngood\ta\ngood\tb\n", "has only the label 'good'"),
-        ("no_label.tsv", "class\ttext\nbad\ta\ngood\tb\n", "no column 'label' for the label"),
+        ("no_label.tsv", "stars\ttext\nbad\ta\ngood\tb\n", "which column holds the label?"),
         ("cells.tsv", GOOD + "bad\ta\tb\n", "line 4: expected 2 columns (label, text). Got 3."),
         ("utf8.tsv", (GOOD + "bad\tcaf\xe9\n").encode("latin-1"), "line 4: not UTF-8"),
-        ("cut.tsv.gz", gzip.compress(GOOD.encode() * 9, mtime=0)[:-9], "cut.tsv.gz cannot be read"),
+        (
+            "cut.tsv.gz",
+            gzip.compress(f"{GOOD}bad\tpoor film\n".encode(), mtime=0)[:-9],
+            "cut.tsv.gz cannot be read",
+        ),
         ("multi.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "multi_label_classification"),
         ("number.jsonl", '{"text": "a", "label": 0.5}\n', '"regression" is not supported'),
         ("number.tsv", "label\ttext\n3.75\ta\n", '"regression" is not supported'),
@@ -90,7 +94,7 @@ def test_an_unknown_label_in_dev_names_the_line(tmp_path):
         (["--text-column", "review"], "has no column 'review'. Its columns: label, text."),
         (["--label-column", "class"], "no column 'class' for the label"),
         (["exit_weights=1,2"], "exit_weights must hold 3 weights. Got 2"),
-        (["--learning-rate", "1"], "No such option"),
+        (["--learning-rat", "1"], "No such option"),
     ],
 )
 def test_a_setting_that_does_not_fit(tmp_path, args, expected):
@@ -250,6 +254,19 @@ def test_every_command_reads_the_columns_of_the_training(tmp_path):
     assert columns_of(bundle, (), ("text", "review", "stars"), "in.tsv") == ("review",)
     assert columns_of(bundle, (), ("stars", "opinion"), "in.tsv") == ("opinion",)
     assert columns_of(bundle, (), ("label", "opinion"), "in.tsv") == ("opinion",)
+    source.write_text("label\tstars\tReview\npoor\tgood\tgreat film\n")  # stars is remembered
+    assert [(row.text, row.label) for row in labelled_rows(bundle, str(source))] == [
+        ("great film", 1)
+    ]
+    source.write_text("Category\treview\ngood\tgreat film\n")  # else a usual name
+    assert [row.label for row in labelled_rows(bundle, str(source))] == [1]
+    source.write_text("class\tintent\treview\ngood\tbad\tgreat film\n")
+    with pytest.raises(ValueError, match=r"which column holds the label, class or intent\?"):
+        labelled_rows(bundle, str(source))
+    assert labelled_rows(bundle, str(source), label_column="Class")[0].label == 1
+    made = {**made, "label_column": "intent"}  # as recognised when it was trained
+    bundle = dataclasses.replace(bundle, provenance=made)
+    assert labelled_rows(bundle, str(source))[0].label == 0
 
 
 def test_predict_stops_at_a_bad_row_and_keeps_the_old_output(tmp_path):

@@ -289,7 +289,7 @@ TWO = "expected 2 columns (text, label)."
         (
             "t.csv",
             "text,stars\nx,1\n",
-            ", line 2: no column 'label' for the label. Its columns: text, stars. "
+            ": which column holds the label? Its columns: text, stars. "
             "Name it with label_column (--label-column).",
         ),
         (
@@ -415,9 +415,9 @@ def test_a_test_file_without_labels_is_left_out(tmp_path):
     """Where the folder holds it; one that is named has to have them."""
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "fine\t1\npoor\t0\n" * 9)
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfine\n")
-    with pytest.warns(UserWarning, match=r"test.tsv is left out: it has no column 'label'"):
+    with pytest.warns(UserWarning, match=r"test.tsv is left out: it has no column of labels"):
         assert set(load(tmp_path, path=str(tmp_path))) == {"train", "dev"}
-    with pytest.raises(ValueError, match="no column 'label' for the label"):
+    with pytest.raises(ValueError, match="which column holds the label"):
         load(tmp_path, path=str(tmp_path), test=str(tmp_path / "test.tsv"))
 
 
@@ -547,6 +547,8 @@ def test_a_txt_file_has_one_text_per_line(tmp_path):
         ("one film\nid\ttext\n", [{"text": "one film"}, {"text": "id\ttext"}]),
         ("id\ttext\n3\tx\n", [{"id": "3", "text": "x"}]),
         ('{"text": "x", "id": 3}\n', [{"text": "x", "id": 3}]),
+        ("id\tMessage\n3\tx\n", [{"id": "3", "Message": "x"}]),
+        ("Review\nx\n", [{"text": "Review"}, {"text": "x"}]),
         ("17\n", [{"text": "17"}]),  # JSON, but no object
         ("", []),
     ],

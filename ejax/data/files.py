@@ -13,26 +13,15 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from ejax import storage
+from ejax.data.columns import TEXT_COLUMNS, find_column, names_columns, recognised_texts
 
 FORMATS = ("tsv", "csv", "jsonl", "txt")
-# Recognised text columns, the first match wins.
-TEXT_COLUMNS = (
-    ("text",),
-    ("text_a", "text_b"),
-    ("text_a",),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("sentence",),
-)
-ROW_NUMBER_COLUMNS = ("idx", "index", "id", "")  # never the text
 HEADERLESS = {2: ("label", "text"), 3: ("label", "text_a", "text_b")}
 PEEK_ROWS = 1000  # rows looked at to tell whether a tsv has a header
 
@@ -45,7 +34,7 @@ def read_rows(
     *,
     format: str = "",
     text_columns: Sequence[str] = (),
-    label_column: str = "label",
+    label_column: str = "",
     labels: Sequence[str] = (),
     skip: Skip = None,
     header: Callable[[tuple[str, ...]], None] = lambda columns: None,
@@ -58,8 +47,8 @@ def read_rows(
         holds a text column.
       format: "tsv", "csv", "jsonl" or "txt"; "" means by the file's ending. A txt file
         has one text per line, in the column "text".
-      text_columns: the columns of text, where they are not among `TEXT_COLUMNS`.
-      label_column: the column of labels, if there is one.
+      text_columns: the columns of text, where they are to be named.
+      label_column: the column of labels, where it is to be named.
       labels: known label names; they help to see that a tsv has no header.
       skip: called with the sentence about a row that cannot be read, which is left
         out; None means to raise it. A header, and a csv that is not UTF-8, always raise.
@@ -97,6 +86,9 @@ def read_rows(
         for number, row in cells:
             if row == [""] and len(columns) > 1:
                 continue  # a blank line
+            if len(columns) > 1 and tuple(row) == columns:
+                _refuse(f"{path}, line {number}: the header stands here again: delete it.", skip)
+                continue
             if len(row) != len(columns):
                 _refuse(
                     f"{path}, line {number}: expected {len(columns)} columns "
@@ -111,70 +103,6 @@ def _refuse(sentence: str, skip: Skip) -> None:
     if skip is None:
         raise ValueError(sentence) from None
     skip(sentence)
-
-
-def find_text_columns(
-    columns: Collection[str],
-    given: Sequence[str] = (),
-    *,
-    preferred: Sequence[str] = (),
-    label_column: str = "label",
-    path: str | Path = "",
-) -> tuple[str, ...]:
-    """The one or two columns that hold the text: those given, or preferred, or recognised.
-
-    Raises:
-      ValueError: when a given column is missing, or none is recognised; it lists the
-        columns of the file.
-    """
-    names = [name for name in columns if name != label_column]
-    given = given or (preferred if all(name in names for name in preferred) else ())
-    if given:
-        if len(given) > 2:
-            raise ValueError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
-        if label_column in given or len(set(given)) < len(given):
-            raise ValueError(
-                f"text_columns must be one or two columns other than that of the label, "
-                f"{label_column!r}. Got {', '.join(given)}."
-            )
-        for name in given:
-            if name not in columns:
-                raise ValueError(
-                    f"{path} has no column {name!r}. Its columns: {', '.join(columns)}."
-                )
-        return tuple(given)
-    for known in TEXT_COLUMNS:
-        if all(name in names for name in known):
-            return known
-    left = [name for name in names if name not in ROW_NUMBER_COLUMNS]
-    if len(left) == 1:
-        return (left[0],)
-    raise ValueError(
-        f"{path}: which column holds the text? Its columns: {', '.join(columns)}. "
-        f"Name one or two with text_columns (--text-column)."
-    )
-
-
-def check_still(
-    row: Row, first: Collection[str], chosen: Sequence[str], find: Callable[[Row], Sequence[str]],
-    where: str,
-) -> None:  # fmt: skip
-    """Raises ValueError where a later object of a jsonl tells that its text is in other columns.
-
-    Args:
-      row: it.
-      first: the columns of the first object, from which those of the text were `chosen`.
-      find: chooses them from a row, or raises ValueError.
-    """
-    found = tuple(chosen)
-    if row.keys() > set(chosen) and not row.keys() <= set(first):
-        with suppress(ValueError):
-            found = tuple(find(row))
-    if found != tuple(chosen):
-        raise ValueError(
-            f"{where}: the text is in {', '.join(found)}, and was read from {', '.join(chosen)} "
-            f"before: name the columns of the text (--text-column)."
-        )
 
 
 def texts_of(
@@ -316,8 +244,13 @@ def _sniff(line: str, text_columns: Sequence[str]) -> str:
         if isinstance(json.loads(line), dict):
             return "jsonl"
     cells = _strip(line).split("\t")
-    known = (tuple(text_columns),) if text_columns else TEXT_COLUMNS
-    return "tsv" if any(set(names) <= set(cells) for names in known) else "txt"
+    if text_columns:
+        header = all(find_column(cells, name) for name in text_columns)
+    elif len(cells) > 1:
+        header = bool(recognised_texts(cells, alone=False))
+    else:  # "Review" is more likely a text than a header
+        header = (cells[0],) in TEXT_COLUMNS
+    return "tsv" if header else "txt"
 
 
 def _json_rows(
@@ -385,9 +318,8 @@ def _columns(
         and path != "-"
         and len(header) in HEADERLESS
         and not text_columns
-        and label_column == "label"
-        and label_column not in header
-        and not any(set(names) <= set(header) for names in TEXT_COLUMNS)
+        and label_column in ("", "label")
+        and not names_columns(header)
     ):
         peek = list(itertools.islice(cells, PEEK_ROWS))
         cells = itertools.chain(peek, cells)
@@ -396,12 +328,15 @@ def _columns(
             return HEADERLESS[len(header)], itertools.chain([(number, header)], cells)
     if header == [""]:
         raise ValueError(f"{path}, line {number}: expected a header with the column names.")
-    if len(header) == 1 and header[0] not in text_columns and re.search(r"[,;|\t ]", header[0]):
+    alone = header[0].strip() if len(header) == 1 else ""
+    if re.search(r"[,;|\t ]", alone) and not any(find_column(header, n) for n in text_columns):
         raise ValueError(
             f"{path}: {header[0]!r} does not look like the name of a column. A tsv has tabs "
             f"between its columns, a csv commas; one text per line without a header is a txt. If "
             f"it is a name, give it as text_columns (--text-column)."
         )
+    if header.count("") > 1:  # as pandas calls them
+        header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: the header names column {twice[0]!r} twice.")

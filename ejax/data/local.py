@@ -17,8 +17,9 @@ import filelock
 import tensorflow_datasets as tfds
 
 from ejax.data import files
+from ejax.data.columns import check_still, find_label_column, find_text_columns
 
-FORMAT_VERSION = "1.0.2"  # of what is written: raise it when rows are read differently
+FORMAT_VERSION = "1.0.3"  # of what is written: raise it when rows are read differently
 
 
 class Records(NamedTuple):
@@ -27,6 +28,7 @@ class Records(NamedTuple):
     source: Any  # rows {"text": bytes, "label": bytes[, "pair": bytes]}, in file order
     labels: dict[str, int]  # label name -> the first line that holds it
     text_columns: tuple[str, ...]
+    label_column: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,9 +70,10 @@ def open_file(
     root: Path,
     *,
     text_columns: Sequence[str] = (),
-    label_column: str = "label",
+    label_column: str = "",
     labels: Sequence[str] = (),
     preferred: Sequence[str] = (),
+    preferred_label: str = "",
 ) -> Records:
     """A labelled file as an ArrayRecord data source, written on first use.
 
@@ -81,7 +84,7 @@ def open_file(
     Args:
       path, text_columns, label_column, labels: as for `files.read_rows`.
       root: the folder for such copies.
-      preferred: text columns, if the file has them and `text_columns` names none.
+      preferred, preferred_label: columns to read, if the file has them and none are named.
 
     Raises:
       ValueError: naming the file and, where there is one, the line.
@@ -95,28 +98,34 @@ def open_file(
     if not first:
         raise ValueError(f"{path} has no rows.")
 
+    def find_label(row: files.Row) -> tuple[str]:
+        return (find_label_column(row, label_column, preferred=preferred_label, path=path),)
+
+    (label,) = find_label(first)
+
     def find(row: files.Row) -> tuple[str, ...]:
-        return files.find_text_columns(
-            row, text_columns, preferred=preferred, label_column=label_column, path=path
+        return find_text_columns(
+            row, text_columns, preferred=preferred, label_column=label, path=path
         )
 
     columns = find(first)
-    files.label_of(first, label_column, path, line)  # a clear error before anything is written
+    files.label_of(first, label, path, line)  # a clear error before anything is written
 
     def rows() -> Iterator[tuple[int, str, str | None, str]]:
         for line, row in files.read_rows(path, **options):
             text, pair = files.texts_of(row, columns, path, line)
-            files.check_still(row, first, columns, find, f"{path}, line {line}")
-            yield line, text, pair, files.label_of(row, label_column, path, line)
+            check_still(row, first, columns, find, f"{path}, line {line}")
+            check_still(row, first, (label,), find_label, f"{path}, line {line}", "label")
+            yield line, text, pair, files.label_of(row, label, path, line)
 
-    choice = [files.path_format(path), list(first), columns, label_column]
+    choice = [files.path_format(path), list(first), columns, label]
     key = hashlib.sha256(json.dumps([_sha256(path), *choice]).encode()).hexdigest()[:32]
     config = LocalTextConfig(name=key, rows=rows, pair=len(columns) == 2)
     with locked(root, key), quiet():
         builder = LocalText(data_dir=root, config=config)
         builder.download_and_prepare(file_format="array_record")
         source = builder.as_data_source(split="rows")
-        return Records(source, dict(builder.info.metadata["labels"]), columns)
+        return Records(source, dict(builder.info.metadata["labels"]), columns, label)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ import numpy as np
 from ejax import assets, storage
 from ejax.config import DataConfig
 from ejax.data import named
-from ejax.data.files import find_text_columns, read_rows, texts_of
+from ejax.data.columns import find_text_columns, label_columns
+from ejax.data.files import read_rows, texts_of
 
 __all__ = [
     "Example", "Split", "find_text_columns", "load", "read_rows", "row_hash", "split_dev",
@@ -53,6 +54,7 @@ class Split(Sequence[Example]):
       labels: the label names; `Example.label` is an index into them.
       origin: where the rows come from, in words, such as "10 % of train, seed 0".
       text_columns: of the text, and of its pair where there is one.
+      label_column: of the label; "" in a named data set.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Split(Sequence[Example]):
         rows: np.ndarray,
         decode: Callable[[dict[str, Any]], Example],
         text_columns: Sequence[str],
+        label_column: str = "",
     ) -> None:
         self.name, self.labels, self.origin = name, tuple(labels), origin
         self._source, self._rows, self._decode = source, rows, decode
-        self.text_columns = tuple(text_columns)
+        self.text_columns, self.label_column = tuple(text_columns), label_column
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,7 +97,7 @@ class Split(Sequence[Example]):
     def take(self, name: str, rows: np.ndarray, origin: str) -> "Split":
         return Split(
             name, self.labels, origin, self._source, self._rows[rows], self._decode,
-            self.text_columns,
+            self.text_columns, self.label_column,
         )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def load(
     seed: int = 0,
     labels: Sequence[str] = (),
     preferred: Sequence[str] = (),
+    preferred_label: str = "",
 ) -> dict[str, Split]:
     """The splits of a data set; the key "test" is absent where there is none.
 
@@ -119,7 +123,8 @@ def load(
       labels: label names in the order of their indices, those of a trained model say;
         () means those of train: sorted, by value where all are integers. With `labels`
         a test file can be loaded alone.
-      preferred: text columns of local files that have them, where the config names none.
+      preferred, preferred_label: columns of the text and of the label, in local files that have
+        them, where the config names none; else those of train.
 
     Raises:
       ValueError: one sentence; for a file it names the file and the line.
@@ -129,7 +134,7 @@ def load(
         raise ValueError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
     if config.path or config.train or config.dev or config.test:
-        found = _load_files(config, root, splits, labels, preferred)
+        found = _load_files(config, root, splits, labels, preferred, preferred_label)
     elif config.name:
         found = _load_named(config.name, root, labels)
     else:
@@ -187,6 +192,7 @@ def _load_files(
     splits: Sequence[str],
     labels: Sequence[str],
     preferred: Sequence[str],
+    preferred_label: str,
 ) -> dict[str, Split]:
     from ejax.data import local
 
@@ -208,13 +214,17 @@ def _load_files(
         with storage.fetched(paths[name]) as file:
             if name == "test" and not config.test:  # as GLUE's, whose labels are not public
                 first = next((row for _, row in read_rows(file, **columns)), None)
-                if first and config.label_column not in first:
-                    warnings.warn(
-                        f"{paths[name]} is left out: it has no column {config.label_column!r}.",
-                        stacklevel=2,
+                if first and not label_columns(first, config.label_column, preferred_label):
+                    what = (
+                        f"column {config.label_column!r}"
+                        if config.label_column
+                        else "column of labels"
                     )
+                    warnings.warn(f"{paths[name]} is left out: it has no {what}.", stacklevel=2)
                     continue
-            records = local.open_file(file, root, preferred=preferred, **columns)
+            records = local.open_file(
+                file, root, preferred=preferred, preferred_label=preferred_label, **columns
+            )
         if name == "train" and len(records.labels) < 2:
             raise ValueError(
                 f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
@@ -223,7 +233,7 @@ def _load_files(
         if name == "train" and 2 * len(records.labels) > len(records.source) >= FEW_ROWS:
             warnings.warn(
                 f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: "
-                f"{config.label_column!r} (in a tsv without a header the first column) may not be "
+                f"{records.label_column!r} (in a tsv without a header the first column) may not be "
                 f"the label; label_column (--label-column) names another.",
                 stacklevel=2,
             )
@@ -234,6 +244,8 @@ def _load_files(
                 stacklevel=2,
             )
         labels = labels or _sorted_labels(records.labels)
+        preferred = preferred or records.text_columns
+        preferred_label = preferred_label or records.label_column
         _check_labels(records.labels, labels, paths[name])
         if width and len(records.text_columns) != width:
             raise ValueError(
@@ -245,8 +257,9 @@ def _load_files(
         decode = partial(_local_example, {label: i for i, label in enumerate(labels)})
         origin = "/".join(paths[name].parts[-2:])  # travels in the bundle: no home folder
         found[name] = Split(
-            name, labels, origin, records.source, rows, decode, records.text_columns
-        )
+            name, labels, origin, records.source, rows, decode, records.text_columns,
+            records.label_column,
+        )  # fmt: skip
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns, text_columns_of
+from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
@@ -29,7 +29,7 @@ def labelled_rows(
       data: a file (`split` does not matter), a folder with train, dev and test files, or
         a TFDS name.
       text_columns: () means those of the training, or else as many recognised ones.
-      label_column: "" means that of the training.
+      label_column: "" means that of the training, or else a recognised one.
       limit: at most so many rows, drawn by a fixed seed; 0 means all.
 
     Raises:
@@ -41,7 +41,7 @@ def labelled_rows(
     trained = bundle.provenance.get("config", {})
     options: dict[str, Any] = {
         "text_columns": tuple(text_columns),
-        "label_column": label_column or _of(trained, "label_column", "label"),
+        "label_column": label_column,
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "limit": limit,
         "cache_dir": cache_dir,
@@ -58,8 +58,10 @@ def labelled_rows(
             f"No such file or folder: {data}; nor is it one of the data sets {', '.join(TFDS)}."
         )
     seed = trained.get("seed", 0)
-    preferred = text_columns_of(bundle)
-    found = load(config, splits=(split,), seed=seed, labels=bundle.labels, preferred=preferred)
+    found = load(
+        config, splits=(split,), seed=seed, labels=bundle.labels,
+        preferred=text_columns_of(bundle), preferred_label=label_column_of(bundle),
+    )  # fmt: skip
     if split not in found:
         raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
     if not text_columns or data in TFDS:  # of a named set none are chosen
