@@ -15,6 +15,7 @@ from ejax.command import (
     Bundle,
     Data,
     LabelColumn,
+    ListsFields,
     TextColumns,
     check_json,
     check_output_file,
@@ -30,6 +31,7 @@ from ejax.command import (
     rows_of,
     run,
     save_chosen,
+    setting,
 )
 from ejax.storage import path_of
 
@@ -60,20 +62,26 @@ def version(
 
 
 @app.command(
+    cls=ListsFields,
     epilog="Example: `ejax train --model all-MiniLM-L6-v2 --train train.tsv --dev dev.tsv "
-    "--output sentiment --layers 1,2,4,6 epochs=3`"
+    "--output sentiment --layers 1,2,4,6 epochs=3`",
 )
 def train(
-    model: Annotated[str, typer.Option(help="A Hugging Face folder, hub id or known name.")],
+    model: Annotated[str, setting("model")],
     output: Annotated[Path, typer.Option(help="The bundle's folder.", parser=path_of)],
-    train_file: Annotated[str, typer.Option("--train", help="tsv, csv or jsonl, or .gz.")] = "",
-    dev: Annotated[str, typer.Option(help="Where there is none, part of train.")] = "",
-    test: Annotated[str, typer.Option(help="Reported on, never fitted on.")] = "",
-    layers: Annotated[str, typer.Option(help="Exits, such as 1,2,4,6; else all.")] = "",
-    pooling: Annotated[str, typer.Option(help="mean or cls; else mean.")] = "",
-    epochs: Annotated[str, typer.Option(help="Passes over train; else 2.")] = "",
+    train_file: Annotated[str, setting("data.train")] = "",
+    dev: Annotated[str, setting("data.dev")] = "",
+    test: Annotated[str, setting("data.test")] = "",
+    layers: Annotated[str, setting("layers")] = "",
+    pooling: Annotated[str, setting("pooling")] = "",
+    epochs: Annotated[str, setting("epochs")] = "",
+    batch_size: Annotated[str, setting("batch_size")] = "",
+    learning_rate: Annotated[str, setting("learning_rate")] = "",
+    max_length: Annotated[str, setting("data.max_length")] = "",
+    limit: Annotated[str, setting("data.limit")] = "",
+    seed: Annotated[str, setting("seed")] = "",
     text_column: TextColumns = None,
-    label_column: LabelColumn = "",
+    label_column: Annotated[str, setting("data.label_column")] = "",
     workdir: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +92,7 @@ def train(
     ] = None,
     fields: Annotated[
         list[str] | None,
-        typer.Argument(metavar="field=value …", help="Any field of ejax.TrainConfig."),
+        typer.Argument(metavar="field=value …", help="Any of the fields below."),
     ] = None,
 ) -> None:
     """Fine-tune a BERT with exits, calibrate it, and save a bundle.
@@ -97,7 +105,11 @@ def train(
     data = DataConfig(
         train=train_file, dev=dev, test=test, text_columns=columns, label_column=label_column
     )
-    short = {"layers": layers, "pooling": pooling, "epochs": epochs}
+    short = {
+        "layers": layers, "pooling": pooling, "epochs": epochs, "batch_size": batch_size,
+        "learning_rate": learning_rate, "data.max_length": max_length, "data.limit": limit,
+        "seed": seed,
+    }  # fmt: skip
     given = [f"{name}={value}" for name, value in short.items() if value]
     config = override(TrainConfig(model=model, data=data), [*given, *(fields or ())])
     train_and_show(config, workdir or path_of(f"{output}.work"), output)
@@ -556,7 +568,7 @@ def quickstart(
     smoke: Annotated[bool, typer.Option("--smoke", help="Only whether it runs.")] = False,
     fields: Annotated[
         list[str] | None,
-        typer.Argument(metavar="field=value …", help="Any field of ejax.TrainConfig."),
+        typer.Argument(metavar="field=value …", help="Any field that `ejax train --help` lists."),
     ] = None,
 ) -> None:
     """From nothing to a measured speed-up: fetch, train, calibrate, evaluate."""

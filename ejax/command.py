@@ -8,13 +8,15 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from ejax import storage
+from ejax.config import TrainConfig, field_sentences, field_types
 from ejax.storage import path_of
 
 # Of click or of typer's own copy of it, by version; not public under its name in either.
@@ -43,10 +45,64 @@ Beside = Annotated[
 LabelColumn = Annotated[
     str,
     typer.Option(
-        help="Column of the labels; else that of the training, or label, category, class, …",
+        help="Column of the labels; else that of the training, or a usual name.",
         show_default=False,
     ),
 ]
+
+
+class Field(NamedTuple):
+    """A field of TrainConfig as `ejax train --help` shows it."""
+
+    kind: str
+    default: str
+    sentence: str
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    sentences = field_sentences(type(config))
+    for name, hint in field_types(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(value, f"{prefix}{name}.")
+            continue
+        if get_origin(hint) is Literal:
+            kind = "|".join(kinds)
+        else:
+            kind = f"{kinds[0].__name__},…" if kinds else hint.__name__
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        sentence = sentences.get(name, "").replace("() =", "empty =").replace('"" =', "empty =")
+        yield prefix + name, Field(kind, default, sentence)
+
+
+FIELDS = dict(_fields(TrainConfig()))
+
+
+def setting(name: str) -> Any:
+    """An option that sets this field of TrainConfig; its help is that of the field."""
+    kind, default, sentence = FIELDS[name]
+    return typer.Option(
+        f"--{name.rpartition('.')[2].replace('_', '-')}",
+        help=f"{sentence[:1].upper()}{sentence[1:]}.",
+        metavar=kind,
+        show_default=default or False,
+    )
+
+
+class ListsFields(TyperCommand):
+    """A command whose help ends with what may be set by field=value."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        super().format_help(ctx, formatter)
+        table = Table("field=default", "type", "", title="Fields", title_justify="left", box=None)
+        table.columns[0].overflow = "fold"
+        table.columns[0].max_width = 30
+        for name, field in FIELDS.items():
+            table.add_row(f"{name}={field.default}", field.kind, field.sentence)
+        Console(markup=False).print(table)
 
 
 def keep_programs() -> None:

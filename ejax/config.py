@@ -6,7 +6,9 @@ Field names of `BertConfig` are those of a Hugging Face `config.json`.
 import ast
 import dataclasses
 import difflib
+import inspect
 import itertools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -62,6 +64,12 @@ def _describe(hint: Any) -> str:
     if hint is float:
         return "a finite float"
     return getattr(hint, "__name__", str(hint))
+
+
+def field_sentences(cls: type) -> dict[str, str]:
+    """The help of each field of a dataclass: the comment behind it."""
+    comment = re.compile(r"^    (\w+): .*?  # (.+)$", re.MULTILINE)
+    return dict(comment.findall(inspect.getsource(cls)))
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -170,22 +178,21 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) 
 class DataConfig:
     """Labelled text: a TFDS name, or local files, which win over the name.
 
-    Local files are tsv, csv or jsonl, each also .gz. `path` is a folder with
-    train.*, dev.* and test.*; `train`, `dev` and `test` name single files.
+    Local files are tsv, csv or jsonl, each also .gz. The comment behind a field is its help.
     """
 
-    name: str = ""
-    path: str = ""
-    train: str = ""
-    dev: str = ""
-    test: str = ""
-    text_columns: tuple[str, ...] = ()  # () = recognised from the header
-    label_column: str = ""  # "" = recognised from the header
+    name: str = ""  # a TFDS name, such as glue/sst2
+    path: str = ""  # a folder with train.*, dev.* and test.*
+    train: str = ""  # the file to learn from: tsv, csv or jsonl, each also .gz
+    dev: str = ""  # the file that picks the checkpoint and thresholds; "" = a part of train
+    test: str = ""  # the file to report on, never fitted on
+    text_columns: tuple[str, ...] = ()  # one, or two for pairs; () = recognised from the header
+    label_column: str = ""  # "" = the usual: label, labels, category, class, intent, target, …
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
     limit: int = 0  # at most so many rows of each split; 0 = all
     max_length: int = 128  # tokens; longer texts are truncated
-    buckets: tuple[int, ...] = BUCKETS  # padded lengths
-    cache_dir: str = ""  # "" = the user's cache folder
+    buckets: tuple[int, ...] = BUCKETS  # lengths that rows are padded to: the smallest that fits
+    cache_dir: str = ""  # copies of the data lie here; "" = the user's cache folder
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -206,35 +213,38 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One fine-tuning run; `finetune(config, workdir)` is a function of it alone."""
+    """One fine-tuning run; `finetune(config, workdir)` is a function of it alone.
 
-    model: str = ""  # a Hugging Face folder, a hub id, or a name in `ejax.assets`
+    The comment behind a field is its help.
+    """
+
+    model: str = ""  # a Hugging Face folder, hub id, or known name such as all-MiniLM-L6-v2
     data: DataConfig = DataConfig()
     layers: tuple[int, ...] = ()  # exits; () = after every layer
-    pooling: Pooling = "mean"
-    mix: Mix = "softmax"
+    pooling: Pooling = "mean"  # exits read the mean of a layer's tokens, or its [CLS]
+    mix: Mix = "softmax"  # exits read a learned mix of the layers so far, or the last alone
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
     distillation: float = 1.0  # loss weight of KL(last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
-    epochs: int = 2
-    batch_size: int = 32  # rows over all devices
-    learning_rate: float = 5e-5
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    dropout: float = 0.1
-    train_embeddings: bool = True
+    epochs: int = 2  # passes over train
+    batch_size: int = 32  # rows of a step, over all devices
+    learning_rate: float = 5e-5  # the highest rate: it rises to this, then falls to 0
+    warmup_fraction: float = 0.1  # share of the steps in which the rate rises
+    weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
+    clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
+    dropout: float = 0.1  # share dropped, in the encoder and before each head
+    train_embeddings: bool = True  # False: the embeddings stay as they are
     train_encoder: bool = True  # False: the exits' heads learn, on the encoder as it is
     average_decay: float = 0.0  # of a running mean of the weights, which is what is kept; 0 = none
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = what is fastest here
-    residual_dtype: Dtype = "float32"
-    seed: int = 0
-    parallel: Parallel = "pmap"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; auto = the fastest here
+    residual_dtype: Dtype = "float32"  # of the stream between layers
+    seed: int = 0  # draws the heads, the order of rows, dropout, and a dev part of train
+    parallel: Parallel = "pmap"  # how several devices run a step; the numbers are the same
     accumulate: int = 1  # micro-batches per device and step: less memory, the same numbers
     remat: bool = False  # layers run again in the backward pass: less memory, more time
-    evals_per_epoch: int = 2
+    evals_per_epoch: int = 2  # scores on dev-A in an epoch; the best checkpoint is kept
     checkpoint_steps: int = 500  # steps between saves for resuming
     max_drop: float = 0.5  # points of dev-A accuracy the default thresholds may lose
 

@@ -87,6 +87,8 @@ def test_an_unknown_label_in_dev_names_the_line(tmp_path):
         (["--layers", "1,x"], "layers must be"),
         (["--pooling", "max"], "pooling must be one of 'cls', 'mean'. Got 'max'."),
         (["--epochs", "two"], "epochs must be int. Got 'two'."),
+        (["--seed", "-1"], "seed must be 0 or above"),
+        (["--max-length", "3"], "data.max_length must be at least 4 tokens. Got 3."),
         (["epoch=3"], "no field 'epoch'. Did you mean 'epochs'?"),
         (["data.max_lenght=3"], "Did you mean 'max_length'?"),
         (["learning_rate=fast"], "learning_rate must be a finite float. Got 'fast'."),

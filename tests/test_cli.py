@@ -23,6 +23,7 @@ from rich.console import Console
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import run
+from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data.files import read_rows
 from ejax.data.sources import row_hash
 from ejax.evaluation.evaluate import draw
@@ -47,7 +48,7 @@ def answers(text: str) -> list[dict]:
 def test_help_and_version_are_quick_and_load_no_jax():
     code = "import sys; from ejax.cli import app; from ejax.command import run; "
     code += "code = run(app, 'ejax', {args}); sys.exit(code or ('jax' in sys.modules))"
-    for args in (["--help"], ["--version"], ["predict", "--help"]):
+    for args in (["--help"], ["--version"], ["predict", "--help"], ["train", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", code.format(args=args)], capture_output=True, text=True
         )
@@ -61,6 +62,38 @@ def test_every_verb_has_help_with_an_example(verb):
     shown = tiny.ejax(verb, "--help")
     assert shown.code == 0
     assert f"Example: ejax {verb} " in " ".join(shown.out.split())
+
+
+def test_the_help_of_train_lists_every_field_and_the_common_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = tiny.ejax("train", "--help").out
+    lines = [" ".join(line.strip("│ ").split()) for line in shown.split("\n")]
+    for line in (
+        "seed=0 int draws the heads, the order of rows, dropout, and a dev part of train",
+        "data.limit=0 int at most so many rows of each split; 0 = all",
+        "pooling=mean cls|mean exits read the mean of a layer's tokens, or its [CLS]",
+        "data.text_columns= str,… one, or two for pairs; empty = recognised from the header",
+        "--limit int At most so many rows of each split; 0 = all.",
+    ):
+        assert line in lines
+    for config, before in ((TrainConfig(), ""), (DataConfig(), "data.")):
+        for name in to_json(config).keys() - {"data"}:
+            assert sum(line.startswith(f"{before}{name}=") for line in lines) == 1
+    for option in ("--batch-size", "--learning-rate", "--max-length", "--seed", "--label-column"):
+        assert sum(line.startswith(f"{option} ") for line in lines) == 1
+
+
+def test_common_settings_are_options(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ejax.cli.train_and_show", lambda config, *_: seen.append(config))
+    ask = ("train", "--model", "m", "--output", tmp_path / "b", "--train", "t.csv")
+    options = ("--seed", 7, "--learning-rate", "3e-4", "--max-length", 64, "--limit", 50)
+    done = tiny.ejax(*ask, *options, "--batch-size", 8, "--label-column", "stars", "epochs=3")
+    assert done.code == 0, done.err
+    data = DataConfig(train="t.csv", max_length=64, limit=50, label_column="stars")
+    assert seen == [
+        TrainConfig(model="m", data=data, seed=7, learning_rate=3e-4, batch_size=8, epochs=3)
+    ]
 
 
 def test_train_says_what_it_made():

@@ -13,6 +13,7 @@ from ejax.config import (
     ExitConfig,
     TrainConfig,
     check_layers,
+    field_sentences,
     from_json,
     override,
     smoke,
@@ -89,6 +90,15 @@ def test_layers_kept_and_layers_of_the_encoder():
     check_layers((1, 12), 12)
     with pytest.raises(ValueError, match=r"at most 12, the layers of this encoder. Got \(1, 13\)"):
         check_layers((1, 13), 12)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, DataConfig])
+def test_every_field_has_a_sentence_for_its_help(cls):
+    names = {field.name for field in dataclasses.fields(cls)} - {"data"}
+    sentences = field_sentences(cls)
+    assert sentences.keys() == names
+    assert all(len(sentence) > 8 for sentence in sentences.values())
+    assert field_sentences(DataConfig)["limit"] == "at most so many rows of each split; 0 = all"
 
 
 # JSON
