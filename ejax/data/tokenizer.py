@@ -97,6 +97,30 @@ class Tokenizer:
         """One more than the largest id: the rows a word embedding must have."""
         return max(self._backend.get_vocab().values()) + 1
 
+    @property
+    def unknown(self) -> int | None:
+        """The id of [UNK], which stands for a word that the vocabulary cannot spell."""
+        return self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "[UNK]")
+
+    def begins_word(self) -> np.ndarray:
+        """Which ids begin a word, bool [vocab_size]: all but [CLS], [SEP], [PAD] and ##pieces.
+
+        A vocabulary that marks no pieces has every token for a word.
+        """
+        vocabulary = self._backend.get_vocab()
+        begins = np.ones(self.vocab_size, bool)
+        begins[[i for token, i in vocabulary.items() if token.startswith("##")]] = False
+        begins[[self._cls, self._sep]] = False
+        return begins
+
+    def first_unknown(self, text: str) -> str:
+        """The first word of a text that becomes [UNK]; "" where there is none."""
+        found = self._backend.encode(text, add_special_tokens=False)  # the fast way has no offsets
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if token == self.unknown:
+                return text[start:end]
+        return ""
+
     def encode(self, texts: Sequence[Text], max_length: int, *, first: int = 0) -> Encoded:
         """Tokenises texts and pairs, in order; one list may mix the two.
 

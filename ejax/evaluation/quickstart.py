@@ -18,6 +18,7 @@ from ejax.data import sources
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save, table
 from ejax.evaluation.targets import chosen_on
+from ejax.training.checks import no_better_than_chance
 from ejax.training.finetune import encode, finetune
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
@@ -134,15 +135,8 @@ def write_splits(rows: list[dict[str, str]], folder: Path) -> None:
 
 def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
     """Raises ValueError naming each exit that does no better than the commonest label."""
-    chance = np.bincount(labels).max() / len(labels)
-    reached = zip(result["layers"], result["exit_accuracy"], strict=True)
-    failed = [f"layer {layer}: {share:.3f}" for layer, share in reached if share <= chance]
-    if failed:
-        raise ValueError(
-            f"every exit must be right more often than the commonest label ({chance:.3f}). Got "
-            f"{'; '.join(failed)}: train longer (epochs=), or on more rows of the other labels; "
-            f"the losses are in metrics.jsonl."
-        )
+    if failed := no_better_than_chance(result["layers"], result["exit_accuracy"], labels):
+        raise ValueError(failed)
 
 
 def examples(clf: EarlyExitClassifier, rows: list[sources.Example]) -> Table:

@@ -38,6 +38,7 @@ from ejax.hardware import environment, fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
+from ejax.training import checks
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
 from ejax.training.log import Log, check_finite
 from ejax.training.optim import make_optimizer
@@ -127,6 +128,7 @@ def finetune(
     with console.status("tokenising"):
         tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
+    checks.warn(checks.unknown_words(tokenizer, tasks["train"].encoded, splits["train"]))
     trained = {*unpacked(behind), *tasks["train"].hashes}
     held_out = held_out_parts(tasks, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})

@@ -1,0 +1,82 @@
+"""What is worth a loud word about the data or the result of a training: one sentence each, or "".
+
+Axes: N rows, E exits.
+"""
+
+import warnings
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from ejax.data.sources import Example
+from ejax.data.tokenizer import Encoded, Tokenizer
+
+UNKNOWN_SHARE = 0.03  # of the words; English sets have 0, emoji in chats 0.0014, Korean 0.25
+
+
+def warn(sentence: str) -> None:
+    """Warns of what one of these checks says, if it says anything."""
+    if sentence:
+        warnings.warn(sentence, stacklevel=2)
+
+
+def unknown_share(tokenizer: Tokenizer, encoded: Encoded) -> float:
+    """The share of the words in N rows that are [UNK]; punctuation counts as words, as in BERT."""
+    words = tokenizer.begins_word()[encoded.ids].sum()
+    return float((encoded.ids == tokenizer.unknown).sum() / max(words, 1))
+
+
+def unknown_words(tokenizer: Tokenizer, encoded: Encoded, rows: Sequence[Example]) -> str:
+    """Whether the vocabulary does not fit the language of the N rows, which were `encoded`."""
+    share = unknown_share(tokenizer, encoded)
+    if share <= UNKNOWN_SHARE:
+        return ""
+    token = int((encoded.ids == tokenizer.unknown).argmax())
+    row = rows[int(np.searchsorted(encoded.offsets, token, side="right")) - 1]
+    word = tokenizer.first_unknown(row.text) or tokenizer.first_unknown(row.pair or "")
+    return (
+        f"{100 * share:.0f} % of the words of train, such as {word!r}, become [UNK]: the encoder's "
+        f"vocabulary does not fit the language of the data; choose another model."
+    )
+
+
+def still_rising(history: Sequence[float], rows: int) -> str:
+    """Whether the last evaluation is the best, by more than chance.
+
+    Args:
+      history: mean accuracy over the exits at each evaluation, in [0, 1], in order.
+      rows: N, on which it was counted; its standard error is at most that of one exit,
+        sqrt(p (1 - p) / N).
+    """
+    if len(history) < 2:
+        return ""
+    *before, last = history
+    error = sqrt(last * (1 - last) / rows)
+    if last < max(before) or last - before[-1] <= error:
+        return ""
+    return (
+        f"dev-A accuracy was still rising at the last evaluation, from {before[-1]:.3f} to "
+        f"{last:.3f}, and the standard error is {error:.3f}: train longer (--epochs)."
+    )
+
+
+def no_better_than_chance(layers: Sequence[int], accuracies: Sequence[float], labels: Any) -> str:
+    """Which of the E exits are not right more often than who always says the commonest label.
+
+    Args:
+      layers: after which the exits are, [E].
+      accuracies: of each exit on these rows, in [0, 1], [E].
+      labels: of the rows, int [N].
+    """
+    chance = np.bincount(labels).max() / len(labels)
+    reached = zip(layers, accuracies, strict=True)
+    failed = [f"layer {layer}: {share:.3f}" for layer, share in reached if share <= chance]
+    if not failed:
+        return ""
+    return (
+        f"every exit must be right more often than the commonest label ({chance:.3f}). Got "
+        f"{'; '.join(failed)}: train longer (epochs=), or on more rows of the other labels; "
+        f"the losses are in metrics.jsonl."
+    )
