@@ -25,6 +25,6 @@ config = TrainConfig(
     learning_rate=1.5e-4,
     train_embeddings=False,
     average_decay=0.998,
-    evals_per_epoch=4,
+    evals=8,
     seed=1,
 )

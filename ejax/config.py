@@ -22,6 +22,8 @@ Mix = Literal["softmax", "last"]
 Parallel = Literal["pmap", "shard_map"]
 # From 16 to 160 each is at most a quarter longer than the one before: 8 % added to real texts.
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
+LOW_RANK = 32  # of exit 0's table where there are more than 16 classes
+FEWEST_EPOCHS, MOST_EPOCHS = 2, 20  # where they follow from the rows
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
 
@@ -129,7 +131,8 @@ class ExitConfig:
     """Where the classifier heads sit and what they read.
 
     Args:
-      layers: 1-based, ascending; the last one is the number of layers kept.
+      layers: ascending; the last one is the number of layers kept. 0 is before the first layer:
+        a linear model on hashed n-grams of the tokens (`ejax.models.ngrams`).
       num_labels: classes C, at least 2.
       pooling: "cls" reads the first token (the paper), "mean" the mean of the
         real tokens (trains faster in shallow exits of encoders whose [CLS] was
@@ -142,11 +145,16 @@ class ExitConfig:
     num_labels: int
     pooling: Pooling = "mean"
     mix: Mix = "softmax"
+    buckets: int = 1 << 18  # of exit 0's hashed n-grams, G
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
         check_layers(self.layers)
+        _check(
+            self.buckets > 0 and self.buckets & (self.buckets - 1) == 0,
+            f"ExitConfig.buckets must be a power of two. Got {self.buckets}.",
+        )
         _check(
             self.num_labels >= 2,
             f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
@@ -158,13 +166,29 @@ class ExitConfig:
         """Encoder layers kept, L."""
         return self.layers[-1]
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether the first exit is exit 0."""
+        return self.layers[0] == 0
+
+    @property
+    def encoder(self) -> "ExitConfig":
+        """The exits after layers, without exit 0."""
+        return dataclasses.replace(self, layers=self.layers[self.has_zero :])
+
+    @property
+    def rank(self) -> int:
+        """Numbers per bucket of exit 0, R: one per class, or fewer where there are many."""
+        return self.num_labels if self.num_labels <= 16 else LOW_RANK
+
 
 def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) -> None:
     """Raises ValueError unless exits are ascending layers of the encoder."""
     ascending = all(a < b for a, b in itertools.pairwise(layers))
     _check(
-        len(layers) > 0 and layers[0] >= 1 and ascending,
-        f"exit layers must be ascending and start at 1 or above, such as 1,2,4,6. Got {layers}.",
+        len(layers) > 0 and layers[0] >= 0 and layers[-1] >= 1 and ascending,
+        f"exit layers must be ascending, 0 or above, the last one at least 1, such as 0,1,2,4,6. "
+        f"Got {layers}.",
     )
     if num_hidden_layers is not None:
         _check(
@@ -228,9 +252,11 @@ class TrainConfig:
     distillation: float = 1.0  # loss weight of KL(last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
-    epochs: int = 2  # passes over train
+    epochs: int = 0  # passes over train; 0 = chosen by the number of its rows
+    patience: int = 3  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 5e-5  # the highest rate: it rises to this, then falls to 0
+    head_learning_rate: float = 1e-3  # of the exits' heads, which start from nothing
     warmup_fraction: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
     clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
@@ -244,7 +270,7 @@ class TrainConfig:
     parallel: Parallel = "pmap"  # how several devices run a step; the numbers are the same
     accumulate: int = 1  # micro-batches per device and step: less memory, the same numbers
     remat: bool = False  # layers run again in the backward pass: less memory, more time
-    evals_per_epoch: int = 2  # scores on dev-A in an epoch; the best checkpoint is kept
+    evals: int = 8  # evaluations on dev-A, evenly over the training
     checkpoint_steps: int = 500  # steps between saves for resuming
     max_drop: float = 0.5  # points of dev-A accuracy the default thresholds may lose
 
@@ -252,10 +278,13 @@ class TrainConfig:
         _check_types(self)
         if self.layers:
             check_layers(self.layers)
-        for name in ("epochs", "batch_size", "accumulate", "evals_per_epoch", "checkpoint_steps"):
+        for name in ("batch_size", "accumulate", "evals", "checkpoint_steps"):
             value = getattr(self, name)
             _check(value >= 1, f"{name} must be at least 1. Got {value}.")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("epochs", "patience"):
+            value = getattr(self, name)
+            _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
+        for name in ("learning_rate", "head_learning_rate", "clip_norm"):
             value = getattr(self, name)
             _check(value > 0, f"{name} must be above 0. Got {value}.")
         for name in ("warmup_fraction", "dropout", "average_decay"):
@@ -278,6 +307,15 @@ class TrainConfig:
             )
 
 
+def epochs_of(config: TrainConfig, rows: int) -> int:
+    """Passes over train: as asked, or so many that few rows are seen often and many at least twice.
+
+    >>> [epochs_of(TrainConfig(), rows) for rows in (500, 3_000, 10_000, 100_000)]
+    [20, 7, 3, 2]
+    """
+    return config.epochs or min(max(-(-20_000 // rows), FEWEST_EPOCHS), MOST_EPOCHS)
+
+
 def smoke(config: TrainConfig) -> TrainConfig:
     """The same run shrunk to about a minute: one short epoch on few, short rows."""
     data = dataclasses.replace(
@@ -285,7 +323,7 @@ def smoke(config: TrainConfig) -> TrainConfig:
         limit=min(config.data.limit or 256, 256),
         max_length=min(config.data.max_length, 64),
     )
-    return dataclasses.replace(config, data=data, epochs=1, batch_size=16, evals_per_epoch=1)
+    return dataclasses.replace(config, data=data, epochs=1, batch_size=16, evals=1)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_export_says_why_it_cannot() -> None:
 
 def test_export_does_not_replace_a_bundle(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
-    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals_per_epoch=1"]
+    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals=4"]
     assert tiny.ejax(*fields).code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     assert f"{output} is a bundle" in tiny.refused("export", output, "--output", output)
@@ -252,7 +252,7 @@ def test_export_does_not_replace_a_bundle(tmp_path: Path) -> None:
 def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
     """Its names and shapes are transformers' own; where torch is at hand, so are its logits."""
     output = tmp_path / "bundle"
-    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals_per_epoch=1"]
+    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals=4"]
     assert tiny.ejax(*fields).code == 0
     bundle = load_bundle(output)
     folder = export_hf(bundle, tmp_path / "hf")

@@ -32,7 +32,8 @@ def write_config(folder: Path, **changes: object) -> Path:
     fields = {
         "data": DataConfig(path=str(tiny.data()), max_length=16, buckets=(16,)),
         "model": str(tiny.model()), "layers": (1, 3), "epochs": 3, "batch_size": 11,
-        "learning_rate": 0.01, "dropout": 0.1, "checkpoint_steps": 2, "evals_per_epoch": 1,
+        "learning_rate": 0.01, "dropout": 0.1, "checkpoint_steps": 2, "evals": 3,
+        "head_learning_rate": 0.01,
         "dtype": "float32",
     } | changes  # fmt: skip
     path = folder / "config.py"

@@ -455,7 +455,7 @@ def tiny_config(**changes: object) -> TrainConfig:
     data = DataConfig(path=str(tiny.data()), max_length=16, buckets=(8, 16))
     config = TrainConfig(
         model=str(tiny.model()), data=data, layers=(1, 3), epochs=3, batch_size=8,
-        learning_rate=0.01, checkpoint_steps=5, evals_per_epoch=1, dtype="float32",
+        learning_rate=0.01, head_learning_rate=0.01, checkpoint_steps=5, evals=3, dtype="float32",
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 

@@ -38,7 +38,7 @@ CFG = BertConfig(
 )
 FIELDS = (  # of a random encoder the last exit teaches the first one nothing
     "distillation=0.0", "epochs=4", "batch_size=16", "learning_rate=0.03", "dropout=0.0",
-    "evals_per_epoch=1", "dtype=float32", "data.max_length=16", "data.buckets=16",
+    "evals=4", "head_learning_rate=0.03", "dtype=float32", "data.max_length=16", "data.buckets=16",
 )  # fmt: skip
 
 _home = tempfile.TemporaryDirectory(prefix="ejax-tiny-")  # removed when Python ends

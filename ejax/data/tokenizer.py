@@ -47,11 +47,14 @@ class Encoded:
       ids: int32 [total tokens], with [CLS] and [SEP].
       types: int8 [total tokens], 1 in the second text of a pair.
       offsets: int64 [N + 1].
+      whole: the same rows with more of their tokens, for exit 0; None where they were not asked
+        for.
     """
 
     ids: np.ndarray
     types: np.ndarray
     offsets: np.ndarray
+    whole: "Encoded | None" = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,7 +69,8 @@ class Encoded:
         lengths = self.lengths[rows]
         tokens = _ranges(self.offsets[rows], lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Encoded(self.ids[tokens], self.types[tokens], offsets)
+        whole = None if self.whole is None else self.whole.subset(rows)
+        return Encoded(self.ids[tokens], self.types[tokens], offsets, whole)
 
 
 class Tokenizer:
@@ -103,7 +107,7 @@ class Tokenizer:
         return self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "[UNK]")
 
     def begins_word(self) -> np.ndarray:
-        """Which ids begin a word, bool [vocab_size]: all but [CLS], [SEP], [PAD] and ##pieces.
+        """Which ids begin a word, bool [vocab_size]: all but [CLS], [SEP] and ##pieces.
 
         A vocabulary that marks no pieces has every token for a word.
         """
@@ -121,7 +125,9 @@ class Tokenizer:
                 return text[start:end]
         return ""
 
-    def encode(self, texts: Sequence[Text], max_length: int, *, first: int = 0) -> Encoded:
+    def encode(
+        self, texts: Sequence[Text], max_length: int, *, whole: int = 0, first: int = 0
+    ) -> Encoded:
         """Tokenises texts and pairs, in order; one list may mix the two.
 
         A row longer than `max_length` is truncated on the right, a pair longest first:
@@ -130,6 +136,7 @@ class Tokenizer:
         fast tokenizers do; of two texts that are cut before, the parts left decide
         which is longer. An empty text is [CLS] [SEP]. Characters that are not
         Unicode (lone surrogates) are dropped. `first` is the number of the first row, for errors.
+        With `whole`, at least `max_length`, the rows stand in `Encoded.whole` too, cut there.
 
         Raises:
           ValueError: for a max_length below 4, or a row that is neither a string nor a
@@ -138,19 +145,13 @@ class Tokenizer:
         if max_length < MIN_LENGTH:
             raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens. Got {max_length}.")
         firsts, seconds = _split_pairs(texts, first)
+        limits = (max_length, whole) if whole else (max_length,)
         chunks = [
-            self._encode_chunk(firsts[chunk], seconds[chunk], max_length)
-            for chunk in _chunks(firsts, seconds, max_length)
+            self._encode_chunk(firsts[chunk], seconds[chunk], limits)
+            for chunk in _chunks(firsts, seconds, limits[-1])
         ]
-        nothing = np.zeros(0, np.int32)
-        ids, types, lengths = (
-            zip(*chunks, strict=True) if chunks else ([nothing], [nothing], [nothing])
-        )
-        return Encoded(
-            np.concatenate(ids, dtype=np.int32),
-            np.concatenate(types, dtype=np.int8),
-            np.concatenate([[0], np.cumsum(np.concatenate(lengths, dtype=np.int64))]),
-        )
+        short, *longer = (_joined([chunk[i] for chunk in chunks]) for i in range(len(limits)))
+        return dataclasses.replace(short, whole=longer[0]) if longer else short
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, without settings for truncation and padding."""
@@ -170,18 +171,32 @@ class Tokenizer:
         return {"tokenizer_class": "BertTokenizer"} | lower | tokens
 
     def _encode_chunk(
-        self, firsts: list[str], seconds: list[str | None], max_length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, types, lengths [N]) of a few rows, without a Python loop over tokens."""
+        self, firsts: list[str], seconds: list[str | None], limits: tuple[int, ...]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each limit (ids, types, lengths [N]) of a few rows, without a loop over tokens."""
         pair = np.array([second is not None for second in seconds], bool)
         pieces, counts = self._word_pieces(
-            firsts + [second for second in seconds if second is not None], max_length
+            firsts + [second for second in seconds if second is not None], limits[-1]
         )
         starts = np.cumsum(counts) - counts
         a_start, a_count = starts[: len(firsts)], counts[: len(firsts)]
         b_start, b_count = np.zeros_like(a_start), np.zeros_like(a_count)
         b_start[pair], b_count[pair] = starts[len(firsts) :], counts[len(firsts) :]
+        return [
+            self._framed(pieces, (a_start, a_count), (b_start, b_count), pair, limit)
+            for limit in limits
+        ]
 
+    def _framed(
+        self,
+        pieces: np.ndarray,
+        first: tuple[np.ndarray, np.ndarray],
+        second: tuple[np.ndarray, np.ndarray],
+        pair: np.ndarray,
+        max_length: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, types, lengths [N]) of texts given as (start, count) [N] among the pieces."""
+        (a_start, a_count), (b_start, b_count) = first, second
         a_kept, b_kept = longest_first(a_count, b_count, max_length - 2 - pair)
         lengths = a_kept + 2 + (b_kept + 1) * pair
         ends = np.cumsum(lengths)
@@ -216,6 +231,16 @@ class Tokenizer:
         except TypeError:  # a lone surrogate; U+FFFD, which replaces it, is dropped by BERT
             texts = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
             return self._backend.encode_batch_fast(texts, add_special_tokens=False)
+
+
+def _joined(chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encoded:
+    nothing = np.zeros(0, np.int32)
+    ids, types, lengths = zip(*chunks, strict=True) if chunks else ([nothing], [nothing], [nothing])
+    return Encoded(
+        np.concatenate(ids, dtype=np.int32),
+        np.concatenate(types, dtype=np.int8),
+        np.concatenate([[0], np.cumsum(np.concatenate(lengths, dtype=np.int64))]),
+    )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

@@ -130,6 +130,12 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step}: {differ[0]} is not what was saved")
         return jax.tree.map(_placed, found["state"], like)
 
+    def best(self) -> tuple[float, int]:
+        """(score, step) of the best one that was evaluated; (-1, 0) where there is none."""
+        steps = self._best_first()
+        score = _score(self.manager.metrics(steps[0])) if steps else -1.0
+        return (score, steps[0]) if score >= 0 else (-1.0, 0)
+
     def restore_newest(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the newest that can be read, (0, `like`) where there is none.
 

@@ -14,6 +14,7 @@ from ejax.data.sources import Example
 from ejax.data.tokenizer import Encoded, Tokenizer
 
 UNKNOWN_SHARE = 0.03  # of the words; English sets have 0, emoji in chats 0.0014, Korean 0.25
+SHOWN = 30  # characters of a word
 
 
 def warn(sentence: str) -> None:
@@ -36,6 +37,7 @@ def unknown_words(tokenizer: Tokenizer, encoded: Encoded, rows: Sequence[Example
     token = int((encoded.ids == tokenizer.unknown).argmax())
     row = rows[int(np.searchsorted(encoded.offsets, token, side="right")) - 1]
     word = tokenizer.first_unknown(row.text) or tokenizer.first_unknown(row.pair or "")
+    word = word if len(word) <= SHOWN else f"{word[:SHOWN]}…"
     return (
         f"{100 * share:.0f} % of the words of train, such as {word!r}, become [UNK]: the encoder's "
         f"vocabulary does not fit the language of the data; choose another model."

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from ejax.bundle import (
 )
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.metrics import accuracy
-from ejax.config import BertConfig, ExitConfig, TrainConfig, to_json
+from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of, to_json
 from ejax.data import sources
-from ejax.data.batches import Step, eval_plan, take, train_plan
+from ejax.data.batches import Step, eval_plan, take, train_plan, worth_compiling
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.hardware import environment, fastest_dtype
 from ejax.models.bert import Batch
@@ -145,12 +145,16 @@ def finetune(
     )
     model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
     all_logits = make_all_logits(model)
+    buckets = worth_compiling(
+        tasks["train"].encoded.lengths, config.data.buckets, max_length,
+        epochs_of(config, len(tasks["train"].labels)),
+    )  # fmt: skip
     micro_batch = -(-config.batch_size // (jax.device_count() * config.accumulate))
 
     def logits_of(task: Task, params: Any) -> np.ndarray:
         plan = eval_plan(
             task.encoded.lengths,
-            buckets=config.data.buckets,
+            buckets=buckets,
             max_length=max_length,
             batch_size=4 * micro_batch * jax.local_device_count(),  # hosts take turns
         )
@@ -165,8 +169,8 @@ def finetune(
         return dict(zip(names, per_exit, strict=True)) | {METRIC: mean}
 
     params = initial_params(model, bert, config)
-    params, best, first, total = train(
-        config, model, params, tasks["train"], max_length, workdir, dev_a, console
+    params, best, first, last = train(
+        config, model, params, tasks["train"], buckets, max_length, workdir, dev_a, console
     )
     with console.status("calibrating"):
         parts = {
@@ -215,7 +219,7 @@ def finetune(
         },
         **environment(),
     }
-    if first < total or not (workdir / "result.json").exists():  # else it is of the training itself
+    if first < last or not (workdir / "result.json").exists():  # else it is of the training itself
         storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     barrier("the bundle is saved")
     return output
@@ -326,6 +330,7 @@ def train(
     model: EarlyExitBert,
     params: Any,
     task: Task,
+    buckets: Sequence[int],
     max_length: int,
     workdir: Any,
     evaluate: Callable[[Any], dict[str, float]],
@@ -334,13 +339,14 @@ def train(
     """Runs the steps that are left.
 
     Returns:
-      The best checkpoint's parameters, its step, the step this run went on from, and the last.
+      The best checkpoint's parameters, its step, the step this run went on from, and the last,
+      before the end where dev-A had not been better for `patience` evaluations.
     """
 
     def plan_of(epoch: int) -> list[Any]:
         return train_plan(
             task.encoded.lengths,
-            buckets=config.data.buckets,
+            buckets=buckets,
             max_length=max_length,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -348,10 +354,8 @@ def train(
         )
 
     per_epoch = -(-len(task.labels) // config.batch_size)
-    total = config.epochs * per_epoch
-    evals = {
-        -(-i * per_epoch // config.evals_per_epoch) for i in range(1, config.evals_per_epoch + 1)
-    }
+    total = epochs_of(config, len(task.labels)) * per_epoch
+    evals = {-(-i * total // config.evals) for i in range(1, config.evals + 1)}
     optimizer = make_optimizer(config, total)
     state = place(first_state(params, optimizer, config), config.parallel)
     run_step = parallel_step(
@@ -370,18 +374,24 @@ def train(
         log.cut(first)
         if first:
             console.print(f"resuming {workdir} from step {first} of {total}", markup=False)
+        best_score, best_step = checkpoints.best()
+        last = first
         held: list[tuple[int, Step, dict[str, Any]]] = []
         shown = bar.add_task("training", total=total, completed=first)
         for step in range(first, total):
+            since = sum(best_step < at <= step for at in evals)
+            if config.patience and since >= config.patience:
+                console.print(f"stopped at step {step}: dev-A was best at step {best_step}")
+                break
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == first:
                 plan = plan_of(epoch)
             batch, labels, weights = take(task.encoded, task.labels, plan[position])
             numbers = np.maximum(plan[position].rows, 0).astype(np.int32)
             state, metrics = run_step(state, Rows(batch, labels, weights, numbers))
-            done = step + 1
+            done = last = step + 1
             held.append((done, plan[position], metrics))
-            evaluated = position + 1 in evals
+            evaluated = done in evals
             stop = terminated.at(done)
             saved = evaluated or done % config.checkpoint_steps == 0
             logged = saved or done % LOG_STEPS == 0
@@ -395,6 +405,8 @@ def train(
             if evaluated:
                 scores = evaluate(state.kept)
                 log.write(done, "dev_a", scores)
+                if scores[METRIC] >= best_score:
+                    best_score, best_step = scores[METRIC], done
                 cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
                 console.print(f"step {done}: dev-A accuracy per exit {cells}")
             else:
@@ -405,7 +417,7 @@ def train(
             if stop and done < total:
                 raise Stopped(f"stopped by SIGTERM, all saved: the same command resumes at {done}.")
         best, state = checkpoints.restore_best(state)
-        return jax.device_get(state.kept), best, first, total
+        return jax.device_get(state.kept), best, first, last
 
 
 def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:

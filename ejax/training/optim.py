@@ -35,12 +35,21 @@ def is_mix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "mix", params)
 
 
+def is_head(params: Any) -> Any:
+    """True for the dense and linear layers of the exits' heads."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "exits" in {key.key for key in path}, params
+    )
+
+
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
 
     The mixing scores learn at `MIX_RATE` times the rate: a step of Adam moves a number by
     about the learning rate, and a softmax over layers only changes when its scores move by
-    about 1, which a rate made for weights near 0.02 would take 20,000 steps for.
+    about 1, which a rate made for weights near 0.02 would take 20,000 steps for. The heads start
+    from nothing and learn at `head_learning_rate`, on the same schedule: at the encoder's they
+    are still untrained when the encoder is done, the more so the more classes there are.
     """
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -48,6 +57,7 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
             learning_rate(config, total_steps), weight_decay=config.weight_decay, mask=decayed
         ),
         optax.masked(optax.scale(MIX_RATE), is_mix),
+        optax.masked(optax.scale(config.head_learning_rate / config.learning_rate), is_head),
     )
     still = "embeddings" if config.train_encoder else "bert"
     if config.train_encoder and config.train_embeddings:

@@ -1,0 +1,109 @@
+"""Exit 0: a linear model on hashed n-grams of the token ids, before the first layer.
+
+Joulin, Grave, Bojanowski, Mikolov, "Bag of Tricks for Efficient Text Classification" (EACL
+2017): the rows of a table, one per hashed n-gram, are added up and a linear map turns the sum
+into logits. Here each n-gram carries the weight log(N / rows that hold it), as in TF-IDF, and
+the sum is divided by the norm of a text's weights, so that long texts are not surer than short
+ones. Both stand in the table: a row holds its weight times a vector of R numbers, and its
+squared weight. N-grams that are not known are rows of zeros.
+
+N-grams are single tokens and pairs of neighbours within one text; of a pair of texts, those of
+the second are marked as such by its token type.
+
+Axes: B batch, T tokens, N rows, G buckets, R rank, C classes.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejax.config import ExitConfig
+from ejax.models.bert import Batch
+
+Array = jax.Array
+
+# Odd, so that a product with them loses nothing modulo a power of two; as int32, whose products
+# wrap alike in numpy, XLA, ONNX and JavaScript's Math.imul.
+TOKEN, NEXT, TYPE, PAIR = (
+    np.int32(value - (value >> 31 << 32)) for value in (0x9E3779B1, 0xC2B2AE35, 0x85EBCA6B, 0x27D4EB2F)
+)
+TINY = 1e-12  # below every sum of squared weights
+
+
+def hashed(ids: Any, following: Any, types: Any, buckets: int) -> tuple[Any, Any]:
+    """The buckets of every token and of every pair with the token that follows: int32 each.
+
+    The low bits of `TOKEN * id + TYPE * type` and `TOKEN * id + NEXT * following + TYPE * type +
+    PAIR` in wrapping 32-bit arithmetic. Single tokens of a vocabulary of up to G have buckets of
+    their own, whatever its size.
+
+    Args:
+      ids, following, types: int32 arrays of one shape, of numpy or JAX.
+      buckets: G, a power of two.
+
+    >>> ids, following = np.array([101, 7592], np.int32), np.array([7592, 102], np.int32)
+    >>> one, two = hashed(ids, following, np.zeros(2, np.int32), 1 << 18)
+    >>> one.tolist(), two.tolist()
+    ([93813, 132936], [21708, 194101])
+    """
+    low = np.int32(buckets - 1)
+    token = ids * TOKEN + types * TYPE
+    return token & low, (token + following * NEXT + PAIR) & low
+
+
+def ragged_grams(ids: Any, types: Any, offsets: Any, buckets: int) -> Any:
+    """How often each row holds each bucket, repeats side by side: a float32 csr_array [N, G].
+
+    Args:
+      ids, types: int [all tokens], row i from `offsets[i]` to `offsets[i + 1]`.
+      offsets: int [N + 1].
+    """
+    from scipy.sparse import csr_array
+
+    ids, types = ids.astype(np.int32, copy=False), types.astype(np.int32)
+    token, pair = hashed(ids, np.append(ids[1:], np.int32(0)), types, buckets)
+    within = np.append(types[1:] == types[:-1], False)  # the token that follows is of this text
+    within[offsets[1:] - 1] = False
+    held = np.stack([np.ones_like(within), within], axis=1).ravel()
+    grams = np.stack([token, pair], axis=1).ravel()[held]
+    starts = np.concatenate([[0], np.cumsum(held)])[2 * offsets]
+    return csr_array((np.ones(len(grams), np.float32), grams, starts), (len(offsets) - 1, buckets))
+
+
+def ragged_logits(params: Any, ids: Any, types: Any, offsets: Any) -> np.ndarray:
+    """`NGramExit` on the host, on rows of any length that nobody padded: float32 [N, C].
+
+    Args: see `ragged_grams`.
+    """
+    sums = np.asarray(ragged_grams(ids, types, offsets, len(params["table"])) @ params["table"])
+    vectors = sums[:, :-1] / np.sqrt(np.maximum(sums[:, -1:], TINY))
+    return np.asarray((vectors @ params["kernel"] if "kernel" in params else vectors) + params["bias"])
+
+
+class NGramExit(nn.Module):
+    """Logits float32 [B, C] of a batch, from its tokens alone.
+
+    Parameters: `table` [G, R + 1], `bias` [C] and, where R is not C, `kernel` [R, C].
+    """
+
+    exits: ExitConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch) -> Array:
+        g, r, c = self.exits.buckets, self.exits.rank, self.exits.num_labels
+        zeros = nn.initializers.zeros
+        table = self.param("table", zeros, (g, r + 1), jnp.float32)
+        bias = self.param("bias", zeros, (c,), jnp.float32)
+        following, real = jnp.roll(batch.ids, -1, axis=1), batch.mask > 0
+        same = real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
+        grams = jnp.concatenate(hashed(batch.ids, following, batch.types, g), axis=1)
+        held = jnp.concatenate([real, same.at[:, -1].set(False)], axis=1)
+        sums = jnp.where(held[:, :, None], table[grams], 0.0).sum(axis=1)
+        vectors = sums[:, :-1] / jnp.sqrt(jnp.maximum(sums[:, -1:], TINY))
+        if r != c:
+            kernel = self.param("kernel", zeros, (r, c), jnp.float32)
+            vectors = jnp.einsum("br,rc->bc", vectors, kernel, precision="highest")
+        return vectors + bias
