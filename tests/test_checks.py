@@ -51,6 +51,9 @@ def test_the_example_may_stand_in_the_second_text(pieces):
     rows = examples(("good film", "films"), ("film", "good 영화"))
     sentence = unknown_words(pieces, pieces.encode([row.inputs for row in rows], 16), rows)
     assert "17 % of the words of train, such as '영화'" in sentence
+    rows = examples("영" * 90)  # as where a language sets no spaces
+    sentence = unknown_words(pieces, pieces.encode([rows[0].text], 16), rows)
+    assert f"such as '{'영' * 30}…', become" in sentence
 
 
 @pytest.mark.filterwarnings("always:.*words of train", "ignore:exit .*:UserWarning")
