@@ -64,6 +64,11 @@ class Encoded:
         """Tokens per row, int64 [N]."""
         return np.diff(self.offsets)
 
+    @property
+    def whole_lengths(self) -> np.ndarray:
+        """Tokens per row that exit 0 reads, int64 [N]."""
+        return (self.whole or self).lengths
+
     def subset(self, rows: np.ndarray) -> "Encoded":
         """The rows with these numbers, in this order."""
         lengths = self.lengths[rows]
@@ -211,9 +216,7 @@ class Tokenizer:
 
 def _joined(chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encoded:
     nothing = np.zeros(0, np.int32)
-    ids, types, lengths = (
-        zip(*chunks, strict=True) if chunks else ([nothing], [nothing], [nothing])
-    )
+    ids, types, lengths = zip(*chunks, strict=True) if chunks else ([nothing], [nothing], [nothing])
     return Encoded(
         np.concatenate(ids, dtype=np.int32),
         np.concatenate(types, dtype=np.int8),
