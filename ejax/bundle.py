@@ -1,7 +1,8 @@
 """The folder that is saved, loaded and shipped.
 
-model.safetensors   the encoder under Hugging Face names, the heads under `heads.`, and
-                    `texts.train`, which rows were trained on
+model.safetensors   the encoder under Hugging Face names, the heads under `heads.`, exit 0
+                    under `ngrams.`, its table without rows of zeros, and `texts.train`,
+                    which rows were trained on
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds, and how they were chosen
@@ -27,15 +28,19 @@ from safetensors.numpy import load_file, save_file
 
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
-from ejax.data.tokenizer import Tokenizer, load_tokenizer
+from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.ngrams import packed_table, unpacked_table
 from ejax.models.weights import from_hf, read_config, to_hf
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+ROWS_KNOWN = 2  # the first format that knows rows by their text
+WHOLE_TOKENS = 4096  # of a text, for exit 0
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
 WRITTEN = (*FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor
+NGRAMS = "ngrams."  # before the names of exit 0's tensors
 PICKED = ("dev_a", "placed", "picked")  # rows that had their part in which weights are kept
 OLDER = (
     "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
@@ -64,6 +69,22 @@ class Bundle:
     @property
     def model(self) -> EarlyExitBert:
         return EarlyExitBert(self.cfg, self.exits)
+
+    @property
+    def without_zero(self) -> "Bundle":
+        """The exits after layers alone: what runs in padded batches."""
+        if not self.exits.has_zero:
+            return self
+        params = {k: v for k, v in self.variables["params"].items() if k != "ngrams"}
+        return dataclasses.replace(
+            self, exits=self.exits.encoder, variables={"params": params},
+            temperatures=self.temperatures[1:], thresholds=self.thresholds[1:],
+        )  # fmt: skip
+
+    def encode(self, texts: Sequence[Any], *, first: int = 0) -> Encoded:
+        """Tokenised as this bundle reads them: for exit 0 whole, see `Encoded.whole`."""
+        whole = WHOLE_TOKENS if self.exits.has_zero else 0
+        return self.tokenizer.encode(texts, self.max_length, whole=whole, first=first)
 
 
 def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:
@@ -219,7 +240,10 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         )
     try:
         labels = _labels(folder / "config.json")
-        exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"])
+        extra = {"buckets": meta["ngram_buckets"]} if "ngram_buckets" in meta else {}
+        exits = ExitConfig(
+            tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"], **extra
+        )
         numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
         cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
         variables, trained = _tensors_of(folder, cfg, exits)
@@ -238,7 +262,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         )
         if _read(folder / "exits.json") != meta:
             raise ValueError(f"{folder} is being written at this moment: try again.")
-        if version < FORMAT_VERSION:  # its hashes held labels too
+        if version < ROWS_KNOWN:  # its hashes held labels too
             bundle.provenance.pop("rows", None)
             bundle.provenance["rows_unknown"] = True  # also of what is saved from it
         if bundle.provenance.get("rows_unknown"):
@@ -294,6 +318,9 @@ def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
     params = bundle.variables["params"]
     heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
     made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
+    if bundle.exits.has_zero:
+        saved = packed_table(params["ngrams"])
+        made |= {f"{NGRAMS}{name}": tensor for name, tensor in saved.items()}
     return to_hf(params["bert"], bundle.cfg) | made | {TRAINED: bundle.trained_rows}
 
 
@@ -306,7 +333,7 @@ def _tensors_of(
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
-    e, n, d, c = len(exits.layers), exits.num_layers, cfg.hidden_size, exits.num_labels
+    e, n, d, c = len(exits.encoder.layers), exits.num_layers, cfg.hidden_size, exits.num_labels
     shapes = {
         "heads.mix": (e, n),
         "heads.exits.dense.kernel": (e, d, d),
@@ -320,11 +347,14 @@ def _tensors_of(
             f"{path} does not fit exits.json: {', '.join(wrong)} missing or of another shape."
         )
     heads = traverse_util.unflatten_dict({name: tensors.pop(name) for name in shapes}, sep=".")
+    grams = [name for name in tensors if name.startswith(NGRAMS)]
+    saved = {name.removeprefix(NGRAMS): tensors.pop(name) for name in grams}
     try:
+        zero = {"ngrams": unpacked_table(saved, exits)} if exits.has_zero else {}
         bert = from_hf(tensors, cut(cfg, exits))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return {"params": {"bert": bert, **heads}}, tensors.get(TRAINED, packed(()))
+    return {"params": {"bert": bert, **heads, **zero}}, tensors.get(TRAINED, packed(()))
 
 
 def hf_config(bundle: Bundle) -> dict[str, Any]:
@@ -353,6 +383,7 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         "thresholds": list(bundle.thresholds),
         "max_length": bundle.max_length,
         "buckets": list(bundle.buckets),
+        **({"ngram_buckets": bundle.exits.buckets} if bundle.exits.has_zero else {}),
         "dtype": bundle.cfg.dtype,
         "residual_dtype": bundle.cfg.residual_dtype,
         "provenance": bundle.provenance,
@@ -416,6 +447,12 @@ def describe_threshold(threshold: float) -> str:
     return f"{threshold:.3f}" if threshold < 0.999 else f"{threshold:.7g}"
 
 
+def exits_in_words(exits: ExitConfig) -> str:
+    """Such as "before the first layer and after layers 2, 4"."""
+    before = "before the first layer and " if exits.has_zero else ""
+    return f"{before}after layers {', '.join(map(str, exits.encoder.layers))}"
+
+
 def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
     p = bundle.provenance
@@ -427,8 +464,8 @@ def model_card(bundle: Bundle) -> str:
         "",
         "# BERT with early exits",
         "",
-        f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits after "
-        f"layers {', '.join(map(str, bundle.exits.layers))}; labels: {', '.join(bundle.labels)}.",
+        f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits "
+        f"{exits_in_words(bundle.exits)}; labels: {', '.join(bundle.labels)}.",
         "",
         f"- Started from: {p.get('model', 'not recorded')}",
         f"- Trained on: {p.get('data', 'not recorded')}",

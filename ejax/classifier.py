@@ -27,12 +27,14 @@ from ejax.inference.engine import (
     replicate,
     tile_sizes,
 )
-from ejax.inference.policy import Decision, broadcast_thresholds
+from ejax.inference.policy import Decision, as_float32, broadcast_thresholds
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.models.ngrams import ragged_logits
 
 Text = str | tuple[str, str]
 Item = TypeVar("Item")
+FULL = 2.0  # above every score: nobody leaves early
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # of a stream, tokenised and classified together
 
 
@@ -91,6 +93,7 @@ class Running:
     total: int  # N
     classes: int  # C
     first: int = 0  # the number of the first text, in a stream
+    at_zero: Decision | None = None  # of all rows, where there is an exit 0
     pools: list[tuple[np.ndarray, Decision]] = dataclasses.field(default_factory=list)
 
     def finish(self) -> Decision:
@@ -99,7 +102,7 @@ class Running:
         Raises:
           ValueError: naming a text whose logits are not finite.
         """
-        out = Decision(
+        out = self.at_zero or Decision(
             np.zeros((self.total, self.classes), np.float32),
             np.zeros(self.total, np.int32),
             np.zeros(self.total, np.float32),
@@ -107,6 +110,7 @@ class Running:
         for rows, found in self.pools:
             for whole, piece in zip(out, found, strict=True):
                 whole[rows] = np.asarray(piece)[: len(rows)]
+            out.exit[rows] += self.at_zero is not None
         check_finite(out.logits, self.first)
         return out
 
@@ -154,7 +158,9 @@ class EarlyExitClassifier:
         self.shapes = shapes
         self.one_type = one_type
         self.devices = tuple(devices or jax.local_devices())
-        self.model = bundle.model
+        # Exit 0 runs here, on whole texts that nobody padded; the programs hold the others.
+        self.model = bundle.without_zero.model
+        self._zero = int(bundle.exits.has_zero)
         self._weights = self._prepared(self.model)
         many = len(self.devices) > 1
         self._copies = replicate(self._weights, self.devices) if many else self._weights
@@ -163,7 +169,7 @@ class EarlyExitClassifier:
         own = profile and not one_type and profile.dtype == bundle.cfg.dtype
         if profile and own and profile.single_dtype != bundle.cfg.dtype:
             cfg = dataclasses.replace(bundle.cfg, dtype=profile.single_dtype)
-            model = dataclasses.replace(bundle, cfg=cfg).model
+            model = dataclasses.replace(bundle.without_zero, cfg=cfg).model
             self._single = model, self._prepared(model)
 
     def _prepared(self, model: EarlyExitBert) -> Prepared:
@@ -302,7 +308,8 @@ class EarlyExitClassifier:
             for count in sorted({1, *(min(rows, size) for size in sizes)}):
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
-                self.decide_encoded(Encoded(tokens, tokens.astype(np.int8), offsets))
+                zeros = Encoded(tokens, tokens.astype(np.int8), offsets)
+                self.decide_encoded(zeros, threshold=FULL)  # beyond exit 0
 
     def answers(self, decision: Decision, top_k: int | None) -> list[Any]:
         """A decision in the words of `__call__`."""
@@ -331,7 +338,7 @@ class EarlyExitClassifier:
         return odds / odds.sum(axis=1, keepdims=True)
 
     def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
-        return self.bundle.tokenizer.encode(texts, self.bundle.max_length, first=first)
+        return self.bundle.encode(texts, first=first)
 
     def decide(self, texts: Sequence[Text], *, threshold: Any = None) -> Decision:
         """Logits float32 [N, C], exit int32 [N] and score float32 [N], as numpy."""
@@ -348,14 +355,46 @@ class EarlyExitClassifier:
         broadcast_thresholds(thresholds, total, exits)  # their shape: below it is that of a pool
         per_row = np.ndim(thresholds) == 2
         running = Running(total, len(self.bundle.labels), first)
+        levels: Any = thresholds
+        stay = np.arange(total)
+        if self._zero:
+            every = np.broadcast_to(np.asarray(thresholds, np.float64), (total, exits))
+            levels = every[:, 1:] if per_row else every[0, 1:] if total else ()
+            running.at_zero = self._at_zero(encoded, every[:, 0])
+            stay = np.flatnonzero(running.at_zero.score < as_float32(every[:, 0]))
+            encoded = dataclasses.replace(encoded, whole=None).subset(stay)
         for rows, given, options in self._calls(encoded):
-            part = thresholds
+            part: Any = levels
             if per_row:
-                part = np.full((len(given[-1].ids), exits), 2.0)
-                part[: len(rows)] = np.asarray(thresholds)[rows]
-            found = early_exit(*given, part, temperatures=self.bundle.temperatures, **options)
-            running.pools.append((rows, found))
+                part = np.full((len(given[-1].ids), exits - self._zero), 2.0)
+                part[: len(rows)] = levels[stay[rows]]
+            found = early_exit(
+                *given, part, temperatures=self.bundle.temperatures[self._zero :], **options
+            )
+            running.pools.append((stay[rows], found))
         return running
+
+    def _at_zero(self, encoded: Encoded, thresholds: np.ndarray) -> Decision:
+        """Exit 0's answers to all rows, as numpy; zeros where none of them may leave there."""
+        if (thresholds > 1).all():
+            shape = len(encoded), len(self.bundle.labels)
+            zeros = np.zeros(shape[0], np.int32)
+            return Decision(np.zeros(shape, np.float32), zeros, zeros.astype(np.float32))
+        logits = self._zero_logits(encoded)
+        scaled = logits / np.float32(self.bundle.temperatures[0])
+        odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return Decision(logits, np.zeros(len(logits), np.int32), 1 / odds.sum(axis=1))
+
+    def _zero_logits(self, encoded: Encoded) -> np.ndarray:
+        """Exit 0's logits float32 [N, C], on the whole texts."""
+        if encoded.whole is None:
+            raise ValueError(
+                "texts must be tokenised by `encode` of this classifier or its bundle: exit 0 "
+                "reads them whole."
+            )
+        rows = encoded.whole
+        params = self.bundle.variables["params"]["ngrams"]
+        return ragged_logits(params, rows.ids, rows.types, rows.offsets)
 
     def exit_logits(self, encoded: Encoded) -> np.ndarray:
         """Every exit's logits float32 [E, N, C] as the engine computes them, in one full run.
@@ -365,9 +404,11 @@ class EarlyExitClassifier:
         """
         exits, classes = len(self.bundle.exits.layers), len(self.bundle.labels)
         logits = np.zeros((exits, len(encoded), classes), np.float32)
+        if self._zero:
+            logits[0] = self._zero_logits(encoded)
         for rows, given, options in self._calls(encoded):
             found = np.asarray(exit_logits(*given, **options))
-            logits[:, rows] = found[: len(rows)].swapaxes(0, 1)
+            logits[self._zero :, rows] = found[: len(rows)].swapaxes(0, 1)
         for one in logits:
             check_finite(one)
         return logits

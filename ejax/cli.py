@@ -226,7 +226,7 @@ def evaluate(
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("tokenising") as status:
-        task = encode(rows, clf.bundle.tokenizer, clf.bundle.max_length)
+        task = encode(rows, clf.bundle.encode)
         result = evaluate(
             clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
             progress=status.update,

@@ -156,6 +156,15 @@ def write_text(path: Any, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Any, content: bytes) -> None:
+    """Likewise."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    with becoming(path) as fresh:
+        fresh.write_bytes(content)
+
+
 @contextmanager
 def becoming(path: Path) -> Iterator[Path]:
     """A file of this machine to write, which takes the name of `path` if all goes well."""

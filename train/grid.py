@@ -244,7 +244,7 @@ def measure(folder: Path, data: Path) -> dict[str, Any]:
     """
     bundle = load_bundle(folder)
     clf = EarlyExitClassifier.from_pretrained(folder)
-    test = encode(labelled_rows(bundle, str(data), limit=ROWS), bundle.tokenizer, bundle.max_length)
+    test = encode(labelled_rows(bundle, str(data), limit=ROWS), bundle.encode)
     rows = bundle.provenance["rows"]
     seen = trained_on(bundle).union(rows["dev_a"], rows["dev_b"])
     test = test.take(test.without(seen, f"every test row of {data} is in train or dev."))

@@ -49,7 +49,7 @@ def main(
     kind = check_loss(loss)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(clf.bundle, data, split)
-    table = table_of(clf, encode(rows, clf.bundle.tokenizer, clf.bundle.max_length))
+    table = table_of(clf, encode(rows, clf.bundle.encode))
     found: list[dict[str, Any]] = []
     name = short_path(str(bundle))
     result = {

@@ -79,11 +79,11 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     layers = config.layers or tuple(range(1, cfg.num_hidden_layers + 1))
     if len(layers) < 2:
         raise ValueError(f"{config.model}: layers must name two exits or more. Got {layers}.")
-    exits = ExitConfig(layers, len(split.labels), config.pooling, config.mix)
+    exits = ExitConfig(layers, len(split.labels), config.pooling, config.mix).encoder
     check_weights(config, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
-        task = encode(split, tokenizer, max_length)
+        task = encode(split, lambda texts: tokenizer.encode(texts, max_length))
     plan = train_plan(
         task.encoded.lengths,
         buckets=config.data.buckets,

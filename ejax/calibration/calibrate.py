@@ -21,7 +21,13 @@ class Answers(NamedTuple):
 
 
 def calibrate(
-    parts: dict[str, Answers], fit: str, layers: tuple[int, ...], *, max_drop: float, where: str
+    parts: dict[str, Answers],
+    fit: str,
+    layers: tuple[int, ...],
+    *,
+    max_drop: float,
+    where: str,
+    exit0_cost: float = 0.0,
 ) -> dict[str, Any]:
     """Fits on the rows named `fit`, and reports on every set.
 

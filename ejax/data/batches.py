@@ -154,7 +154,8 @@ def worth_compiling(
     edges, rows = np.unique(bucket_of(lengths, buckets, max_length), return_counts=True)
     before = np.concatenate([[0], np.cumsum(rows)]) * epochs
     # best[j]: the least cost of the rows of the first j buckets, the last of them kept.
-    best, kept = [0.0], [()]
+    best: list[float] = [0.0]
+    kept: list[tuple[int, ...]] = [()]
     for j in range(1, len(edges) + 1):
         costs = [
             best[i] + PROGRAM_TOKENS + float((before[j] - before[i]) * edges[j - 1])

@@ -64,6 +64,11 @@ class Encoded:
         """Tokens per row, int64 [N]."""
         return np.diff(self.offsets)
 
+    @property
+    def whole_lengths(self) -> np.ndarray:
+        """Tokens per row that exit 0 reads, int64 [N]."""
+        return (self.whole or self).lengths
+
     def subset(self, rows: np.ndarray) -> "Encoded":
         """The rows with these numbers, in this order."""
         lengths = self.lengths[rows]

@@ -72,7 +72,7 @@ def run_batches(
     return logits
 
 
-def torch_model(bundle: Bundle) -> Any:
+def torch_model(given: Bundle) -> Any:
     """The bundle as a PyTorch module on transformers' BertModel: logits of the last exit.
 
     `exit_logits(hidden states so far, mask, e)` gives those of any exit.
@@ -80,6 +80,7 @@ def torch_model(bundle: Bundle) -> Any:
     import torch
     from transformers import BertConfig, BertModel
 
+    bundle = given.without_zero
     settings = {key: value for key, value in hf_config(bundle).items() if key != "torch_dtype"}
     params = bundle.variables["params"]
     heads = params["heads"]["exits"]
@@ -156,6 +157,7 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
     """One text at a time, leaving the layers' loop as soon as an exit is sure."""
     import torch
 
+    bundle, thresholds = bundle.without_zero, thresholds[bundle.exits.has_zero :]
     model, classes = torch_model(bundle), bundle.exits.num_labels
     exits = {layer: e for e, layer in enumerate(bundle.exits.layers)}
 

@@ -97,7 +97,9 @@ def evaluate(
         point = quality(clf, encoded.lengths, labels, decision, full_logits)
         time_of = timing(seconds[threshold], rows)
         speedup = full["seconds"]["median"] / time_of["seconds"]["median"]
-        ideal = ideal_speedup(clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit)
+        ideal = ideal_speedup(
+            clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit, encoded.whole_lengths
+        )
         points.append(
             {
                 "threshold": np.asarray(
@@ -109,7 +111,7 @@ def evaluate(
                 "ideal_speedup": ideal,
                 "efficiency": speedup / ideal,
                 "tile_rounding": tile_rounding(clf, pools, decision.exit),
-                "predicted_seconds": predicted(clf, pools, decision.exit),
+                "predicted_seconds": predicted(clf, pools, decision.exit, encoded),
             }
         )
     if exit_logits is None:
@@ -137,21 +139,24 @@ def exit_accuracy(logits: np.ndarray, labels: np.ndarray) -> list[float]:
 
 def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float:
     """Tokens that the engine's tiles hold over those of the rows alive, weighted by layers."""
-    exits = clf.bundle.exits.layers
-    layers = np.diff((0, *exits))
+    exits = clf.bundle.exits
+    layers, exit = np.diff((0, *exits.encoder.layers)), exit - exits.has_zero
     run = alive = 0
     for rows, shape in pools:
-        run += shape.length * int(layers @ tile_rows(exit[rows], shape.tile, len(exits)))
-        alive += shape.length * int(layers @ tile_rows(exit[rows], 1, len(exits)))
-    return run / alive
+        run += shape.length * int(layers @ tile_rows(exit[rows], shape.tile, len(layers)))
+        alive += shape.length * int(layers @ tile_rows(exit[rows], 1, len(layers)))
+    return run / max(alive, 1)
 
 
-def predicted(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float | None:
+def predicted(
+    clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray, encoded: Encoded
+) -> float | None:
     """Seconds by the profile of this machine; None where there is none of these lengths."""
     profile = clf.shapes.profile
     if profile is None or any((s.tile, s.length) not in profile.seconds for _, s in pools):
         return None
-    return sum(
+    zero = profile.zero * int(encoded.whole_lengths.sum()) * clf.bundle.exits.has_zero
+    return zero + sum(
         profile.predict(clf.bundle.exits, exit[rows], shape.tile, shape.length)
         for rows, shape in pools
     )

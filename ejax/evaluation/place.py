@@ -15,7 +15,6 @@ from ejax.bundle import Bundle, describe_threshold
 from ejax.calibration.placement import cheapest, check_count, place, point_of
 from ejax.calibration.thresholds import describe
 from ejax.classifier import EarlyExitClassifier
-from ejax.config import ExitConfig
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation.targets import needed_profile, rows_for_thresholds, rows_used, table_of
@@ -128,18 +127,21 @@ def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, n
 
 def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> Bundle:
     """The bundle with some of its exits, by index, and no layers above the last of them."""
-    kept = np.asarray(exits)
     layers = tuple(bundle.exits.layers[e] for e in exits)
-    config = ExitConfig(layers, bundle.exits.num_labels, bundle.exits.pooling, bundle.exits.mix)
+    config = dataclasses.replace(bundle.exits, layers=layers)
     params = bundle.variables["params"]
+    kept = np.flatnonzero(np.isin(bundle.exits.encoder.layers, layers))
     heads = jax.tree.map(lambda leaf: leaf[kept], params["heads"])
     heads = {**heads, "mix": heads["mix"][:, : layers[-1]]}
+    zero = {"ngrams": params["ngrams"]} if config.has_zero else {}
     encoder = jax.tree.map(lambda leaf: leaf[: layers[-1]], params["bert"]["layers"])
     return dataclasses.replace(
         bundle,
         cfg=cut(bundle.cfg, config),
         exits=config,
-        variables={"params": {"bert": {**params["bert"], "layers": encoder}, "heads": heads}},
+        variables={
+            "params": {"bert": {**params["bert"], "layers": encoder}, "heads": heads, **zero}
+        },
         temperatures=tuple(bundle.temperatures[e] for e in exits),
         thresholds=tuple(thresholds),
     )

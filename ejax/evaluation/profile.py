@@ -33,10 +33,12 @@ from ejax.inference.engine import (
 from ejax.inference.policy import broadcast_thresholds, check_temperatures
 from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
+from ejax.models.ngrams import ragged_logits
 
 TILE_TOKENS = (512, 1024, 2048)
 TURNS, TURN_SECONDS = 7, 0.05  # of a piece, compared with the others in turn
 LAYERS = 4
+ZERO_ROWS, ZERO_TOKENS = 64, 128  # that exit 0 is timed on
 Run = Callable[[], Any]
 PREFERENCE = 0.02  # a smaller tile that costs so little more wastes less at the ends of pools
 STEP_TILES, POOL_TILES = 4, 8  # in the pools that show a step without layers, and the whole
@@ -48,6 +50,7 @@ def measure(bundle: Bundle, *, progress: Callable[[str], None] = lambda _: None)
     What is compared takes turns, after a run that compiles; the medians count. The compute
     dtype is chosen first, on a tile and on one row.
     """
+    given, bundle = bundle, bundle.without_zero
     lengths = reachable(bundle)
     middle = min(lengths, key=lambda length: abs(length - 32))
     best: dict[int, Dtype] = {}
@@ -90,11 +93,22 @@ def measure(bundle: Bundle, *, progress: Callable[[str], None] = lambda _: None)
         step /= STEP_TILES * len(bundle.exits.layers)
         seconds[shape] = Seconds(one_layer, head, max(0.0, step - head))
     found = Profile(describe(), time.strftime("%Y-%m-%d"), dtype, single_dtype, tile, seconds)
+    zero = 0.0
+    if given.exits.has_zero:
+        zero = median_seconds({"zero": zero_run(given)})["zero"] / (ZERO_ROWS * ZERO_TOKENS)
     progress("the whole")
     whole = median_seconds({"whole": many.pool(tile[middle], middle)})["whole"]
     exit = np.full(POOL_TILES * tile[middle], len(bundle.exits.layers) - 1)
     parts_of_it = found.predict(bundle.exits, exit, tile[middle], middle)
-    return dataclasses.replace(found, whole=whole / parts_of_it)
+    return dataclasses.replace(found, whole=whole / parts_of_it, zero=zero)
+
+
+def zero_run(bundle: Bundle) -> Run:
+    """Exit 0 on some rows, on the host."""
+    ids = np.random.default_rng(0).integers(bundle.cfg.vocab_size, size=ZERO_ROWS * ZERO_TOKENS)
+    offsets = np.arange(ZERO_ROWS + 1) * ZERO_TOKENS
+    params = bundle.variables["params"]["ngrams"]
+    return partial(ragged_logits, params, ids.astype(np.int32), np.zeros_like(ids), offsets)
 
 
 def reachable(bundle: Bundle) -> list[int]:

@@ -61,7 +61,7 @@ def quickstart(
     folder = finetune(config, workdir / "train", output=workdir / "bundle", console=console)
     clf = EarlyExitClassifier.from_pretrained(folder)
     split = rows_to_report_on(config, clf.bundle.labels)
-    task = encode(split, clf.bundle.tokenizer, clf.bundle.max_length)
+    task = encode(split, clf.bundle.encode)
     kept = task.without(
         chosen_on(clf.bundle), f"every row of {split.origin} fitted this bundle: give other rows."
     )

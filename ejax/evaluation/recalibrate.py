@@ -35,7 +35,7 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
     bundle = clf.bundle
     if max_drop is None:
         max_drop = float(bundle.provenance.get("config", {}).get("max_drop", 0.5))
-    task = encode(split, bundle.tokenizer, bundle.max_length)
+    task = encode(split, bundle.encode)
     recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
     held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))
     # Temperatures of earlier rows had their part in which exits were kept.

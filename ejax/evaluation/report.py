@@ -69,7 +69,7 @@ def make_report(
     check_beside(bundle, beside or {})
     progress("tokenising")
     rows = list(split)
-    task = encode(rows, bundle.tokenizer, bundle.max_length)
+    task = encode(rows, bundle.encode)
     seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
     whose = "this bundle or one beside it" if beside else "this bundle"
     kept = task.without(

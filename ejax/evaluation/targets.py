@@ -177,7 +177,7 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
     Raises:
       ValueError: where none are left.
     """
-    task = encode(split, bundle.tokenizer, bundle.max_length)
+    task = encode(split, bundle.encode)
     refusal = f"every row of {split.origin} fitted this bundle: thresholds need other rows."
     return task.take(task.without(fitted_on(bundle), refusal))
 
@@ -261,7 +261,7 @@ class Costs:
         return 1000 * np.array(seconds)
 
     def of(self, taken: np.ndarray) -> dict[str, float | None]:
-        together = predicted(self.clf, self.pools, taken)
+        together = predicted(self.clf, self.pools, taken, self.encoded)
         ms = {"ms_together": None if together is None else 1000 * together / taken.size}
         return ms if self.call is None else ms | {"ms_alone": self.alone(taken)}
 

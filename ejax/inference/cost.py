@@ -32,25 +32,51 @@ def head_flops(cfg: BertConfig, num_labels: int) -> int:
     return 2 * cfg.hidden_size * (cfg.hidden_size + num_labels)
 
 
-def exit_flops(cfg: BertConfig, exits: ExitConfig, tokens: Any) -> np.ndarray:
+def zero_flops(exits: ExitConfig, tokens: Any) -> Any:
+    """Of exit 0 for rows of `tokens` tokens: two rows of its table a token, and its linear map."""
+    kernel = 2 * exits.rank * exits.num_labels * (exits.rank != exits.num_labels)
+    return 2 * 2 * tokens * (exits.rank + 1) + kernel
+
+
+def zero_in_layers(cfg: BertConfig, exits: ExitConfig, tokens: Any, whole: Any) -> float:
+    """What exit 0 costs in encoder layers; 0 where there is none.
+
+    Args:
+      tokens, whole: int [N], those that the encoder reads and those that exit 0 reads.
+    """
+    if not exits.has_zero:
+        return 0.0
+    return float(zero_flops(exits, whole).sum() / layer_flops(cfg, tokens).sum())
+
+
+def exit_flops(cfg: BertConfig, exits: ExitConfig, tokens: Any, whole: Any = None) -> np.ndarray:
     """Of rows that leave at each exit, all heads on their way counted: float64 [E, N].
 
     Args:
       tokens: int [N], real tokens per row.
+      whole: int [N], those that exit 0 reads, where there are more.
     """
-    layers, heads = np.asarray(exits.layers), np.arange(1, len(exits.layers) + 1)
+    after = np.asarray(exits.encoder.layers)
+    heads = np.arange(1, len(after) + 1)
     per_layer = layer_flops(cfg, np.asarray(tokens, np.float64))
-    return layers[:, None] * per_layer + heads[:, None] * head_flops(cfg, exits.num_labels)
+    flops = after[:, None] * per_layer + heads[:, None] * head_flops(cfg, exits.num_labels)
+    if not exits.has_zero:
+        return flops
+    zero = zero_flops(exits, np.asarray(tokens if whole is None else whole, np.float64))
+    return np.concatenate([zero[None], zero + flops])
 
 
-def ideal_speedup(cfg: BertConfig, exits: ExitConfig, tokens: Any, exit: Any) -> float:
+def ideal_speedup(
+    cfg: BertConfig, exits: ExitConfig, tokens: Any, exit: Any, whole: Any = None
+) -> float:
     """Operations of full depth, the last head alone, over those of rows that leave so.
 
     Args:
       tokens: int [N].
       exit: int [N], index into `exits.layers`.
+      whole: see `exit_flops`.
     """
-    flops = exit_flops(cfg, exits, tokens)
+    flops = exit_flops(cfg, exits, tokens, whole)
     spent = flops[np.asarray(exit), np.arange(flops.shape[1])].sum()
     return float(full_flops(cfg, exits, tokens).sum() / spent)
 
@@ -89,6 +115,7 @@ class Profile:
     single_dtype: Dtype  # and for one row alone
     tile: dict[int, int]  # T -> the fastest B
     seconds: dict[tuple[int, int], Seconds]  # (B, T)
+    zero: float = 0.0  # seconds per token of exit 0
     whole: float = 1.0  # what the engine takes over the sum of these parts, each timed alone
 
     def beside(self, older: "Profile | None") -> "Profile":
@@ -105,8 +132,9 @@ class Profile:
         Raises:
           ValueError: when these tiles were not measured.
         """
-        layers = np.diff((0, *exits.layers))
-        alive = (np.asarray(exit)[None] >= np.arange(len(layers))[:, None]).sum(axis=1)
+        layers = np.diff((0, *exits.encoder.layers))
+        exit = np.asarray(exit) - exits.has_zero  # what left at exit 0 is in no pool
+        alive = (exit[None] >= np.arange(len(layers))[:, None]).sum(axis=1)
         total = 0.0
         for rows, run in zip(alive.tolist(), layers.tolist(), strict=True):
             for size, count in tiles(rows, tile):

@@ -35,6 +35,7 @@ from ejax.models.bert import Batch, BertModel, EncoderLayer, turn
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import ExitHead, mix_columns
 from ejax.models.heads import pool as pool_tokens
+from ejax.models.ngrams import NGramExit
 
 Array = jax.Array
 
@@ -198,8 +199,11 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     cfg, exits = model.cfg, model.exits
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
     stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * length * d
-    mixes = 4 * (len(exits.layers) - 1) * d if exits.mix == "softmax" else 0
-    row = stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 3 * exits.num_labels + 7)
+    mixes = 4 * (len(exits.encoder.layers) - 1) * d if exits.mix == "softmax" else 0
+    grams = 4 * 2 * length * (exits.rank + 1) if exits.has_zero else 0  # of all rows at once
+    row = (
+        grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 3 * exits.num_labels + 7)
+    )
     at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
     return (rows + tile) * row + tile * at_work
 
@@ -257,8 +261,9 @@ class Prepared(NamedTuple):
 
     bert: Any  # {"embeddings": …}
     layers: tuple[Any, ...]  # L trees
-    columns: Array  # float32 [L, E], `mix_columns`
-    heads: tuple[Any, ...]  # E trees
+    columns: Array  # float32 [L, E], `mix_columns`, of the exits after layers
+    heads: tuple[Any, ...]  # one tree per exit after a layer
+    ngrams: Any = None  # of exit 0
 
 
 def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
@@ -293,8 +298,9 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     return Prepared(
         {"embeddings": jax.tree.map(jnp.asarray, params["bert"]["embeddings"])},
         unstacked(params["bert"]["layers"], model.exits.num_layers),
-        mix_columns(jnp.asarray(params["heads"]["mix"]), model.exits),
-        unstacked(params["heads"]["exits"], len(model.exits.layers)),
+        mix_columns(jnp.asarray(params["heads"]["mix"]), model.exits.encoder),
+        unstacked(params["heads"]["exits"], len(model.exits.encoder.layers)),
+        jax.tree.map(jnp.asarray, params["ngrams"]) if model.exits.has_zero else None,
     )
 
 
@@ -317,7 +323,7 @@ def run_pool(
     """
     run_one = layer or run_layer
     batch, thresholds, temperatures = jax.tree.map(jnp.asarray, (batch, thresholds, temperatures))
-    cfg, exits = cut(model.cfg, model.exits), model.exits
+    cfg, exits, zero = cut(model.cfg, model.exits), model.exits.encoder, int(model.exits.has_zero)
     total, last, mixes = batch.ids.shape[0], len(exits.layers) - 1, exits.mix == "softmax"
     batch = _pad_to_tiles(batch, tile)
     size, length = batch.ids.shape
@@ -369,20 +375,21 @@ def run_pool(
             segment + jnp.where(few, last + 1, 0),
             segments, start, pool, state.hidden, state.mixed,
         )  # fmt: skip
-        score, agreed = score_exit(rule, logits, temperatures[segment], pool.agreed, last + 1)
+        exit = segment + zero
+        score, agreed = score_exit(rule, logits, temperatures[exit], pool.agreed, last + 1 + zero)
         real = jnp.arange(tile) < jnp.minimum(width, rest)
-        leave = real & ((score >= thresholds[pool.row, segment]) | (segment == last))
+        leave = real & ((score >= thresholds[pool.row, exit]) | (segment == last))
         stay = real & ~leave
 
         # No row stands before its index: what is overwritten here has been read.
         hidden = lax.dynamic_update_slice_in_dim(state.hidden, stream, start, 0)
         mixed = lax.dynamic_update_slice_in_dim(state.mixed, seen, start, 0)
         place = start + jnp.arange(tile)
-        found = Decision(logits, jnp.full((tile,), segment), score)
+        found = Decision(logits, jnp.full((tile,), exit), score)
         left, out = _append((state.left, state.out), (pool.row, found), leave, state.gone)
         all_logits = state.every
         if all_logits is not None:  # nobody leaves before the end: rows stand as in the input
-            corner = (start, segment, 0)
+            corner = (start, exit, 0)
             all_logits = lax.dynamic_update_slice(all_logits, logits[:, None], corner)
         stayed = state.stayed + stay.sum(dtype=jnp.int32)
         done = width >= rest
@@ -417,13 +424,20 @@ def run_pool(
             zeros(size + tile),
             zeros(size + tile, dtype=jnp.float32),
         ),
-        every=zeros(size + tile, last + 1, exits.num_labels, dtype=jnp.float32) if every else None,
+        every=(
+            zeros(size + tile, last + 1 + zero, exits.num_labels, dtype=jnp.float32)
+            if every
+            else None
+        ),
         segment=zeros(),
         start=zeros(),
         alive=jnp.minimum(rows, total),
         stayed=zeros(),
         gone=zeros(),
     )
+    if zero:
+        logits: Any = NGramExit(model.exits).apply({"params": weights.ngrams}, batch)
+        state = _leave_at_zero(state, logits, thresholds, temperatures[0], rule, last + 2)
     state = lax.while_loop(lambda s: (s.segment <= last) & (s.alive > 0), step, state)
     order = jnp.argsort(state.left)[:total]  # rows 0, 1, ... and then nobody
     ordered = jax.tree.map(lambda leaf: leaf[order], state.out)
@@ -432,6 +446,33 @@ def run_pool(
     real = jnp.arange(total) < rows
     return jax.tree.map(
         lambda leaf: jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), ordered
+    )
+
+
+def _leave_at_zero(
+    state: State, logits: Array, thresholds: Array, temperature: Array, rule: str, exits: int
+) -> State:
+    """The state before the first layer, once the rows that exit 0 is sure of have left.
+
+    Args:
+      logits: float32 [N', C], exit 0's; the first `state.alive` rows are real.
+    """
+    size = len(logits)
+    nobody = nothing_agreed((size,))
+    score, agreed = score_exit(rule, logits, temperature, nobody, exits)
+    real = jnp.arange(size) < state.alive
+    surest = jnp.pad(thresholds[:, 0], (0, size - len(thresholds)))
+    leave = real & (score >= surest)
+    rows, none = jnp.arange(size), jnp.int32(0)
+    found = Decision(logits, jnp.zeros(size, jnp.int32), score)
+    left, out = _append((state.left, state.out), (rows, found), leave, none)
+    pool = _append(state.pool, Rows(rows, rows, agreed), real & ~leave, none)
+    every = state.every
+    if every is not None:
+        every = every.at[:size, 0].set(logits)
+    gone = leave.sum(dtype=jnp.int32)
+    return state._replace(
+        left=left, out=out, pool=pool, every=every, gone=gone, alive=state.alive - gone
     )
 
 
@@ -478,8 +519,8 @@ def full_depth(
 ) -> Array:
     """The last exit's logits by a straight scan over the layers, tile by tile.
 
-    The baseline of every speed-up: no early head, no packing; the rows that fill no whole tile
-    go in small ones, as in `early_exit`.
+    The baseline of every speed-up: no exit 0, no early head, no packing; the rows that fill no
+    whole tile go in small ones, as in `early_exit`.
 
     Args:
       batch: a `Batch`, int [N, T] each.
@@ -497,7 +538,7 @@ def full_depth(
 def _full_depth(
     model: EarlyExitBert, weights: Prepared, batch: Batch, rows: Array, tile: int
 ) -> Array:
-    cfg, exits = cut(model.cfg, model.exits), model.exits
+    cfg, exits = cut(model.cfg, model.exits), model.exits.encoder
     total = batch.ids.shape[0]
     batch = _pad_to_tiles(batch, tile)
     widths = tile_sizes(tile)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ejax.config import BertConfig, ExitConfig, check_layers
 from ejax.models.bert import Batch, BertModel
-from ejax.models.heads import ExitHeads, mix_in
+from ejax.models.heads import ExitHeads, mix_in, pool
+from ejax.models.ngrams import NGramExit
 
 Array = jax.Array
 
@@ -25,6 +26,8 @@ def cut(cfg: BertConfig, exits: ExitConfig) -> BertConfig:
 
 class EarlyExitBert(nn.Module):
     """BERT with a classifier after some layers; variables {"params": {"bert": …, "heads": …}}.
+
+    With an exit 0 there are also {"ngrams": …}, see `ejax.models.ngrams`: no gradient reaches them.
 
     With one exit, mix "last" and pooling "cls" this is the standard BERT classifier,
     or a cut one; with several it is the model of Schwartz et al. (ACL 2020). `gradient_stop`
@@ -43,7 +46,9 @@ class EarlyExitBert(nn.Module):
     def setup(self) -> None:
         cfg = cut(self.cfg, self.exits)
         self.bert = BertModel(cfg, self.remat)
-        self.heads = ExitHeads(cfg, self.exits)
+        self.heads = ExitHeads(cfg, self.exits.encoder)
+        if self.exits.has_zero:
+            self.ngrams = NGramExit(self.exits)
 
     def __call__(self, batch: Batch, *, keys: Array | None = None) -> Array:
         """Logits of all exits.
@@ -55,11 +60,11 @@ class EarlyExitBert(nn.Module):
         Returns:
           float32 [E, B, C], before temperature.
         """
-        batch = batch.arrays()
-        mixed = jnp.zeros((batch.ids.shape[0], len(self.exits.layers), self.cfg.hidden_size))
+        batch, exits = batch.arrays(), self.exits.encoder
+        mixed = jnp.zeros((batch.ids.shape[0], len(exits.layers), self.cfg.hidden_size))
         teaches = passes = None
         if self.gradient_stop:
-            layer, ends = np.arange(1, self.exits.num_layers + 1), np.asarray(self.exits.layers)
+            layer, ends = np.arange(1, exits.num_layers + 1), np.asarray(exits.layers)
             segment = np.searchsorted(ends, layer)  # the exit that each layer leads to
             below = np.maximum(np.arange(len(ends)) - segment[:, None], 0)  # exits in between
             teaches = jnp.asarray((1 - self.gradient_stop) ** below, jnp.float32)  # [L, E]
@@ -72,8 +77,26 @@ class EarlyExitBert(nn.Module):
             columns=(self.heads.columns(), teaches),
             passes=passes,
             read=lambda mixed, x, column: (
-                mix_in(mixed, column[0], x, batch.mask, self.exits, column[1]),
+                mix_in(mixed, column[0], x, batch.mask, exits, column[1]),
                 None,
             ),
         )
+        logits = self.heads(mixed, keys)
+        if self.exits.has_zero:
+            logits = jnp.concatenate([jax.lax.stop_gradient(self.ngrams(batch))[None], logits])
+        return logits
+
+    def layer_vectors(self, batch: Batch) -> Array:
+        """What the exits mix: the pooled output of every layer, float32 [L, B, D]."""
+        batch = batch.arrays()
+        _, _, vectors = self.bert.encode(
+            self.bert.embed(batch),
+            batch.mask,
+            read=lambda carry, x, _: (carry, pool(x, batch.mask, self.exits)),
+        )
+        return vectors
+
+    def from_vectors(self, vectors: Array, keys: Array | None = None) -> Array:
+        """Logits float32 [E, B, C] of the exits after layers, from `layer_vectors`."""
+        mixed = jnp.einsum("le,lbd->bed", self.heads.columns(), vectors, precision="highest")
         return self.heads(mixed, keys)

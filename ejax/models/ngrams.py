@@ -28,7 +28,8 @@ Array = jax.Array
 # Odd, so that a product with them loses nothing modulo a power of two; as int32, whose products
 # wrap alike in numpy, XLA, ONNX and JavaScript's Math.imul.
 TOKEN, NEXT, TYPE, PAIR = (
-    np.int32(value - (value >> 31 << 32)) for value in (0x9E3779B1, 0xC2B2AE35, 0x85EBCA6B, 0x27D4EB2F)
+    np.int32(value - (value >> 31 << 32))
+    for value in (0x9E3779B1, 0xC2B2AE35, 0x85EBCA6B, 0x27D4EB2F)
 )
 TINY = 1e-12  # below every sum of squared weights
 
@@ -80,7 +81,37 @@ def ragged_logits(params: Any, ids: Any, types: Any, offsets: Any) -> np.ndarray
     """
     sums = np.asarray(ragged_grams(ids, types, offsets, len(params["table"])) @ params["table"])
     vectors = sums[:, :-1] / np.sqrt(np.maximum(sums[:, -1:], TINY))
-    return np.asarray((vectors @ params["kernel"] if "kernel" in params else vectors) + params["bias"])
+    return np.asarray(
+        (vectors @ params["kernel"] if "kernel" in params else vectors) + params["bias"]
+    )
+
+
+def packed_table(params: Any) -> dict[str, np.ndarray]:
+    """The parameters as they are saved: of the table the rows that are not zero, `known`."""
+    saved = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in params.items()}
+    known = np.flatnonzero(saved["table"].any(axis=1))
+    return saved | {"known": known.astype(np.int32), "table": saved["table"][known]}
+
+
+def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str, np.ndarray]:
+    """The inverse of `packed_table`.
+
+    Raises:
+      ValueError: naming what is missing or of another shape.
+    """
+    known, c, r = saved.get("known", np.zeros(0, np.int32)), exits.num_labels, exits.rank
+    shapes = {"known": known.shape, "table": (known.size, r + 1), "bias": (c,)}
+    shapes |= {"kernel": (r, c)} if r != c else {}
+    wrong = [name for name in shapes if getattr(saved.get(name), "shape", None) != shapes[name]]
+    if known.size and not 0 <= known.min() <= known.max() < exits.buckets:
+        wrong.append("known")
+    if wrong:
+        raise ValueError(
+            f"does not fit exits.json: ngrams.{wrong[0]} is missing or of another shape."
+        )
+    table = np.zeros((exits.buckets, r + 1), np.float32)
+    table[known] = saved["table"]
+    return {name: saved[name] for name in shapes if name != "known"} | {"table": table}
 
 
 class NGramExit(nn.Module):
@@ -98,7 +129,9 @@ class NGramExit(nn.Module):
         table = self.param("table", zeros, (g, r + 1), jnp.float32)
         bias = self.param("bias", zeros, (c,), jnp.float32)
         following, real = jnp.roll(batch.ids, -1, axis=1), batch.mask > 0
-        same = real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
+        same = (
+            real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
+        )
         grams = jnp.concatenate(hashed(batch.ids, following, batch.types, g), axis=1)
         held = jnp.concatenate([real, same.at[:, -1].set(False)], axis=1)
         sums = jnp.where(held[:, :, None], table[grams], 0.0).sum(axis=1)

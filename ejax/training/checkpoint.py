@@ -130,6 +130,11 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step}: {differ[0]} is not what was saved")
         return jax.tree.map(_placed, found["state"], like)
 
+    @property
+    def none(self) -> bool:
+        """Whether nothing was saved yet."""
+        return not self.manager.all_steps()
+
     def best(self) -> tuple[float, int]:
         """(score, step) of the best one that was evaluated; (-1, 0) where there is none."""
         steps = self._best_first()

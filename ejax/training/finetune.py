@@ -15,13 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.numpy import load, save
 
 from ejax import assets, storage
 from ejax.bundle import (
+    WHOLE_TOKENS,
     Bundle,
     check_output,
+    exits_in_words,
     packed,
     rows_that_picked,
     save_bundle,
@@ -35,18 +39,26 @@ from ejax.data import sources
 from ejax.data.batches import Step, eval_plan, take, train_plan, worth_compiling
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.hardware import environment, fastest_dtype
+from ejax.inference.cost import zero_in_layers
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.ngrams import packed_table, ragged_logits, unpacked_table
 from ejax.models.weights import load_bert, with_pretrained
 from ejax.training import checks
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
 from ejax.training.log import Log, check_finite
+from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
 from ejax.training.processes import Stopped, Terminated, barrier
 from ejax.training.step import Rows, first_state, make_train_step
+from ejax.training.warm import warm_heads
 
 LOG_STEPS = 20
+WARM_ROWS = 10_000  # of train, whose vectors the heads start on
+EMBEDDED_ROWS = 64  # at a time
+MOST_NAMED = 20  # labels
+ZERO_SAVES = 0.02  # of the layers run on dev-A, for exit 0 to be kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +129,7 @@ def finetune(
     start = assets.resolve(config.model)
     behind, picked = trained_rows_of(start), rows_that_picked(start)
     exits = ExitConfig(
-        config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
+        config.layers or tuple(range(cfg.num_hidden_layers + 1)),
         len(labels),
         config.pooling,
         config.mix,
@@ -126,7 +138,12 @@ def finetune(
     cfg = cut(cfg, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
-        tasks = {name: encode(split, tokenizer, max_length) for name, split in splits.items()}
+        whole = WHOLE_TOKENS if exits.has_zero else 0
+
+        def tokenised(texts: Sequence[Any]) -> Encoded:
+            return tokenizer.encode(texts, max_length, whole=whole)
+
+        tasks = {name: encode(split, tokenised) for name, split in splits.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
     checks.warn(checks.unknown_words(tokenizer, tasks["train"].encoded, splits["train"]))
     trained = {*unpacked(behind), *tasks["train"].hashes}
@@ -135,7 +152,7 @@ def finetune(
     longest = (tasks["train"].encoded.lengths == max_length).mean()
     console.print(
         f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
-        f"labels: {', '.join(labels)}; exits after layers {', '.join(map(str, exits.layers))}"
+        f"labels: {in_short(labels)}; exits {exits_in_words(exits)}"
         + (
             f"; {longest:.0%} of train fill or pass {max_length} tokens, where texts are cut"
             if longest > 0
@@ -143,7 +160,8 @@ def finetune(
         ),
         markup=False,  # of labels and paths with [brackets]
     )
-    model = EarlyExitBert(cfg, exits, config.remat, config.gradient_stop)
+    zero = trained_zero(tasks["train"], exits, config, workdir, console)
+    model = EarlyExitBert(cfg, exits.encoder, config.remat, config.gradient_stop)
     all_logits = make_all_logits(model)
     buckets = worth_compiling(
         tasks["train"].encoded.lengths, config.data.buckets, max_length,
@@ -163,23 +181,30 @@ def finetune(
     def dev_a(params: Any) -> dict[str, float]:
         truth, logits = held_out["dev_a"].labels, logits_of(held_out["dev_a"], params)
         per_exit = [accuracy(exit_logits.argmax(axis=-1), truth) for exit_logits in logits]
-        names = [f"accuracy/layer_{layer}" for layer in exits.layers]
+        names = [f"accuracy/layer_{layer}" for layer in exits.encoder.layers]
         trained = np.array(config.exit_weights or [1.0] * len(per_exit)) > 0
         mean = float(np.mean(np.array(per_exit)[trained]))
         return dict(zip(names, per_exit, strict=True)) | {METRIC: mean}
 
-    params = initial_params(model, bert, config)
+    def warm_start() -> Any:
+        params = initial_params(model, bert, config)
+        return warmed(model, params, tasks["train"], buckets, max_length, config, console)
+
     params, best, first, last = train(
-        config, model, params, tasks["train"], buckets, max_length, workdir, dev_a, console
+        config, model, warm_start, tasks["train"], buckets, max_length, workdir, dev_a, console
     )
     with console.status("calibrating"):
+        rows = held_out["dev_a"].encoded
         parts = {
-            name: Answers(logits_of(task, params), task.labels, task.encoded.lengths)
-            for name, task in held_out.items()
+            name: answers(task, zero, logits_of(task, params)) for name, task in held_out.items()
         }
-        chosen = calibrate(
-            parts, "dev_a", exits.layers, max_drop=config.max_drop, where="dev-A, half of dev"
-        )
+        exits, parts, chosen = calibrated(
+            exits, parts, config,
+            exit0_cost=zero_in_layers(cfg, exits, rows.lengths, rows.whole_lengths),
+            console=console,
+        )  # fmt: skip
+    if exits.has_zero:
+        params = params | {"ngrams": zero}
     bundle = Bundle(
         cfg,
         exits,
@@ -269,17 +294,18 @@ def load_model(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
 
 def check_weights(config: TrainConfig, exits: ExitConfig) -> None:
     for name, weights, count in (
-        ("exit_weights", config.exit_weights, len(exits.layers)),
+        ("exit_weights", config.exit_weights, len(exits.encoder.layers)),
         ("class_weights", config.class_weights, exits.num_labels),
     ):
         if weights and len(weights) != count:
             raise ValueError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
 
 
-def encode(split: Any, tokenizer: Tokenizer, max_length: int) -> Task:
+def encode(split: Any, tokenise: Callable[[Sequence[Any]], Encoded]) -> Task:
+    """The rows of a split as `tokenise`, such as `Bundle.encode`, reads them."""
     rows = list(split)
     return Task(
-        tokenizer.encode([row.inputs for row in rows], max_length),
+        tokenise([row.inputs for row in rows]),
         np.asarray([row.label for row in rows], np.int32),
         [sources.row_hash(row) for row in rows],
     )
@@ -312,6 +338,12 @@ def held_out_parts(
     return parts
 
 
+def blank_params(model: EarlyExitBert) -> Any:
+    """Zeros of the shapes of the parameters, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), Batch([[0, 0]]))["params"])
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
     """The pretrained encoder under fresh heads; with pooling "cls" they start from its pooler."""
 
@@ -325,10 +357,108 @@ def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
     return with_pretrained(variables, bert, pooler=config.pooling == "cls")["params"]
 
 
+def trained_zero(
+    task: Task, exits: ExitConfig, config: TrainConfig, workdir: Any, console: Console
+) -> dict[str, np.ndarray]:
+    """Exit 0's parameters, {} where there is none; trained once, on the first host.
+
+    They are kept in the workdir, which all hosts share, so that a run that resumes has the same.
+    """
+    if not exits.has_zero:
+        return {}
+    path = workdir / "ngrams.safetensors"
+    if jax.process_index() == 0 and not path.exists():
+        assert task.encoded.whole is not None
+        with console.status("exit 0, on n-grams"):
+            params = fit_ngrams(
+                task.encoded.whole, task.labels, exits,
+                class_weights=config.class_weights, seed=config.seed,
+            )  # fmt: skip
+        storage.write_bytes(path, save(packed_table(params)))
+    barrier("exit 0 is trained")
+    with storage.reaching(path):
+        saved = load(path.read_bytes())
+    return unpacked_table(saved, exits)
+
+
+def answers(task: Task, zero: dict[str, np.ndarray], logits: np.ndarray) -> Answers:
+    """Every exit's, from the logits [E, N, C] of those after layers."""
+    if zero:
+        rows = task.encoded.whole
+        assert rows is not None
+        of_zero = ragged_logits(zero, rows.ids, rows.types, rows.offsets)
+        logits = np.concatenate([of_zero[None], logits])
+    return Answers(logits, task.labels, task.encoded.lengths)
+
+
+def calibrated(
+    exits: ExitConfig,
+    parts: dict[str, Answers],
+    config: TrainConfig,
+    *,
+    exit0_cost: float,
+    console: Console,
+) -> tuple[ExitConfig, dict[str, Answers], dict[str, Any]]:
+    """Temperatures and thresholds, and the exits: without exit 0 where it saves next to nothing.
+
+    That is decided on dev-A, and only where no exits were asked for.
+    """
+
+    def chosen(some: ExitConfig, of_parts: dict[str, Answers], cost: float) -> dict[str, Any]:
+        return calibrate(
+            of_parts, "dev_a", some.layers, max_drop=config.max_drop,
+            where="dev-A, half of dev", exit0_cost=cost,
+        )  # fmt: skip
+
+    with_zero = chosen(exits, parts, exit0_cost)
+    if not exits.has_zero or config.layers:
+        return exits, parts, with_zero
+    rest = {name: part._replace(logits=part.logits[1:]) for name, part in parts.items()}
+    without = chosen(exits.encoder, rest, 0.0)
+    depth, before = (c["operating_points"]["dev_a"]["mean_depth"] for c in (with_zero, without))
+    helps = depth <= (1 - ZERO_SAVES) * before
+    console.print(
+        f"exit 0, on n-grams, is {'kept' if helps else 'left out'}: with it the default thresholds "
+        f"run {depth:.2f} layers on dev-A, without it {before:.2f}"
+    )
+    return (exits, parts, with_zero) if helps else (exits.encoder, rest, without)
+
+
+def in_short(labels: Sequence[str]) -> str:
+    """Their names, of many the first ones and how many there are."""
+    shown = ", ".join(labels[:MOST_NAMED])
+    return shown if len(labels) <= MOST_NAMED else f"{shown}, … ({len(labels)})"
+
+
+def warmed(
+    model: EarlyExitBert,
+    params: Any,
+    task: Task,
+    buckets: Sequence[int],
+    max_length: int,
+    config: TrainConfig,
+    console: Console,
+) -> Any:
+    """The parameters with heads that fit the encoder as it is; the same on every host."""
+    order = np.random.default_rng([config.seed, 2]).permutation(len(task.labels))
+    some = task.take(np.sort(order[:WARM_ROWS]))
+    lengths = some.encoded.lengths
+    plan = eval_plan(lengths, buckets=buckets, max_length=max_length, batch_size=EMBEDDED_ROWS)
+    with console.status("the heads, on the encoder as it is"):
+        vectors = make_all_logits(model, method="layer_vectors")(
+            {"params": params}, some.encoded, plan
+        )
+        heads = warm_heads(model, params["heads"], vectors, some.labels, config)
+        if jax.process_count() > 1:
+            barrier("warmed")
+            heads = multihost_utils.broadcast_one_to_all(heads)
+    return params | {"heads": jax.tree.map(np.asarray, heads)}
+
+
 def train(
     config: TrainConfig,
     model: EarlyExitBert,
-    params: Any,
+    start: Callable[[], Any],
     task: Task,
     buckets: Sequence[int],
     max_length: int,
@@ -357,7 +487,6 @@ def train(
     total = epochs_of(config, len(task.labels)) * per_epoch
     evals = {-(-i * total // config.evals) for i in range(1, config.evals + 1)}
     optimizer = make_optimizer(config, total)
-    state = place(first_state(params, optimizer, config), config.parallel)
     run_step = parallel_step(
         make_train_step(model, optimizer, config),
         parallel=config.parallel,
@@ -370,6 +499,8 @@ def train(
         Terminated() as terminated,
         progress_bar(console) as bar,
     ):
+        params = start() if checkpoints.none else blank_params(model)
+        state = place(first_state(params, optimizer, config), config.parallel)
         first, state = checkpoints.restore_newest(state)
         log.cut(first)
         if first:

@@ -4,6 +4,7 @@ Every host goes through the same plan; the rows of a step are dealt to all devic
 and a host takes the shares of its own. The state is whole on every device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,36 +121,41 @@ def place(state: TrainState, parallel: Parallel = "pmap") -> TrainState:
 
 
 def make_all_logits(
-    model: EarlyExitBert, devices: list[jax.Device] | None = None
+    model: EarlyExitBert, devices: list[jax.Device] | None = None, *, method: str | None = None
 ) -> Callable[[Any, Encoded, list[Step]], np.ndarray]:
     """A function (variables, encoded, plan) -> logits of every exit, float32 [E, N, C].
 
     Every row of `encoded` has to be in the plan exactly once; rows come back in the
     order of `encoded`. The hosts take turns with the steps, and all get all logits.
+
+    Args:
+      method: another method of the model that gives [K, B, M] for a batch, such as
+        "layer_vectors": then [K, N, M] comes back.
     """
     devices = devices or jax.local_devices()
-    forward = jax.pmap(model.apply, in_axes=(None, 0), devices=devices)
+    apply = functools.partial(model.apply, method=method)
+    forward = jax.pmap(apply, in_axes=(None, 0), devices=devices)
 
     def run(variables: Any, encoded: Encoded, plan: list[Step]) -> np.ndarray:
-        exits, classes = len(model.exits.layers), model.exits.num_labels
-        logits = np.zeros((exits, len(encoded), classes), np.float32)
-        seen = np.zeros(len(encoded), np.int32)
         if jax.process_count() > 1:
             variables = jax.device_get(variables)
+        like: Any = jax.eval_shape(apply, variables, pad(encoded, plan[0].rows, plan[0].length))
+        found = np.zeros((like.shape[0], len(encoded), like.shape[2]), np.float32)
+        seen = np.zeros(len(encoded), np.int32)
         variables = replicate(variables, devices)
         for step in plan[jax.process_index() :: jax.process_count()]:
             batch = pad(encoded, step.rows, step.length)
             out = np.asarray(forward(variables, shard(batch, len(devices))))
-            out = np.moveaxis(out, 1, 0).reshape(exits, -1, classes)
+            out = np.moveaxis(out, 1, 0).reshape(len(found), -1, found.shape[2])
             real = step.rows >= 0
-            logits[:, step.rows[real]] = out[:, : len(step.rows)][:, real]
+            found[:, step.rows[real]] = out[:, : len(step.rows)][:, real]
             seen[step.rows[real]] += 1
         if jax.process_count() > 1:
             barrier("evaluated")
-            parts = multihost_utils.process_allgather((logits, seen))
-            logits, seen = (np.asarray(part).sum(axis=0) for part in parts)
+            parts = multihost_utils.process_allgather((found, seen))
+            found, seen = (np.asarray(part).sum(axis=0) for part in parts)
         if not (seen == 1).all():
             raise RuntimeError(f"rows not run exactly once: {np.flatnonzero(seen != 1)[:8]}")
-        return logits
+        return found
 
     return run

@@ -1,0 +1,106 @@
+"""Exit 0 is trained on its own, before the encoder: a convex problem, or nearly so, solved once.
+
+Axes: N rows, V n-grams that are kept, R rank, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.sparse import csr_array, diags_array
+from scipy.special import log_softmax
+
+from ejax.config import ExitConfig
+from ejax.data.tokenizer import Encoded
+from ejax.models.ngrams import TINY, ragged_grams
+
+FEWEST_ROWS = 3  # of train that hold an n-gram: a table must not remember single texts
+PENALTY = 0.2  # of squared weights, over N: C = 5 of scikit-learn's logistic regression
+MOST_STEPS = 300
+
+
+def fit_ngrams(
+    encoded: Encoded,
+    labels: np.ndarray,
+    exits: ExitConfig,
+    *,
+    class_weights: Sequence[float] = (),
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The parameters of `ejax.models.ngrams.NGramExit`, trained to convergence by L-BFGS.
+
+    The mean cross-entropy of the labels plus a penalty on squared weights. N-grams in fewer than
+    `FEWEST_ROWS` rows of train are left out. With R = C the problem is convex; with a low rank
+    the penalty on both factors is one on the nuclear norm of their product (Srebro, Rennie,
+    Jaakkola, "Maximum-Margin Matrix Factorization", NIPS 2004).
+
+    Args:
+      encoded: train, whole texts.
+      labels: int [N].
+      class_weights: one per class; () means 1 each.
+      seed: of the first table, where the rank is low.
+    """
+    n, r, c = len(encoded), exits.rank, exits.num_labels
+    grams = ragged_grams(encoded.ids, encoded.types, encoded.offsets, exits.buckets)
+    counts: Any = csr_array(grams)
+    counts.sum_duplicates()
+    rows_with = np.bincount(counts.indices, minlength=exits.buckets)
+    known = np.flatnonzero(rows_with >= FEWEST_ROWS)
+    weight = np.log(n / rows_with[known])  # 0 for what every row holds
+    known, weight = known[weight > 0], weight[weight > 0]
+    counts = counts.tocsc()[:, known].tocsr().astype(np.float64)
+    norm = np.sqrt(np.maximum(counts @ weight**2, TINY))
+    x = diags_array(1 / norm) @ counts @ diags_array(weight)  # [N, V]
+    solution = _fit(x, labels, r, c, class_weights, seed)
+    table = np.zeros((exits.buckets, r + 1), np.float32)
+    table[known, :-1] = solution["table"] * weight[:, None]
+    table[known, -1] = weight**2
+    kept = {name: solution[name].astype(np.float32) for name in ("bias", "kernel")[: 1 + (r != c)]}
+    return {"table": table} | kept
+
+
+def _fit(
+    x: Any, labels: np.ndarray, r: int, c: int, class_weights: Sequence[float], seed: int
+) -> dict[str, np.ndarray]:
+    """`table` [V, R], `kernel` [R, C] where R is not C, and `bias` [C], float64."""
+    n, v = x.shape
+    turned = x.T.tocsr()
+    shapes = {"table": (v, r), "bias": (c,)} | ({"kernel": (r, c)} if r != c else {})
+    rng = np.random.default_rng(seed)
+    first = {name: np.zeros(shape) for name, shape in shapes.items()}
+    if r != c:  # at zero both factors would stay there
+        first |= {name: rng.normal(0, 0.1, shapes[name]) for name in ("table", "kernel")}
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    each = np.asarray(class_weights or np.ones(c))[labels]
+    each = each / each.sum()
+    penalty = PENALTY / n
+
+    def parts(flat: np.ndarray) -> dict[str, np.ndarray]:
+        pieces = np.split(flat, ends[:-1])
+        return {k: p.reshape(s) for (k, s), p in zip(shapes.items(), pieces, strict=True)}
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        p = parts(flat)
+        vectors = x @ p["table"]
+        logits = (vectors @ p["kernel"] if r != c else vectors) + p["bias"]
+        log_probs = log_softmax(logits, axis=1)
+        loss = -(each * log_probs[np.arange(n), labels]).sum()
+        off = np.exp(log_probs)
+        off[np.arange(n), labels] -= 1
+        off *= each[:, None]
+        grad = {"table": turned @ (off @ p["kernel"].T if r != c else off), "bias": off.sum(axis=0)}
+        if r != c:
+            grad["kernel"] = vectors.T @ off
+        for name in shapes:
+            if name != "bias":
+                loss += penalty / 2 * (p[name] ** 2).sum()
+                grad[name] = grad[name] + penalty * p[name]
+        return float(loss), np.concatenate([grad[name].ravel() for name in shapes])
+
+    start = np.concatenate([first[name].ravel() for name in shapes])
+    found = minimize(
+        objective, start, jac=True, method="L-BFGS-B",
+        options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "ftol": 1e-7, "maxcor": 5},
+    )  # fmt: skip
+    return parts(found.x)
