@@ -121,7 +121,7 @@ class ExitConfig:
     """Where the classifier heads sit and what they read.
 
     Args:
-      layers: 1-based, ascending; the last one is the number of layers kept.
+      layers: ascending; the last one is the number of layers kept. 0 is before the first.
       num_labels: classes C, at least 2.
       pooling: "cls" reads the first token (the paper), "mean" the mean of the
         real tokens (trains faster in shallow exits of encoders whose [CLS] was
@@ -155,8 +155,9 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) 
     """Raises ValueError unless exits are ascending layers of the encoder."""
     ascending = all(a < b for a, b in itertools.pairwise(layers))
     _check(
-        len(layers) > 0 and layers[0] >= 1 and ascending,
-        f"exit layers must be ascending and start at 1 or above, such as 1,2,4,6. Got {layers}.",
+        len(layers) > 0 and layers[0] >= 0 and layers[-1] >= 1 and ascending,
+        f"exit layers must be ascending, from 0 or above to 1 or above, such as 0,1,4,6. "
+        f"Got {layers}.",
     )
     if num_hidden_layers is not None:
         _check(
