@@ -10,7 +10,7 @@ from test_thresholds import rows
 
 from ejax.bundle import load_bundle, save_bundle
 from ejax.calibration.placement import Placement, cheapest, place, point_of
-from ejax.calibration.thresholds import BOUNDS, make_table, policies
+from ejax.calibration.thresholds import make_table, policies
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import row_hash
 from ejax.evaluation.labelled import labelled_rows
@@ -31,7 +31,7 @@ def test_no_other_choice_is_cheaper(max_drop):
     found = place(table, 4, layer, passing, max_drop=max_drop)
     assert [len(one.exits) for one in found] == [1, 2, 3, 4]
     every = np.arange(300)
-    ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
+    ordered = policies(table, "per exit")
     for size, best in enumerate(found, 1):
         costs = []
         for kept in combinations(range(4), size):

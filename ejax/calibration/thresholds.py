@@ -514,7 +514,7 @@ def policies(table: Table, family: Family, lost: Any = None) -> Float:
         columns = [numbers] * early
     elif family == "per exit":
         losses, gains = table.expected if lost is None else (lost, [None] * early)
-        grid = np.sort(_rounded(scores))[:, ::-1]
+        grid = np.sort(scores)[:, ::-1]
         each = zip(grid, scores, losses[:-1], gains[:early], strict=True)
         worst = np.stack([_worst_above(*of_exit) for of_exit in each])
         bounds = np.unique(np.quantile(worst, np.linspace(0, 1, STEPS)))
@@ -552,15 +552,18 @@ def _worst_above(grid: Float, scores: Float, lost: Float, gained: Float | None) 
     all or none.
     """
     net = _curve(grid, scores, lost)
-    if gained is not None:
-        net = net - _curve(grid, scores, gained)
+    if gained is not None:  # a little less than it is: where both are nothing, scores still order
+        net = net - 0.99 * _curve(grid, scores, gained)
     return np.maximum.accumulate(net)
 
 
 def _lowest(worst: Float, grid: Float, bounds: Float) -> Float:
-    """The lowest score from which on no row loses more than each bound; 0 where none does."""
-    count = np.searchsorted(worst, bounds, side="right")
-    return np.append(FULL, np.append(grid[:-1], 0.0))[count]
+    """From which score on no row loses more than each bound; 0 where none at all does.
+
+    Halfway to the next score below, so that rounding in the engine sends no row elsewhere.
+    """
+    halfway = _rounded((grid[:-1] + grid[1:]) / 2)
+    return np.array([FULL, *halfway, 0.0])[np.searchsorted(worst, bounds, side="right")]
 
 
 def _curve(grid: Float, scores: Float, share: Float) -> Float:
