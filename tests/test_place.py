@@ -60,6 +60,20 @@ def test_layers_that_change_nothing_are_dropped():
     assert one.cost == 4
 
 
+def test_exit_0_is_never_the_last_and_costs_what_it_does():
+    logits, labels, temperatures, tokens = rows(5, exits=3, n=300)
+    logits[:] = logits[0]  # exit 0 says all that full depth does
+    free, dear = (
+        make_table(logits, labels, temperatures[[0, 0, 0]], (0, 2, 6), tokens, exit0_cost=cost)
+        for cost in (0.1, 2.5)
+    )
+    (_, two), (one, _) = (place(table, 2, np.ones(300), np.zeros(300)) for table in (free, dear))
+    assert (two.exits, two.cost) == ((0, 1), pytest.approx(0.1))
+    assert (one.exits, one.cost) == ((1,), 2)
+    best = cheapest(place(dear, 3, np.ones(300), np.zeros(300)))
+    assert best.exits == (1,)
+
+
 @pytest.mark.parametrize("seed", [2, 4, 8])
 def test_exits_that_no_row_uses_are_left_out(seed):
     """They change the cost by rounding alone, with these seeds to something less."""

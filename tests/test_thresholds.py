@@ -13,6 +13,7 @@ from scipy.special import logit, logsumexp
 from scipy.stats import beta, binom
 
 from ejax.calibration import thresholds
+from ejax.calibration.fits import curve
 from ejax.calibration.thresholds import (
     FULL,
     Refused,
@@ -205,9 +206,9 @@ def test_the_fit_is_the_minimum(share, saturated):
 
     found = minimize(objective, [-3.0, -1.0], tol=1e-12)
     at = np.array([0.6, 0.9])
-    curve = logit(thresholds._curve(at, scores, lost))
-    slope = (curve[1] - curve[0]) / (logit(at[1]) - logit(at[0]))
-    assert objective([curve[0] - slope * logit(at[0]), slope]) <= found.fun + 1e-9
+    found_at = logit(curve(at, scores, lost))
+    slope = (found_at[1] - found_at[0]) / (logit(at[1]) - logit(at[0]))
+    assert objective([found_at[0] - slope * logit(at[0]), slope]) <= found.fun + 1e-9
 
 
 @settings(max_examples=30, deadline=None)
