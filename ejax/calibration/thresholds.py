@@ -417,7 +417,8 @@ def promised_drop(
     if not rest.size:
         raise ValueError("a promise needs at least 2 rows, to order policies and to test them.")
     ordering, tested = table.take(first), table.take(rest)
-    # By losses alone: of eight sets of exits, by losses less gains six were up to a layer deeper.
+    # By losses alone, not less gains: in 32 trials 17 ran less deep so, by up to a layer, and 10
+    # deeper, by up to half of one.
     ordered = policies(ordering, family, ordering.expected[0])[1:]
     right = tested.correct
     lost, gained = (
