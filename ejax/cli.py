@@ -461,13 +461,17 @@ def thresholds(
     ] = None,
     delta: Annotated[
         float | None,
-        typer.Option(help="Of --risk: how often it may fail; else 0.05.", show_default=False),
+        typer.Option(
+            help="How often the promise may fail: of --risk, else 0.05; of --max-drop, else it is "
+            "an estimate.",
+            show_default=False,
+        ),
     ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
-            help="Of --risk: disagreement with full depth, or error where that is right; else "
-            "disagreement.",
+            help="Of --risk: disagreement with full depth (the default), error where that is "
+            "right, or wrong: any wrong answer.",
             show_default=False,
         ),
     ] = None,
@@ -481,8 +485,9 @@ def thresholds(
     """Choose the default thresholds for a target: an accuracy drop, a budget, or a risk.
 
     One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the bundle are left
-    out; the rows used here are recorded, and no report should use them again. A risk that these
-    rows are too few to show gives full depth.
+    out; the rows used here are recorded, and no report should use them again. What is chosen holds
+    for texts like those. A promise that these rows are too few to show gives full depth, or, of
+    wrong answers, nothing.
     """
     from rich.console import Console
 

@@ -136,8 +136,8 @@ def share(values: Any, taken: Any) -> float:
 def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy and macro-F1 along a family of thresholds, surest first.
 
-    The family per exit is tied together by full depth's probabilities on these rows, not by
-    their labels.
+    The family per exit is tied together by probabilities (`Table.expected`): of these rows' labels
+    it takes two numbers per exit.
 
     Args:
       cost: [E, N], shares of the whole.
@@ -147,7 +147,7 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
       resampling rows), `disagreement`, and `random`: the accuracy of as many rows at each exit,
       drawn at random, and `random_flops`, what those spend.
     """
-    ordered = policies(table, family, table.expected_lost)
+    ordered = policies(table, family)
     spent = totals(table, ordered, cost)
     wanted = np.linspace(spent.max(), spent.min(), POINTS)
     chosen = np.unique(np.searchsorted(-spent, -wanted))
