@@ -47,6 +47,7 @@ def calibrate(
       layers: the exits' layers.
       max_drop: points of accuracy on the fitting rows that the thresholds may lose.
       where: the fitting rows in words, for people.
+      exit0_cost: see `ejax.calibration.thresholds.make_table`.
 
     Returns:
       Ready for JSON: `temperatures` [E], `thresholds` [E], `thresholds_from` (a sentence),
@@ -55,7 +56,9 @@ def calibrate(
     rows = parts[fit]
     temperatures = fit_temperatures(rows.logits, rows.labels)
     tables = {
-        name: make_table(part.logits, part.labels, temperatures, layers, part.tokens)
+        name: make_table(
+            part.logits, part.labels, temperatures, layers, part.tokens, exit0_cost=exit0_cost
+        )
         for name, part in parts.items()
     }
     chosen = drop_thresholds(tables[fit], max_drop)

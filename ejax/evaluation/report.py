@@ -84,8 +84,9 @@ def make_report(
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
     table = make_table(
-        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths
-    )
+        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths,
+        exit0_cost=bundle.exit0_cost(task.encoded),
+    )  # fmt: skip
     measured = evaluate(
         clf, task.encoded, task.labels, [*LADDER, None, FULL],
         repeats=repeats, exit_logits=logits, progress=progress,
@@ -96,7 +97,7 @@ def make_report(
     }
     inference = time.perf_counter() - started
     progress("sums")
-    flops = exit_flops(bundle.cfg, bundle.exits, table.tokens)
+    flops = exit_flops(bundle.cfg, bundle.exits, table.tokens, task.encoded.whole_lengths)
     whole = full_flops(bundle.cfg, bundle.exits, table.tokens).sum()
     taken = table.leave(bundle.thresholds)
     return {

@@ -232,6 +232,7 @@ def table_of(clf: EarlyExitClassifier, task: Task) -> Table:
     return thresholds.make_table(
         clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
         clf.bundle.exits.layers, task.encoded.lengths,
+        exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
 
 

@@ -221,6 +221,7 @@ def finetune(
             "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
             "best_step": best,
             "text_columns": list(splits["train"].text_columns),
+            "label_column": splits["train"].label_column,
             "config": to_json(public(config)),
             "versions": environment()["versions"],
             "rows": {name: task.hashes for name, task in held_out.items()} | {"picked": picked},
