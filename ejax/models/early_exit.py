@@ -55,6 +55,13 @@ class EarlyExitBert(nn.Module):
         Returns:
           float32 [E, B, C], before temperature.
         """
+        return self.heads(self.mixes(batch, keys=keys), keys)
+
+    def mixes(self, batch: Batch, *, keys: Array | None = None) -> Array:
+        """What the heads read, float32 [B, E, D]: each exit's mix of the pooled layers below.
+
+        Args: as for `__call__`; `model.apply(variables, batch, method="mixes")`.
+        """
         batch = batch.arrays()
         mixed = jnp.zeros((batch.ids.shape[0], len(self.exits.layers), self.cfg.hidden_size))
         teaches = passes = None
@@ -76,4 +83,4 @@ class EarlyExitBert(nn.Module):
                 None,
             ),
         )
-        return self.heads(mixed, keys)
+        return mixed
