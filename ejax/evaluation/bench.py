@@ -417,7 +417,7 @@ def bench_table(result: dict[str, Any]) -> Table:
         + f"; mean depth {result['early_exit']['mean_depth']:.2f}, ideal speed-up "
         f"{result['early_exit']['ideal_speedup']:.2f}",
     )
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for heading in (
         "accuracy", "points lost (95 %)", "offline texts/s", "spread", "from text",
         "mean ms", "p50", "p99", *(f"by {size}" for size in REQUESTS), "peak MB",
