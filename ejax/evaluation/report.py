@@ -24,12 +24,13 @@ from ejax.calibration.thresholds import (
     totals,
 )
 from ejax.classifier import EarlyExitClassifier, Text
-from ejax.data.sources import Split
+from ejax.data.sources import Example, Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
 from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
+from ejax.rivals import fit_rivals
 from ejax.training.finetune import encode
 
 POINTS = 40  # of a curve
@@ -44,6 +45,8 @@ def make_report(
     split: Split,
     *,
     beside: Mapping[str, EarlyExitClassifier] | None = None,
+    train: Sequence[Example] = (),
+    encoder: str = "",
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def make_report(
 
     Args:
       beside: other bundles for the same labels, at full depth, by name.
+      train: rows that two linear models of scikit-learn are fitted to; () means none.
+      encoder: of the second of these, as in `ejax.rivals.fit_rivals`.
       repeats: timed passes.
 
     Returns:
@@ -59,11 +64,11 @@ def make_report(
       of rows that leave at random as often at each exit; `oracle`; `beside`; `exits`: per exit
       quality on all rows and on those that leave there, calibration before and after
       temperature, and who leaves; `overthinking`; `slices`: accuracy, drop and depth by label
-      and by length at each operating point; `examples`; `inference_seconds`: of all that
-      ran through models, compiling and timed passes included.
+      and by length at each operating point; `examples`; `notes` on the linear models;
+      `inference_seconds`: of all that ran through models, compiling and timed passes included.
 
     Raises:
-      ValueError: when no rows are left, or a model beside has other labels.
+      ValueError: when no rows are left, a model beside has other labels, or `train` has one label.
     """
     bundle = clf.bundle
     check_beside(bundle, beside or {})
@@ -80,6 +85,7 @@ def make_report(
     task = task.take(kept)
     inputs = [rows[i].inputs for i in kept]
     texts = [shown(one) for one in inputs]
+    rivals, notes = fit_rivals(bundle, train, set(task.hashes), encoder=encoder, progress=progress)
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
@@ -89,7 +95,7 @@ def make_report(
     )  # fmt: skip
     measured = evaluate(
         clf, task.encoded, task.labels, [*LADDER, None, FULL],
-        repeats=repeats, exit_logits=logits, progress=progress,
+        repeats=repeats, exit_logits=logits, texts=inputs, rivals=rivals, progress=progress,
     )  # fmt: skip
     others = {
         name: full_depth_of(other, inputs, task.labels, repeats)
@@ -117,6 +123,7 @@ def make_report(
         "overthinking": overthinking(table, texts, bundle.labels),
         "slices": slices(table, bundle.labels, [*LADDER, tuple(bundle.thresholds)]),
         "examples": examples(table, taken, texts, bundle.labels),
+        "notes": notes,
         "inference_seconds": inference,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
