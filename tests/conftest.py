@@ -29,6 +29,8 @@ def pytest_configure(config):
     # A warning that points at our code, or at a test that calls it, is an error.
     for module in (r"ejax(\.|$)", r"train(\.|$)", "test_"):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
+    # Trainings of seconds are doubtful; what is doubted has tests of its own.
+    config.addinivalue_line("filterwarnings", "ignore::ejax.training.checks.Doubt")
 
 
 @pytest.fixture(scope="module")

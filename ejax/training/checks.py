@@ -17,10 +17,14 @@ UNKNOWN_SHARE = 0.03  # of the words; English sets have 0, emoji in chats 0.0014
 SHOWN = 30  # characters of a word
 
 
+class Doubt(UserWarning):
+    """A training went well, and its result may be worth less than hoped."""
+
+
 def warn(sentence: str) -> None:
     """Warns of what one of these checks says, if it says anything."""
     if sentence:
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(sentence, Doubt, stacklevel=2)
 
 
 def unknown_share(tokenizer: Tokenizer, encoded: Encoded) -> float:

@@ -44,8 +44,10 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, ragged_logits, unpacked_table
 from ejax.models.weights import load_bert, with_pretrained
+from ejax.rivals import below_rival
 from ejax.training import checks
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
+from ejax.training.checks import no_better_than_chance, still_rising, warn
 from ejax.training.log import Log, check_finite
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import make_optimizer
@@ -135,7 +137,7 @@ def finetune(
         config.mix,
     )
     check_weights(config, exits)
-    cfg = cut(cfg, exits)
+    whole_cfg, cfg = cfg, cut(cfg, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
         whole = WHOLE_TOKENS if exits.has_zero else 0
@@ -231,6 +233,15 @@ def finetune(
     if not first_host:
         barrier("the bundle is saved")
         return output
+    with console.status("compared with a linear model on the frozen encoder"):
+        warn_of_doubts(
+            parts["dev_a"], exits, workdir,
+            below_rival(
+                tasks["train"].encoded, tasks["train"].labels, rows, held_out["dev_a"].labels,
+                parts["dev_a"].logits[-1].argmax(axis=-1) == held_out["dev_a"].labels,
+                cfg=whole_cfg, bert=bert, max_length=max_length,
+            ),
+        )  # fmt: skip
     save_bundle(bundle, output)
     result = {
         "config": to_json(public(config)),
@@ -249,6 +260,21 @@ def finetune(
         storage.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     barrier("the bundle is saved")
     return output
+
+
+def warn_of_doubts(dev_a: Answers, exits: ExitConfig, workdir: Any, *more: str) -> None:
+    """Says what a result may be worth less for, one sentence each."""
+    accuracies = [accuracy(logits.argmax(axis=-1), dev_a.labels) for logits in dev_a.logits]
+    path = workdir / "metrics.jsonl"
+    with storage.reaching(path):
+        lines = path.read_text().splitlines() if path.exists() else []
+    evaluated = [line for line in map(json.loads, lines) if line["kind"] == "dev_a"]
+    for sentence in (
+        still_rising([line[METRIC] for line in evaluated], len(dev_a.labels)),
+        no_better_than_chance(exits.layers, accuracies, dev_a.labels),
+        *more,
+    ):
+        warn(sentence)
 
 
 def check_apart(output: Path, workdir: Path) -> None:
@@ -493,6 +519,11 @@ def train(
         parallel=config.parallel,
         accumulate=config.accumulate,
     )
+
+    def show(step: int, scores: dict[str, float]) -> None:
+        cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
+        console.print(f"step {step}: dev-A accuracy per exit {cells}")
+
     with (
         alone_in(workdir),
         Checkpoints(workdir) as checkpoints,
@@ -502,11 +533,19 @@ def train(
     ):
         params = start() if checkpoints.none else blank_params(model)
         state = place(first_state(params, optimizer, config), config.parallel)
+        fresh = checkpoints.none
         first, state = checkpoints.restore_newest(state)
         log.cut(first)
         if first:
             console.print(f"resuming {workdir} from step {first} of {total}", markup=False)
         best_score, best_step = checkpoints.best()
+        scores: dict[str, float] | None
+        if fresh:  # what training is to make better
+            scores = evaluate(state.kept)
+            best_score = scores[METRIC]
+            log.write(0, "dev_a", scores)
+            show(0, scores)
+            checkpoints.save(0, state, scores)
         last = first
         held: list[tuple[int, Step, dict[str, Any]]] = []
         shown = bar.add_task("training", total=total, completed=first)
@@ -539,8 +578,7 @@ def train(
                 log.write(done, "dev_a", scores)
                 if scores[METRIC] >= best_score:
                     best_score, best_step = scores[METRIC], done
-                cells = " ".join(f"{v:.3f}" for k, v in scores.items() if k != METRIC)
-                console.print(f"step {done}: dev-A accuracy per exit {cells}")
+                show(done, scores)
             else:
                 scores = None
             if saved or stop:
