@@ -32,7 +32,7 @@ from ejax.training.optim import MIX_RATE
 from ejax.training.step import Rows
 from ejax.training.teacher import probabilities
 from ejax.training.warm import warm_heads
-from train.teacher import app
+from train.teacher import app, write_files
 
 LOGITS = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.2, 0.8]]]))
 LABELS, REAL = jnp.array([0, -1]), jnp.ones(2)
@@ -308,6 +308,27 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         train=str(table), text_columns=("note",), unlabelled=str(tmp_path / "a.txt")
     )
     assert read_unlabelled(config, load(config)["train"])[0] == wanted
+
+
+def test_pairs_of_the_comparison_come_back(tmp_path: Path) -> None:
+    """Each row of train at most once, with its label or without."""
+    table = tmp_path / "train.tsv"
+    table.write_text(
+        "label\tpremise\thypothesis\n" + "".join(f"{i % 3}\ta {i}\tb {i}\n" for i in range(29))
+    )
+    whole = TrainConfig(data=DataConfig(path=str(tmp_path)))
+    folder, rows = write_files(whole, 11, 7, tmp_path / "data")
+    config = DataConfig(path=str(folder), unlabelled=str(folder / "unlabelled.jsonl"))
+    train = load(config)["train"]
+    texts, ignored = read_unlabelled(config, train)
+    assert (rows, len(train), len(texts), ignored) == (18, 11, 7, ())
+    every = [row.inputs for row in (*train, *texts)]
+    assert len({*every}) == 18
+    assert {*every} <= {(f"a {i}", f"b {i}") for i in range(29)}
+    assert all(int(row.text[2:]) % 3 == row.label for row in train)
+    (folder / "more.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"more.txt has 1 text columns \(text\), train has 2"):
+        read_unlabelled(dataclasses.replace(config, unlabelled=f"{folder}/more.txt"), train)
 
 
 def test_labels_in_the_texts_are_said_to_be_ignored(tmp_path: Path) -> None:
