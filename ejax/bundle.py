@@ -43,6 +43,7 @@ ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor
 NGRAMS = "ngrams."  # before the names of exit 0's tensors
 PICKED = ("dev_a", "placed", "picked")  # rows that had their part in which weights are kept
+FITTED = (*PICKED, "calibration")  # and those that fitted temperatures
 OLDER = (
     "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
     "cannot be left out. Train it again to have them known."
@@ -114,8 +115,13 @@ def rows_that_picked(folder: Path) -> list[str]:
     """Hashes of rows that picked the weights in a folder, or what those started from."""
     path = folder / "exits.json"
     provenance = _read(path).get("provenance") if path.exists() else None
-    rows = (provenance or {}).get("rows") or {}
-    return sorted({hash for name in PICKED for hash in rows.get(name, ())})
+    return recorded_rows(provenance or {}, PICKED)
+
+
+def recorded_rows(provenance: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Hashes of the rows that a bundle recorded under these names."""
+    rows = provenance.get("rows") or {}
+    return sorted({hash for name in names for hash in rows.get(name, ())})
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
@@ -473,6 +479,7 @@ def model_card(bundle: Bundle) -> str:
         f"{exits_in_words(bundle.exits)}; labels: {', '.join(bundle.labels)}.",
         "",
         f"- Started from: {p.get('model', 'not recorded')}",
+        *([f"- Taught by: {p['teacher']}"] if p.get("teacher") else []),
         f"- Trained on: {p.get('data', 'not recorded')}",
         f"- Default thresholds: {describe_thresholds(bundle.thresholds)}. "
         f"{p.get('thresholds_from', '')}".rstrip(),

@@ -75,6 +75,8 @@ def train(
     train_file: Annotated[str, setting("data.train")] = "",
     dev: Annotated[str, setting("data.dev")] = "",
     test: Annotated[str, setting("data.test")] = "",
+    unlabelled: Annotated[str, setting("data.unlabelled")] = "",
+    teacher: Annotated[str, setting("teacher")] = "",
     layers: Annotated[str, setting("layers")] = "",
     pooling: Annotated[str, setting("pooling")] = "",
     epochs: Annotated[str, setting("epochs")] = "",
@@ -111,7 +113,7 @@ def train(
     short = {
         "layers": layers, "pooling": pooling, "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "data.max_length": max_length, "data.limit": limit,
-        "seed": seed,
+        "seed": seed, "teacher": teacher, "data.unlabelled": unlabelled,
     }  # fmt: skip
     given = [f"{name}={value}" for name, value in short.items() if value]
     config = override(TrainConfig(model=model, data=data), [*given, *(fields or ())])

@@ -210,6 +210,7 @@ class DataConfig:
     train: str = ""  # the file to learn from: tsv, csv or jsonl, each also .gz
     dev: str = ""  # the file that picks the checkpoint and thresholds; "" = a part of train
     test: str = ""  # the file to report on, never fitted on
+    unlabelled: str = ""  # a file of texts without labels to learn from too: tsv, csv, jsonl, txt
     text_columns: tuple[str, ...] = ()  # one, or two for pairs; () = recognised from the header
     label_column: str = ""  # "" = the usual: label, labels, category, class, intent, target, …
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
@@ -249,7 +250,8 @@ class TrainConfig:
     mix: Mix = "softmax"  # exits read a learned mix of the layers so far, or the last alone
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
-    distillation: float = 1.0  # loss weight of KL(last exit || exit); 0 = none
+    teacher: str = ""  # a bundle, from whose full depth all exits learn; "" = from the last exit
+    distillation: float = 1.0  # loss weight of KL(teacher, or last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 0  # passes over train; 0 = chosen by the number of its rows

@@ -38,6 +38,7 @@ def facts(bundle: Bundle) -> Table:
             "pooling, mix": f"{bundle.exits.pooling}, {bundle.exits.mix}",
             "numerics": f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}",
             "started from": p.get("model", ""),
+            "taught by": p.get("teacher", ""),
             "trained on": p.get("data", ""),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         }

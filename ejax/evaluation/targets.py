@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
-from ejax.bundle import PICKED, Bundle, describe_threshold, unpacked
+from ejax.bundle import FITTED, Bundle, describe_threshold, recorded_rows, unpacked
 from ejax.calibration import thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.thresholds import FULL, Family, Table
@@ -213,9 +213,7 @@ def fitted_on(bundle: Bundle) -> set[str]:
     Those picked its checkpoint, or that of a bundle that it started from, fitted temperatures or
     placed exits.
     """
-    rows = bundle.provenance.get("rows", {})
-    fitted = {hash for name in (*PICKED, "calibration") for hash in rows.get(name, ())}
-    return fitted | trained_on(bundle)
+    return {*recorded_rows(bundle.provenance, FITTED)} | trained_on(bundle)
 
 
 def trained_on(bundle: Bundle) -> set[str]:

@@ -18,15 +18,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.numpy import load, save
 
 from ejax import assets, storage
 from ejax.bundle import (
+    FITTED,
     WHOLE_TOKENS,
     Bundle,
     check_output,
     exits_in_words,
     packed,
+    recorded_rows,
     rows_that_picked,
     save_bundle,
     trained_rows_of,
@@ -38,6 +39,7 @@ from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of, to_json
 from ejax.data import sources
 from ejax.data.batches import Step, eval_plan, take, train_plan, worth_compiling
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.data.unlabelled import read_unlabelled
 from ejax.hardware import environment, fastest_dtype
 from ejax.inference.cost import zero_in_layers
 from ejax.models.bert import Batch
@@ -52,8 +54,9 @@ from ejax.training.log import Log, check_finite
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
-from ejax.training.processes import Stopped, Terminated, barrier
+from ejax.training.processes import Stopped, Terminated, barrier, made_by_first
 from ejax.training.step import Rows, first_state, make_train_step
+from ejax.training.teacher import load_teacher, probabilities
 from ejax.training.warm import warm_heads
 
 LOG_STEPS = 20
@@ -68,12 +71,23 @@ class Task:
     """A split, tokenised."""
 
     encoded: Encoded
-    labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # int32 [N], -1 for a row without one
     hashes: list[str]  # one per row
+    teacher: np.ndarray | None = None  # its probabilities, float32 [N, C]
 
     def take(self, rows: np.ndarray) -> "Task":
         hashes = [self.hashes[row] for row in rows]
-        return Task(self.encoded.subset(rows), self.labels[rows], hashes)
+        teacher = None if self.teacher is None else self.teacher[rows]
+        return Task(self.encoded.subset(rows), self.labels[rows], hashes, teacher)
+
+    def teaching(self) -> "Task":
+        """The rows that teach a head by itself: all with a teacher, else those with a label."""
+        return self if self.teacher is not None else self.take(np.flatnonzero(self.labels >= 0))
+
+    def targets(self, classes: int, distillation: float) -> np.ndarray:
+        """What each class weighs in a row's cross-entropy, by label and teacher: [N, C]."""
+        by_label = (self.labels[:, None] == np.arange(classes)).astype(np.float64)
+        return by_label if self.teacher is None else by_label + distillation * self.teacher
 
     def without(self, seen: set[str], refusal: str) -> np.ndarray:
         """The numbers of the rows whose hashes are not in `seen`: int [N].
@@ -130,6 +144,12 @@ def finetune(
     cfg, bert, tokenizer = load_model(config)
     start = assets.resolve(config.model)
     behind, picked = trained_rows_of(start), rows_that_picked(start)
+    teacher = None
+    if config.teacher:
+        teacher = load_teacher(config.teacher, splits["train"], cfg.dtype)
+        behind = np.union1d(behind, teacher.trained_rows)
+        picked = sorted({*picked, *recorded_rows(teacher.provenance, FITTED)})
+    train_rows = with_unlabelled(splits["train"], config, console)
     exits = ExitConfig(
         config.layers or tuple(range(cfg.num_hidden_layers + 1)),
         len(labels),
@@ -138,6 +158,7 @@ def finetune(
     )
     check_weights(config, exits)
     whole_cfg, cfg = cfg, cut(cfg, exits)
+    check_teaching(config, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
         whole = WHOLE_TOKENS if exits.has_zero else 0
@@ -145,15 +166,16 @@ def finetune(
         def tokenised(texts: Sequence[Any]) -> Encoded:
             return tokenizer.encode(texts, max_length, whole=whole)
 
-        tasks = {name: encode(split, tokenised) for name, split in splits.items()}
+        read = splits | {"train": train_rows}
+        tasks = {name: encode(rows, tokenised) for name, rows in read.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
-    checks.warn(checks.unknown_words(tokenizer, tasks["train"].encoded, splits["train"]))
+    checks.warn(checks.unknown_words(tokenizer, tasks["train"].encoded, train_rows))
     trained = {*unpacked(behind), *tasks["train"].hashes}
     held_out = held_out_parts(tasks, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     longest = (tasks["train"].encoded.lengths == max_length).mean()
     console.print(
-        f"{', '.join(f'{len(task.labels)} {name}' for name, task in tasks.items())} rows; "
+        f"{', '.join(f'{len(split)} {name}' for name, split in splits.items())} rows; "
         f"labels: {in_short(labels)}; exits {exits_in_words(exits)}"
         + (
             f"; {longest:.0%} of train fill or pass {max_length} tokens, where texts are cut"
@@ -162,6 +184,9 @@ def finetune(
         ),
         markup=False,  # of labels and paths with [brackets]
     )
+    if teacher:
+        tasks["train"] = taught(tasks["train"], train_rows, teacher, labels, workdir, console)
+    del teacher, train_rows  # their memory
     zero = trained_zero(tasks["train"], exits, config, workdir, console)
     model = EarlyExitBert(cfg, exits.encoder, config.remat, config.gradient_stop)
     all_logits = make_all_logits(model)
@@ -207,6 +232,9 @@ def finetune(
         )  # fmt: skip
     if exits.has_zero:
         params = params | {"ngrams": zero}
+    origins = {name: split.origin for name, split in splits.items()}
+    if config.data.unlabelled:
+        origins["unlabelled"] = short_path(config.data.unlabelled)
     bundle = Bundle(
         cfg,
         exits,
@@ -220,7 +248,8 @@ def finetune(
         {name: chosen[name] for name in ("thresholds_from", "operating_points", "metrics")}
         | {
             "model": short_path(config.model),
-            "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
+            "teacher": short_path(config.teacher),
+            "data": "; ".join(f"{name}: {origin}" for name, origin in origins.items()),
             "best_step": best,
             "text_columns": list(splits["train"].text_columns),
             "label_column": splits["train"].label_column,
@@ -233,16 +262,17 @@ def finetune(
     if not first_host:
         barrier("the bundle is saved")
         return output
+    save_bundle(bundle, output)
     with console.status("compared with a linear model on the frozen encoder"):
+        labelled = tasks["train"].take(np.flatnonzero(tasks["train"].labels >= 0))
         warn_of_doubts(
             parts["dev_a"], exits, workdir,
             below_rival(
-                tasks["train"].encoded, tasks["train"].labels, rows, held_out["dev_a"].labels,
-                parts["dev_a"].logits[-1].argmax(axis=-1) == held_out["dev_a"].labels,
+                labelled.encoded, labelled.labels, rows, parts["dev_a"].labels,
+                parts["dev_a"].logits[-1].argmax(axis=-1) == parts["dev_a"].labels,
                 cfg=whole_cfg, bert=bert, max_length=max_length,
             ),
         )  # fmt: skip
-    save_bundle(bundle, output)
     result = {
         "config": to_json(public(config)),
         "command": command(),
@@ -275,6 +305,38 @@ def warn_of_doubts(dev_a: Answers, exits: ExitConfig, workdir: Any, *more: str) 
         *more,
     ):
         warn(sentence)
+
+
+def with_unlabelled(
+    train: sources.Split, config: TrainConfig, console: Console
+) -> list[sources.Example]:
+    """All rows to learn from: those of train, and after them those without a label."""
+    rows = list(train)
+    if config.data.unlabelled:
+        more, ignored = read_unlabelled(config.data, train)
+        unread = f" (its column {', '.join(ignored)} is not read)" if ignored else ""
+        console.print(
+            f"{len(more)} unlabelled rows: {config.data.unlabelled}{unread}", markup=False
+        )
+        rows += more
+    return rows
+
+
+def taught(
+    task: Task,
+    rows: Sequence[sources.Example],
+    teacher: Bundle,
+    labels: Sequence[str],
+    workdir: Any,
+    console: Console,
+) -> Task:
+    """The task with what the teacher says of its rows; asked once, see `made_by_first`."""
+    with console.status(f"the teacher, on {len(rows)} rows"):
+        said = made_by_first(
+            workdir / "teacher.safetensors",
+            lambda: {"probabilities": probabilities(teacher, [row.inputs for row in rows], labels)},
+        )
+    return dataclasses.replace(task, teacher=said["probabilities"])
 
 
 def check_apart(output: Path, workdir: Path) -> None:
@@ -328,6 +390,16 @@ def check_weights(config: TrainConfig, exits: ExitConfig) -> None:
             raise ValueError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
 
 
+def check_teaching(config: TrainConfig, exits: ExitConfig) -> None:
+    if config.distillation == 0 and (config.teacher or config.data.unlabelled):
+        raise ValueError("distillation must be above 0 with a teacher or unlabelled texts. Got 0.")
+    if config.data.unlabelled and not config.teacher and len(exits.encoder.layers) < 2:
+        raise ValueError(
+            "unlabelled texts without a teacher are taught by the last exit to those before it: "
+            f"layers must name two layers or more. Got {exits.layers}."
+        )
+
+
 def encode(split: Any, tokenise: Callable[[Sequence[Any]], Encoded]) -> Task:
     """The rows of a split as `tokenise`, such as `Bundle.encode`, reads them."""
     rows = list(split)
@@ -347,6 +419,8 @@ def held_out_parts(
     console: Console,
 ) -> dict[str, Task]:
     """dev_a less the rows that trained, dev_b and test less those that picked the weights too."""
+    given = "train or unlabelled" if config.data.unlabelled else "train"
+    models = f"{config.model} or {config.teacher}" if config.teacher else config.model
 
     def left(shown: str, task: Task, seen: set[str], why: str) -> Task:
         rows = task.without(seen, f"every row of {shown} is {why}: give other rows.")
@@ -356,9 +430,9 @@ def held_out_parts(
 
     dev = tasks["dev"]
     half_a, half_b = sources.split_dev(len(dev.labels), config.seed)
-    dev_a = left("dev-A", dev.take(half_a), trained, f"in train, or trained {config.model}")
+    dev_a = left("dev-A", dev.take(half_a), trained, f"in {given}, or trained {models}")
     seen = trained.union(picked, dev_a.hashes)
-    why = f"in train or dev-A, or trained or picked {config.model}"
+    why = f"in {given} or dev-A, or trained or picked {models}"
     parts = {"dev_a": dev_a, "dev_b": left("dev-B", dev.take(half_b), seen, why)}
     if "test" in tasks:
         parts["test"] = left("test", tasks["test"], seen, why)
@@ -387,24 +461,21 @@ def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
 def trained_zero(
     task: Task, exits: ExitConfig, config: TrainConfig, workdir: Any, console: Console
 ) -> dict[str, np.ndarray]:
-    """Exit 0's parameters, {} where there is none; trained once, on the first host.
-
-    They are kept in the workdir, which all hosts share, so that a run that resumes has the same.
-    """
+    """Exit 0's parameters, {} where there is none; trained once, see `made_by_first`."""
     if not exits.has_zero:
         return {}
-    path = workdir / "ngrams.safetensors"
-    if jax.process_index() == 0 and not path.exists():
-        assert task.encoded.whole is not None
-        with console.status("exit 0, on n-grams"):
-            params = fit_ngrams(
-                task.encoded.whole, task.labels, exits,
-                class_weights=config.class_weights, seed=config.seed,
-            )  # fmt: skip
-        storage.write_bytes(path, save(packed_table(params)))
-    barrier("exit 0 is trained")
-    with storage.reaching(path):
-        saved = load(path.read_bytes())
+
+    def fitted() -> dict[str, np.ndarray]:
+        rows = task.teaching()
+        assert rows.encoded.whole is not None
+        params = fit_ngrams(
+            rows.encoded.whole, rows.targets(exits.num_labels, config.distillation), exits,
+            class_weights=config.class_weights, seed=config.seed,
+        )  # fmt: skip
+        return packed_table(params)
+
+    with console.status("exit 0, on n-grams"):
+        saved = made_by_first(workdir / "ngrams.safetensors", fitted)
     return unpacked_table(saved, exits)
 
 
@@ -467,6 +538,7 @@ def warmed(
     console: Console,
 ) -> Any:
     """The parameters with heads that fit the encoder as it is; the same on every host."""
+    task = task.teaching()
     order = np.random.default_rng([config.seed, 2]).permutation(len(task.labels))
     some = task.take(np.sort(order[:WARM_ROWS]))
     lengths = some.encoded.lengths
@@ -475,7 +547,7 @@ def warmed(
         vectors = make_all_logits(model, method="layer_vectors")(
             {"params": params}, some.encoded, plan
         )
-        heads = warm_heads(model, params["heads"], vectors, some.labels, config)
+        heads = warm_heads(model, params["heads"], vectors, some.labels, config, some.teacher)
         if jax.process_count() > 1:
             barrier("warmed")
             heads = multihost_utils.broadcast_one_to_all(heads)
@@ -559,7 +631,8 @@ def train(
                 plan = plan_of(epoch)
             batch, labels, weights = take(task.encoded, task.labels, plan[position])
             numbers = np.maximum(plan[position].rows, 0).astype(np.int32)
-            state, metrics = run_step(state, Rows(batch, labels, weights, numbers))
+            teacher = None if task.teacher is None else task.teacher[numbers]
+            state, metrics = run_step(state, Rows(batch, labels, weights, numbers, teacher))
             done = last = step + 1
             held.append((done, plan[position], metrics))
             evaluated = done in evals
@@ -611,10 +684,11 @@ def short_path(path: str) -> str:
 
 def public(config: TrainConfig) -> TrainConfig:
     """The config as it travels in a bundle."""
-    names = ("path", "train", "dev", "test")
+    names = ("path", "train", "dev", "test", "unlabelled")
     paths: dict[str, Any] = {name: short_path(getattr(config.data, name)) for name in names}
     data = dataclasses.replace(config.data, cache_dir="", **paths)
-    return dataclasses.replace(config, model=short_path(config.model), data=data)
+    models: dict[str, Any] = {n: short_path(getattr(config, n)) for n in ("model", "teacher")}
+    return dataclasses.replace(config, data=data, **models)
 
 
 def command() -> str:

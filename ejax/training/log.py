@@ -57,7 +57,11 @@ class Log:
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        arrays = {name: np.asarray(value) for name, value in metrics.items()}
+        # A batch without labels has no accuracy, and JSON no NaN.
+        values = {
+            name: value.tolist() for name, value in arrays.items() if not np.isnan(value).any()
+        }
         if not self.file:
             return values
         self.file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")

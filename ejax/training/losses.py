@@ -33,6 +33,7 @@ def joint_loss(
     exit_weights: Any = (),
     class_weights: tuple[float, ...] = (),
     distillation: float = 0.0,
+    teacher: Array | None = None,
 ) -> tuple[Array, Array]:
     """The sum of the exits' cross-entropies, as a sum over rows and its count.
 
@@ -40,18 +41,21 @@ def joint_loss(
     masks stay exact. Schwartz et al. (ACL 2020), section 3.1; with class weights
     the mean is over the weights, as in scikit-learn and PyTorch.
 
-    With `distillation` each exit but the last also learns from the last one's probabilities,
-    as a teacher that is not taught back: that many times KL(last || exit) is added to its
-    loss. Liu et al., "FastBERT" (ACL 2020), section 3.2.2, here in the same training as the
-    rest, as in Geng et al., "RomeBERT" (2021).
+    With `distillation` each exit also learns from a teacher that is not taught back: that many
+    times KL(teacher || exit) is added to its loss, and is all the loss of a row without a label.
+    Without a `teacher` it is the last exit, which then learns from labels alone. Liu et al.,
+    "FastBERT" (ACL 2020), section 3.2.2, here in the same training as the rest, as in Geng et
+    al., "RomeBERT" (2021). With class weights a row without a label counts the mean of them
+    under its teacher's probabilities.
 
     Args:
       logits: float32 [E, B, C].
-      labels: int32 [B].
+      labels: int32 [B], -1 for a row without one.
       weights: float32 [B], 1 for a real row and 0 for padding.
       exit_weights: one per exit; () means 1 each.
       class_weights: one per class; () means 1 each.
       distillation: 0 means none.
+      teacher: its probabilities, float32 [B, C]; None means those of the last exit.
 
     Returns:
       float32 scalars (loss, count).
@@ -61,15 +65,19 @@ def joint_loss(
     >>> round(float(loss / count), 3) == round(2 * float(jnp.log(4)), 3)
     True
     """
+    has_label = labels >= 0
+    if teacher is None:
+        teacher = jax.nn.softmax(jax.lax.stop_gradient(logits[-1]))
     if class_weights:
-        weights = weights * jnp.asarray(class_weights, jnp.float32)[labels]
+        each = jnp.asarray(class_weights, jnp.float32)
+        weights = weights * jnp.where(has_label, each[labels], teacher @ each)
     rows = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.broadcast_to(labels[None], logits.shape[:2])
     )
+    rows = jnp.where(has_label[None], rows, 0.0)
     if distillation:
-        teacher = jax.nn.log_softmax(jax.lax.stop_gradient(logits[-1:]))
-        distances = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), teacher)
-        rows = rows + distillation * distances  # of the last exit: 0
+        distances = optax.losses.kl_divergence(jax.nn.log_softmax(logits), teacher[None])
+        rows = rows + distillation * distances  # of the last exit as its own teacher: 0
     per_exit = (rows * weights[None]).sum(axis=1)
     scale = jnp.asarray(exit_weights if len(exit_weights) else jnp.ones(logits.shape[0]))
     return (per_exit * scale).sum(), weights.sum()

@@ -22,7 +22,7 @@ MOST_STEPS = 300
 
 def fit_ngrams(
     encoded: Encoded,
-    labels: np.ndarray,
+    targets: np.ndarray,
     exits: ExitConfig,
     *,
     class_weights: Sequence[float] = (),
@@ -30,14 +30,15 @@ def fit_ngrams(
 ) -> dict[str, np.ndarray]:
     """The parameters of `ejax.models.ngrams.NGramExit`, trained to convergence by L-BFGS.
 
-    The mean cross-entropy of the labels plus a penalty on squared weights. N-grams in fewer than
-    `FEWEST_ROWS` rows of train are left out. With R = C the problem is convex; with a low rank
+    The mean cross-entropy of the targets plus a penalty on squared weights. N-grams in fewer than
+    `FEWEST_ROWS` of the rows are left out. With R = C the problem is convex; with a low rank
     the penalty on both factors is one on the nuclear norm of their product (Srebro, Rennie,
     Jaakkola, "Maximum-Margin Matrix Factorization", NIPS 2004).
 
     Args:
       encoded: train, whole texts.
-      labels: int [N].
+      targets: float [N, C], how much each class weighs in the row's cross-entropy; a label
+        alone is 1 for its class.
       class_weights: one per class; () means 1 each.
       seed: of the first table, where the rank is low.
     """
@@ -52,7 +53,7 @@ def fit_ngrams(
     counts = counts.tocsc()[:, known].tocsr().astype(np.float64)
     norm = np.sqrt(np.maximum(counts @ weight**2, TINY))
     x = diags_array(1 / norm) @ counts @ diags_array(weight)  # [N, V]
-    solution = _fit(x, labels, r, c, class_weights, seed)
+    solution = _fit(x, targets * np.asarray(class_weights or np.ones(c)), r, seed)
     table = np.zeros((exits.buckets, r + 1), np.float32)
     table[known, :-1] = solution["table"] * weight[:, None]
     table[known, -1] = weight**2
@@ -60,11 +61,9 @@ def fit_ngrams(
     return {"table": table} | kept
 
 
-def _fit(
-    x: Any, labels: np.ndarray, r: int, c: int, class_weights: Sequence[float], seed: int
-) -> dict[str, np.ndarray]:
+def _fit(x: Any, targets: np.ndarray, r: int, seed: int) -> dict[str, np.ndarray]:
     """`table` [V, R], `kernel` [R, C] where R is not C, and `bias` [C], float64."""
-    n, v = x.shape
+    (n, v), c = x.shape, targets.shape[1]
     turned = x.T.tocsr()
     shapes = {"table": (v, r), "bias": (c,)} | ({"kernel": (r, c)} if r != c else {})
     rng = np.random.default_rng(seed)
@@ -72,8 +71,8 @@ def _fit(
     if r != c:  # at zero both factors would stay there
         first |= {name: rng.normal(0, 0.1, shapes[name]) for name in ("table", "kernel")}
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
-    each = np.asarray(class_weights or np.ones(c))[labels]
-    each = each / each.sum()
+    targets = targets / targets.sum()
+    each = targets.sum(axis=1, keepdims=True)
     penalty = PENALTY / n
 
     def parts(flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -85,10 +84,8 @@ def _fit(
         vectors = x @ p["table"]
         logits = (vectors @ p["kernel"] if r != c else vectors) + p["bias"]
         log_probs = log_softmax(logits, axis=1)
-        loss = -(each * log_probs[np.arange(n), labels]).sum()
-        off = np.exp(log_probs)
-        off[np.arange(n), labels] -= 1
-        off *= each[:, None]
+        loss = -(targets * log_probs).sum()
+        off = each * np.exp(log_probs) - targets
         grad = {"table": turned @ (off @ p["kernel"].T if r != c else off), "bias": off.sum(axis=0)}
         if r != c:
             grad["kernel"] = vectors.T @ off

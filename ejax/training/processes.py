@@ -12,6 +12,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from ejax import storage
+
 CHILD = "EJAX_TRAINING_PROCESS"
 LOST = 76  # exit code: another process is gone, to be repeated
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
@@ -124,6 +128,24 @@ def barrier(name: str) -> None:
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key=name, timeout_ms=PATIENCE)
+
+
+def made_by_first(path: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What the first host makes once and keeps in the workdir, which all share.
+
+    So a run that resumes has the same.
+    """
+    import jax
+    from safetensors.numpy import load, save
+
+    if jax.process_index() == 0 and not path.exists():
+        # safetensors writes the memory as it lies, columns first where an array is so.
+        made = {name: np.ascontiguousarray(array) for name, array in make().items()}
+        storage.write_bytes(path, save(made))
+    barrier(f"{path.name} is made")
+    with storage.reaching(path):
+        content = path.read_bytes()
+    return load(content)
 
 
 def leave(code: int) -> None:

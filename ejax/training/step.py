@@ -33,12 +33,13 @@ class TrainState(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One batch of labelled rows."""
+    """One batch of rows to learn from."""
 
     batch: Batch  # int32 [B, T] each
-    labels: Any  # int32 [B]
+    labels: Any  # int32 [B], -1 for a row without one
     weights: Any  # float32 [B], 0 for padding
     numbers: Any  # int32 [B], the row's place in the data set: what dropout depends on
+    teacher: Any = None  # float32 [B, C], its probabilities; None where there is no teacher
 
 
 def first_state(
@@ -62,7 +63,8 @@ def make_train_step(
 
     Returns:
       A function (state, rows) -> (state, metrics), with metrics `loss` (joint, mean
-      over rows), `exit_loss` and `exit_accuracy` [E], `gradient_norm`.
+      over rows), `exit_loss` and `exit_accuracy` [E] (mean over the rows with a label; NaN
+      where there are none), `gradient_norm`.
     """
 
     def sums(params: Any, step: Array, rows: Rows) -> Any:
@@ -89,6 +91,7 @@ def make_train_step(
                 exit_weights=exit_weights,
                 class_weights=config.class_weights,
                 distillation=config.distillation,
+                teacher=rows.teacher,
             )
             return loss, (count, logits)
 
@@ -131,9 +134,13 @@ def make_train_step(
 
 
 def exit_sums(logits: Array, rows: Rows) -> tuple[Array, Array, Array]:
-    """Per exit the summed cross-entropy [E] and the correct rows [E]; the real rows."""
+    """Per exit the summed cross-entropy [E] and the correct rows [E]; the rows with a label."""
     labels = jnp.broadcast_to(rows.labels[None], logits.shape[:2])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-    weights = rows.weights[None]
-    return (losses * weights).sum(axis=1), (correct * weights).sum(axis=1), rows.weights.sum()
+    weights = rows.weights * (rows.labels >= 0)
+    return (
+        (losses * weights[None]).sum(axis=1),
+        (correct * weights[None]).sum(axis=1),
+        weights.sum(),
+    )

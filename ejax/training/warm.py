@@ -28,21 +28,27 @@ RATE, MIX = 1e-3, 5e-5 * MIX_RATE  # where the learning rates start
 
 
 def warm_heads(
-    model: EarlyExitBert, heads: Any, vectors: np.ndarray, labels: np.ndarray, config: TrainConfig
+    model: EarlyExitBert,
+    heads: Any,
+    vectors: np.ndarray,
+    labels: np.ndarray,
+    config: TrainConfig,
+    teacher: np.ndarray | None = None,
 ) -> Any:
     """The heads, trained on what the encoder says of some rows.
 
     Args:
       heads: the parameters under "heads".
       vectors: float32 [L, N, D], see `EarlyExitBert.layer_vectors`.
-      labels: int [N].
+      labels: int [N], -1 for a row without one.
+      teacher: its probabilities, float32 [N, C]; None where there is no teacher.
     """
     rows = len(labels)
     steps = min(max(PASSES * rows // BATCH, FEWEST_STEPS), MOST_STEPS)
     rng = np.random.default_rng([config.seed, 1])
     orders = [rng.permutation(rows) for _ in range(-(-steps * BATCH // rows))]
     picks = np.concatenate(orders)[: steps * BATCH].reshape(steps, BATCH)
-    trained = _train(model, heads, vectors, labels.astype(np.int32), picks, config)
+    trained = _train(model, heads, vectors, labels.astype(np.int32), picks, config, teacher)
     return jax.device_get(trained)
 
 
@@ -54,6 +60,7 @@ def _train(
     labels: Array,
     picks: Array,
     config: TrainConfig,
+    teacher: Array | None,
 ) -> Any:
     schedule = optax.cosine_decay_schedule(1.0, len(picks))
     optimizer = optax.chain(
@@ -68,7 +75,8 @@ def _train(
         )
         total, count = joint_loss(
             logits, labels[rows], jnp.ones(BATCH), exit_weights=config.exit_weights,
-            class_weights=config.class_weights,
+            class_weights=config.class_weights, teacher=None if teacher is None else teacher[rows],
+            distillation=0.0 if teacher is None else config.distillation,
         )  # fmt: skip
         return total / count
 

@@ -1,0 +1,59 @@
+"""A bundle that teaches another one: its full depth, calibrated.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), at the temperature
+that calibrates the teacher and not a higher one.
+
+Axes: N rows, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+
+from ejax.bundle import Bundle, load_bundle, text_columns_of
+from ejax.classifier import EarlyExitClassifier, check_finite
+from ejax.data.sources import Split
+
+CHUNK_ROWS = 1 << 16  # tokenised and run together
+
+
+def load_teacher(folder: str, train: Split, dtype: str) -> Bundle:
+    """The bundle, which must have the labels of train and read as many texts per row.
+
+    Args:
+      dtype: of its products.
+    """
+    bundle = load_bundle(folder, dtype=dtype)
+    if sorted(bundle.labels) != sorted(train.labels):
+        raise ValueError(
+            f"teacher {folder} must have the labels of train, {', '.join(sorted(train.labels))}. "
+            f"Got {', '.join(sorted(bundle.labels))}."
+        )
+    columns = text_columns_of(bundle)
+    if columns and len(columns) != len(train.text_columns):
+        raise ValueError(
+            f"teacher {folder} reads {len(columns)} text columns ({', '.join(columns)}), train has "
+            f"{len(train.text_columns)} ({', '.join(train.text_columns)})."
+        )
+    return bundle
+
+
+def probabilities(bundle: Bundle, texts: Sequence[Any], labels: Sequence[str]) -> np.ndarray:
+    """What its last exit says, float32 [N, C], in the order of `labels`.
+
+    It reads the texts by its own tokenizer.
+
+    Raises:
+      ValueError: naming a text whose logits are not finite.
+    """
+    clf = EarlyExitClassifier(bundle.without_zero)
+    order = [bundle.labels.index(label) for label in labels]
+    parts = []
+    for start in range(0, len(texts), CHUNK_ROWS):
+        encoded = clf.encode(texts[start : start + CHUNK_ROWS], first=start)
+        logits = clf.full_logits(encoded)
+        check_finite(logits, start)
+        parts.append(softmax(logits / np.float32(bundle.temperatures[-1]), axis=1)[:, order])
+    return np.concatenate(parts)
