@@ -47,9 +47,8 @@ from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, ragged_logits, unpacked_table
 from ejax.models.weights import load_bert, with_pretrained
 from ejax.rivals import below_rival
-from ejax.training import checks
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
-from ejax.training.checks import no_better_than_chance, still_rising, warn
+from ejax.training.checks import no_better_than_chance, still_rising, unknown_words, warn
 from ejax.training.log import Log, check_finite
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import make_optimizer
@@ -61,7 +60,6 @@ from ejax.training.warm import warm_heads
 
 LOG_STEPS = 20
 WARM_ROWS = 10_000  # of train, whose vectors the heads start on
-EMBEDDED_ROWS = 64  # at a time
 MOST_NAMED = 20  # labels
 ZERO_SAVES = 0.02  # of the layers run on dev-A, for exit 0 to be kept
 
@@ -169,7 +167,7 @@ def finetune(
         read = splits | {"train": train_rows}
         tasks = {name: encode(rows, tokenised) for name, rows in read.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
-    checks.warn(checks.unknown_words(tokenizer, tasks["train"].encoded, train_rows))
+    warn(unknown_words(tokenizer, tasks["train"].encoded, train_rows))
     trained = {*unpacked(behind), *tasks["train"].hashes}
     held_out = held_out_parts(tasks, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
@@ -196,14 +194,16 @@ def finetune(
     )  # fmt: skip
     micro_batch = -(-config.batch_size // (jax.device_count() * config.accumulate))
 
-    def logits_of(task: Task, params: Any) -> np.ndarray:
-        plan = eval_plan(
+    def plan_of(task: Task) -> list[Step]:
+        return eval_plan(
             task.encoded.lengths,
             buckets=buckets,
             max_length=max_length,
             batch_size=4 * micro_batch * jax.local_device_count(),  # hosts take turns
         )
-        return all_logits({"params": params}, task.encoded, plan)
+
+    def logits_of(task: Task, params: Any) -> np.ndarray:
+        return all_logits({"params": params}, task.encoded, plan_of(task))
 
     def dev_a(params: Any) -> dict[str, float]:
         truth, logits = held_out["dev_a"].labels, logits_of(held_out["dev_a"], params)
@@ -215,7 +215,7 @@ def finetune(
 
     def warm_start() -> Any:
         params = initial_params(model, bert, config)
-        return warmed(model, params, tasks["train"], buckets, max_length, config, console)
+        return warmed(model, params, tasks["train"], plan_of, config, console)
 
     params, best, first, last = train(
         config, model, warm_start, tasks["train"], buckets, max_length, workdir, dev_a, console
@@ -532,8 +532,7 @@ def warmed(
     model: EarlyExitBert,
     params: Any,
     task: Task,
-    buckets: Sequence[int],
-    max_length: int,
+    plan_of: Callable[[Task], list[Step]],
     config: TrainConfig,
     console: Console,
 ) -> Any:
@@ -541,11 +540,9 @@ def warmed(
     task = task.teaching()
     order = np.random.default_rng([config.seed, 2]).permutation(len(task.labels))
     some = task.take(np.sort(order[:WARM_ROWS]))
-    lengths = some.encoded.lengths
-    plan = eval_plan(lengths, buckets=buckets, max_length=max_length, batch_size=EMBEDDED_ROWS)
     with console.status("the heads, on the encoder as it is"):
         vectors = make_all_logits(model, method="layer_vectors")(
-            {"params": params}, some.encoded, plan
+            {"params": params}, some.encoded, plan_of(some)
         )
         heads = warm_heads(model, params["heads"], vectors, some.labels, config, some.teacher)
         if jax.process_count() > 1:
@@ -608,7 +605,7 @@ def train(
         fresh = checkpoints.none
         first, state = checkpoints.restore_newest(state)
         log.cut(first)
-        if first:
+        if not fresh:
             console.print(f"resuming {workdir} from step {first} of {total}", markup=False)
         best_score, best_step = checkpoints.best()
         scores: dict[str, float] | None
