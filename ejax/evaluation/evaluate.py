@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from ejax import storage
+from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier, Shape
 from ejax.data.tokenizer import Encoded
@@ -60,7 +61,8 @@ def evaluate(
       `efficiency` (the one over the other),
       `tile_rounding` (tokens run over those of rows alive at their padded length) and,
       where this machine has a profile, `predicted_seconds`. `exit_accuracy`: of every
-      exit on all rows.
+      exit on all rows. Of the bundle's own thresholds `drift`, as `clf.drift` says it, and,
+      where it abstains, `abstain`: what is answered and how much of that rightly.
     """
     rows = len(encoded)
     if rows == 0:
@@ -116,6 +118,16 @@ def evaluate(
         )
     if exit_logits is None:
         exit_logits = clf.exit_logits(encoded)
+    own: dict[str, Any] = {}
+    if None in results and clf.depth_record:
+        own["drift"] = clf.drift(results[None])._asdict()
+    if None in results and clf.bundle.abstain:
+        decision = results[None]
+        right = decision.logits.argmax(axis=1) == labels
+        found = answered(clf.certainty(decision), right, clf.bundle.abstain)
+        own["abstain"] = found | {
+            "sentence": f"With its threshold of an answer: {in_words(found)}."
+        }
     return {
         "rows": rows,
         "layers": list(clf.bundle.exits.layers),
@@ -124,6 +136,7 @@ def evaluate(
         "exit_accuracy": exit_accuracy(exit_logits, labels),
         "full": full,
         "thresholds": points,
+        **own,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
     }

@@ -33,6 +33,7 @@ from ejax.bundle import (
     unpacked,
 )
 from ejax.calibration.calibrate import Answers, calibrate
+from ejax.calibration.drift import depth_of
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of, to_json
 from ejax.data import sources
@@ -220,6 +221,7 @@ def finetune(
             "model": short_path(config.model),
             "data": "; ".join(f"{name}: {split.origin}" for name, split in splits.items()),
             "best_step": best,
+            "depth": depth_of(chosen["operating_points"]["dev_b"]),  # dev-B chose nothing
             "text_columns": list(splits["train"].text_columns),
             "config": to_json(public(config)),
             "versions": environment()["versions"],
@@ -268,7 +270,7 @@ def check_not_changed(bundle: Path) -> None:
         text = (bundle / "exits.json").read_text()
     try:
         provenance = json.loads(text)["provenance"]
-        since = [name for name in ("calibrated", "target") if name in provenance]
+        since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
     except (ValueError, LookupError, TypeError):  # damaged: the run makes its bundle anew
         since = []
     if since:
