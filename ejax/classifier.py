@@ -403,7 +403,7 @@ class EarlyExitClassifier:
             ]
             for *row, layer in zip(order.tolist(), scores, layers, strict=True)
         ]
-        for row in np.flatnonzero(self.certainty(decision) < abstain):
+        for row in np.flatnonzero(self.certainty(decision) < abstain) if abstain else ():
             found[row].insert(0, found[row][0] | {"label": None})
         return [named[0] for named in found] if top_k == 1 else found
 

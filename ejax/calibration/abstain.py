@@ -29,7 +29,7 @@ def certainty(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
 def check_abstain(threshold: Any) -> np.float32:
     """A threshold on `certainty`; 0 answers every text."""
     try:
-        value = np.float32(threshold)
+        value = np.float32(float(threshold))
     except (TypeError, ValueError):
         value = np.float32(np.nan)
     if not 0 <= value <= 1:

@@ -48,7 +48,7 @@ def compare(left: Any, depth: dict[str, Any], layers: Any) -> Drift:
     then = np.rint(np.array(depth["exit_share"]) * depth["rows"]).astype(np.int64)
     by_now, by_then = now.cumsum()[:-1], then.cumsum()[:-1]
     tests = [_fisher(a, now.sum(), b, then.sum()) for a, b in zip(by_now, by_then, strict=True)]
-    p_value = min(1.0, len(tests) * min(tests, default=1.0))
+    p_value = min([1.0, *(len(tests) * p for p in tests)])
     mean, was = (float(counts @ np.asarray(layers) / counts.sum()) for counts in (now, then))
     moved = np.abs(by_now / now.sum() - by_then / then.sum()).max(initial=0)
     much = abs(mean - was) > DEEPER * max(was, 1.0) or moved > MOVED
