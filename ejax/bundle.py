@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.inference.cost import zero_in_layers
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, unpacked_table
 from ejax.models.weights import from_hf, read_config, to_hf
@@ -87,6 +88,10 @@ class Bundle:
         """Tokenised as this bundle reads them: for exit 0 whole, see `Encoded.whole`."""
         whole = WHOLE_TOKENS if self.exits.has_zero else 0
         return self.tokenizer.encode(texts, self.max_length, whole=whole, first=first)
+
+    def exit0_cost(self, encoded: Encoded) -> float:
+        """What exit 0 costs on these texts, in layers of the encoder."""
+        return zero_in_layers(self.cfg, self.exits, encoded.lengths, encoded.whole_lengths)
 
 
 def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:

@@ -118,8 +118,8 @@ class Running:
 
 
 def promises_risk(provenance: dict[str, Any]) -> bool:
-    """Whether a bundle's thresholds come with the promise of a risk."""
-    return "risk" in provenance.get("target", {}).get("target", {})
+    """Whether a bundle's thresholds come with a promise: of a risk, or of a drop."""
+    return bool({"risk", "delta"} & provenance.get("target", {}).get("target", {}).keys())
 
 
 def check_finite(logits: np.ndarray, first: int = 0) -> None:

@@ -14,9 +14,11 @@ from ejax.command import (
     Beside,
     Bundle,
     Data,
+    Encoder,
     LabelColumn,
     ListsFields,
     TextColumns,
+    Train,
     check_json,
     check_output_file,
     check_split,
@@ -32,6 +34,7 @@ from ejax.command import (
     run,
     save_chosen,
     setting,
+    train_rows_of,
 )
 from ejax.storage import path_of
 
@@ -259,6 +262,8 @@ def report(
     data: Data,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     beside: Beside = None,
+    train: Train = "",
+    encoder: Encoder = "",
     repeats: Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)] = 3,
     output: Annotated[Path, typer.Option(help="HTML; a JSON and PNGs go beside it.")] = Path(
         "report.html"
@@ -284,8 +289,15 @@ def report(
     clf = EarlyExitClassifier.from_pretrained(bundle)
     others = load_beside(beside or ())
     rows = rows_of(clf, data, split, text_column, label_column)
+    training = train_rows_of(clf, train, encoder, text_column, label_column)
     with Console(stderr=True).status("") as status:
-        made = make_report(clf, rows, beside=others, repeats=repeats, progress=status.update)
+        made = make_report(
+            clf, rows, beside=others, train=training, encoder=encoder, repeats=repeats,
+            progress=status.update,
+        )  # fmt: skip
+    for sentence in (*made["notes"], made["measured"].get("enough", "")):
+        if sentence:
+            note(sentence)
     for path in write_page(made | {"bundle": name_of(bundle)}, output):
         note(f"written: {path}")
     inference = made["inference_seconds"]
@@ -309,6 +321,8 @@ def bench(
         ),
     ] = "",
     beside: Beside = None,
+    train: Train = "",
+    encoder: Encoder = "",
     limit: Annotated[
         int, typer.Option(help="At most so many rows, evenly over all; 0 is all.", min=0)
     ] = 0,
@@ -317,7 +331,9 @@ def bench(
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
 ) -> None:
-    """Time this bundle beside PyTorch and ONNX Runtime, on the same rows in one run.
+    """Time this bundle, PyTorch and ONNX Runtime on the same rows in one run.
+
+    With --train two linear models of scikit-learn join them.
 
     Their libraries come with `pip install '.[bench]'` in ejax's folder; what is not installed
     is left out.
@@ -328,6 +344,7 @@ def bench(
     from ejax.data.sources import row_hash
     from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
     from ejax.evaluation.describe import show
+    from ejax.rivals import fit_rivals
 
     check_json(output)
     clf = EarlyExitClassifier.from_pretrained(bundle)
@@ -335,23 +352,29 @@ def bench(
     rows = rows_of(clf, data, split, text_column, label_column)
     every = list(rows)
     chosen = [every[i] for i in spread(len(every), limit or len(every))]
-    texts = [row.inputs for row in chosen]
+    texts, hashes = [row.inputs for row in chosen], [row_hash(row) for row in chosen]
+    training = train_rows_of(clf, train, encoder, text_column, label_column)
     with Console(stderr=True).status("") as status:
+        rivals, notes = fit_rivals(
+            clf.bundle, training, set(hashes), encoder=encoder, progress=status.update
+        )
         result = bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
-            beside=others,
+            beside=others, rivals=rivals,
             repeats=repeats, progress=status.update,
         )  # fmt: skip
-    hashes = [row_hash(row) for row in chosen]
-    result |= {"bundle": name_of(bundle), "data": rows.origin}
+    result |= {"bundle": name_of(bundle), "data": rows.origin, "notes": notes}
     bundles = [clf.bundle, *(other.bundle for other in others.values())]
     result |= {"rows_fitted_on": count_fitted(bundles, hashes)}
     save_bench(result, output)
     show(bench_table(result))
     for name, why in result["left_out"].items():
         note(f"left out: {name} ({why})")
+    for sentence in (*notes, result["enough"]):
+        if sentence:
+            note(sentence)
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
@@ -476,13 +499,17 @@ def thresholds(
     ] = None,
     delta: Annotated[
         float | None,
-        typer.Option(help="Of --risk: how often it may fail; else 0.05.", show_default=False),
+        typer.Option(
+            help="How often the promise may fail: of --risk, else 0.05; of --max-drop, else it is "
+            "an estimate.",
+            show_default=False,
+        ),
     ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
-            help="Of --risk: disagreement with full depth, or error where that is right; else "
-            "disagreement.",
+            help="Of --risk: disagreement with full depth (the default), error where that is "
+            "right, or wrong: any wrong answer.",
             show_default=False,
         ),
     ] = None,
@@ -504,9 +531,10 @@ def thresholds(
     """Choose the default thresholds for a target: an accuracy drop, a budget, or a risk.
 
     One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the bundle are left
-    out; the rows used here are recorded, and no report should use them again. A risk that these
-    rows are too few to show gives full depth. --abstain, alone or with one of these, chooses below
-    which certainty a text gets no answer.
+    out; the rows used here are recorded, and no report should use them again. What is chosen holds
+    for texts like those. A promise that these rows are too few to show gives full depth, or, of
+    wrong answers, nothing. --abstain, alone or with one of these, chooses below which certainty a
+    text gets no answer.
     """
     from rich.console import Console
 

@@ -42,6 +42,21 @@ Beside = Annotated[
         parser=path_of,
     ),
 ]
+Train = Annotated[
+    str,
+    typer.Option(
+        "--train",
+        help="Training rows: two linear models of scikit-learn are fitted to them and compared.",
+        show_default=False,
+    ),
+]
+Encoder = Annotated[
+    str,
+    typer.Option(
+        help="With --train: the pretrained encoder; else the one the bundle came from.",
+        show_default=False,
+    ),
+]
 LabelColumn = Annotated[
     str,
     typer.Option(
@@ -267,6 +282,15 @@ def rows_of(clf: Any, data: str, split: str, text: list[str] | None, label: str)
     from ejax.evaluation.labelled import labelled_rows
 
     return labelled_rows(clf.bundle, data, split, text_columns=text or (), label_column=label)
+
+
+def train_rows_of(
+    clf: Any, train: str, encoder: str, text: list[str] | None, label: str
+) -> list[Any]:
+    """Those that --train names, for linear models; none without it."""
+    if encoder and not train:
+        raise ValueError("--encoder needs --train, the rows to fit a linear model to.")
+    return list(rows_of(clf, train, "train", text, label)) if train else []
 
 
 def count_fitted(bundles: list[Any], hashes: list[str]) -> int:

@@ -22,7 +22,7 @@ Mix = Literal["softmax", "last"]
 Parallel = Literal["pmap", "shard_map"]
 # From 16 to 160 each is at most a quarter longer than the one before: 8 % added to real texts.
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
-LOW_RANK = 32  # of exit 0's table where there are more than 16 classes
+LOW_RANK = 32  # of exit 0's table where there are more classes
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20  # where they follow from the rows
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
@@ -179,7 +179,7 @@ class ExitConfig:
     @property
     def rank(self) -> int:
         """Numbers per bucket of exit 0, R: one per class, or fewer where there are many."""
-        return self.num_labels if self.num_labels <= 16 else LOW_RANK
+        return min(self.num_labels, LOW_RANK)
 
 
 def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) -> None:

@@ -116,7 +116,33 @@ def model_logits(variables, cfg: BertConfig, exits: ExitConfig, ids, mask, types
     """[E, B, C]: what `EarlyExitBert(cfg, exits).apply` should give."""
     params = variables["params"]
     hidden = hidden_states(params["bert"], cfg, ids, mask, types)
-    return exit_logits(params["heads"], exits, hidden, mask)
+    logits = exit_logits(params["heads"], exits.encoder, hidden, mask)
+    if not exits.has_zero:
+        return logits
+    return np.concatenate([zero_logits(params["ngrams"], exits, ids, mask, types)[None], logits])
+
+
+def gram_buckets(ids, types, buckets):
+    """Of one row's real tokens, in Python's own whole numbers: every token and every pair."""
+    token = [i * 0x9E3779B1 + t * 0x85EBCA6B for i, t in zip(ids, types, strict=True)]
+    pairs = [
+        token[i] + ids[i + 1] * 0xC2B2AE35 + 0x27D4EB2F
+        for i in range(len(ids) - 1)
+        if types[i] == types[i + 1]
+    ]
+    return [number % buckets for number in (*token, *pairs)]
+
+
+def zero_logits(p, exits, ids, mask, types):
+    """Exit 0's [B, C], row by row."""
+    p, found = f64(p), []
+    for row, real, kinds in zip(ids, mask, types, strict=True):
+        n = int(real.sum())
+        grams = gram_buckets(row[:n].tolist(), kinds[:n].tolist(), exits.buckets)
+        total = p["table"][grams].sum(axis=0)
+        vector = total[:-1] / math.sqrt(total[-1])
+        found.append(vector @ p.get("kernel", np.eye(exits.num_labels)) + p["bias"])
+    return np.stack(found)
 
 
 def first_sure(logits, thresholds, temperatures):
@@ -144,7 +170,7 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
     """
     rng = np.random.default_rng(seed)
     d, h, f = model_cfg.hidden_size, model_cfg.num_attention_heads, model_cfg.intermediate_size
-    k, e, c, n = d // h, len(exits.layers), exits.num_labels, exits.layers[-1]
+    k, e, c, n = d // h, len(exits.encoder.layers), exits.num_labels, exits.layers[-1]
 
     def normal(*shape, std=scale, mean=0.0):
         return (mean + std * rng.normal(size=shape)).astype(np.float32)
@@ -178,7 +204,14 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
             "classifier": {"kernel": normal(e, d, c, std=0.7), "bias": normal(e, c, std=0.1)},
         },
     }
-    return {"params": {"bert": bert, "heads": heads}}
+    zero = {}
+    if exits.has_zero:
+        table = normal(exits.buckets, exits.rank + 1)
+        table[:, -1] **= 2
+        zero = {"ngrams": {"table": table, "bias": normal(c, std=0.1)}}
+        if exits.rank != c:
+            zero["ngrams"]["kernel"] = normal(exits.rank, c)
+    return {"params": {"bert": bert, "heads": heads, **zero}}
 
 
 def random_batch(cfg: BertConfig, rows, length, seed):

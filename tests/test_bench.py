@@ -64,6 +64,32 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
     assert (tmp_path / "bench.png").stat().st_size > 0
 
 
+def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_module, "AGAINST", {})
+    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    output = tmp_path / "b.json"
+    args = ("bench", tiny.trained()[0], "--data", tiny.file("test"), "--output", output)
+    assert "--encoder needs --train" in tiny.refused(*args, "--encoder", tiny.model())
+    done = tiny.ejax(
+        *args, "--repeats", 1, "--train", tiny.file("train"), "--encoder", tiny.model()
+    )
+    assert done.code == 0, done.err
+    result = json.loads(output.read_text())
+    full, _, *linear = result["contenders"]
+    assert [one["name"] for one in linear] == ["TF-IDF, linear", "frozen encoder, linear"]
+    for one in linear:
+        assert one["rival"]["fitted_rows"] == 96
+        assert one["drop"] == pytest.approx(100 * (full["accuracy"] - one["accuracy"]))
+        # From text to label, tokenising counted, is how they were timed.
+        assert one["end_to_end"]["texts_per_second"] == one["offline"]["texts_per_second"]
+        assert one["single_stream"]["p50"] > 0
+        assert one["name"].partition(",")[0] in done.out
+    # Every seventh label of test is wrong: whoever knows the words is right on 0.867.
+    assert linear[0]["accuracy"] == pytest.approx(26 / 30, abs=0.04)
+    assert result["enough"].startswith("TF-IDF with logistic regression is right on 0.8")
+    assert result["enough"] in done.err
+
+
 def test_rows_trained_on_are_counted(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_module, "AGAINST", {})
     monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)

@@ -336,7 +336,11 @@ def test_calibrate_in_place_on_other_rows(tmp_path):
     # Half the labels are wrong: it must become far less sure.
     assert min(after.temperatures) > 2 * max(before.temperatures)
     assert after.provenance["operating_points"]["calibration"]["exit_share"] == [1, 0]
-    assert "mixed.tsv (48 rows)" in after.provenance["thresholds_from"]
+    point = after.provenance["operating_points"]["calibration"]
+    said = f"mixed.tsv: drop {point['drop']:.2f} ({point['drop_low']:.2f} to "
+    assert "estimated on 48 rows of " in after.provenance["thresholds_from"]
+    assert said in after.provenance["thresholds_from"]
+    assert "holds for texts like those" in (folder / "README.md").read_text()
     assert "mixed.tsv" in tiny.ejax("info", folder).out
 
 
@@ -367,9 +371,9 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     depths = [answer["exit_layer"] for answer in EarlyExitClassifier(after)(dev_b)]
     tokens = after.tokenizer.encode(dev_b, after.max_length).lengths
     assert (tokens * depths).sum() / tokens.sum() / 3 == pytest.approx(report["chosen"]["cost"])
-    assert "spent) of full depth's layers on 20 rows" in " ".join(
-        tiny.ejax("info", output).out.split()
-    )
+    said = " ".join(tiny.ejax("info", output).out.split())
+    assert "spent) of full depth's layers on 20 rows" in said
+    assert "It holds for texts like those." in said
     tiny.ejax("evaluate", output, "--data", tiny.file("dev"), "--repeats", 1, "--output", result)
     assert json.loads(result.read_text())["rows_fitted_on"] == 41
     # New temperatures end what was chosen with the old ones.
@@ -509,6 +513,54 @@ def test_a_risk_on_too_few_rows_keeps_full_depth(tmp_path):
     assert load_bundle(folder).provenance["calibrated"]["max_drop"] == 0.5  # as in training
 
 
+def test_a_drop_is_estimated_or_promised(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    ask = ("thresholds", folder, "--data", tiny.file("test"))
+    done = tiny.ejax(*ask, "--max-drop", 0)
+    assert done.code == 0, done.err
+    assert "estimated on 30 rows of data/test.tsv: drop" in " ".join(done.err.split())
+    done = tiny.ejax(*ask, "--max-drop", 5, "--delta", 0.1)
+    assert done.code == 0, done.err
+    report = load_bundle(folder).provenance["target"]
+    assert (report["target"], report["chosen"]["upper"]) == ({"max_drop": 5.0, "delta": 0.1}, None)
+    said = " ".join(done.err.split())
+    # ln(0.8 * 0.1) / ln(1 - 0.05) is 49.2, and a quarter of the rows orders.
+    assert "at least 66 rows are needed where none is gained, and 30 of" in said
+    assert min(load_bundle(folder).thresholds[:-1]) > 1
+    data = tiny.write_tsv(tmp_path / "more.tsv", tiny.rows(120, 71))
+    done = tiny.ejax("thresholds", folder, "--data", data, "--max-drop", 40, "--delta", 0.1)
+    assert done.code == 0, done.err
+    chosen = load_bundle(folder).provenance["target"]["chosen"]
+    said = f"{chosen['losses']} losses and {chosen['gains']} gains on {chosen['rows']} rows of"
+    assert said in " ".join(done.err.split())
+    assert chosen["upper"] <= 40
+    assert load_bundle(folder).thresholds[0] <= 1
+
+
+def test_wrong_answers_are_promised_or_refused(tmp_path):
+    folder = tiny.copy_of_bundle(tmp_path)
+    before = (folder / "exits.json").read_bytes()
+    data = tiny.write_tsv(tmp_path / "more.tsv", tiny.rows(120, 71))
+    right = [label == said["label"] for (label, _), said in zip(
+        tiny.rows(120, 71),
+        EarlyExitClassifier.from_pretrained(folder)(
+            [text for _, text in tiny.rows(120, 71)], threshold=2.0
+        ),
+        strict=True,
+    )]  # fmt: skip
+    wrong = f"full depth is wrong on {100 * (1 - np.mean(right)):.3g} % of 120 rows: that at most"
+    ask = ("thresholds", folder, "--data", data, "--loss", "wrong")
+    sentence = tiny.refused(*ask, "--risk", 0.035)
+    assert wrong in sentence
+    assert "Ask for more, on other rows, or train a better model." in sentence
+    assert "at least 398 rows" in tiny.refused(*ask, "--risk", 0.01)
+    assert (folder / "exits.json").read_bytes() == before
+    done = tiny.ejax(*ask, "--risk", 0.6)
+    assert done.code == 0, done.err
+    assert "at most 60 % of texts are wrong, with probability 0.95:" in " ".join(done.err.split())
+    assert load_bundle(folder).provenance["target"]["chosen"]["loss"] == "wrong"
+
+
 def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     folder = tiny.copy_of_bundle(tmp_path)
@@ -542,7 +594,7 @@ def test_info_of_a_bundle_and_of_a_model():
     for piece in ("3 layers of width 20", "after layers 1, 3", "2: bad, good", "dev-B, 20 rows"):
         assert piece in shown.out
     assert f"{bundle.temperatures[0]:.3f}" in shown.out
-    assert "dev-A, half of dev (21 rows)" in shown.out
+    assert "estimated on 21 rows of dev-A, half of dev" in " ".join(shown.out.split())
     model = tiny.ejax("info", tiny.model())
     assert model.code == 0
     assert "3 layers of width 20" in model.out

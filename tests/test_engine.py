@@ -70,6 +70,8 @@ CASES = {
     "one row at a time": Case(CFG, ExitConfig((1, 4, 6), 2, "cls", "last"), 7, 10, 1),
     "one exit, tile larger than the pool": Case(CFG, ExitConfig((3,), 4), 10, 8, 50),
     "small tiles for the rest": Case(CFG, ExitConfig((2, 3, 5), 3), 45, 6, 32),
+    "exit 0": Case(CFG, ExitConfig((0, 1, 3, 5), 3, buckets=64), 23, 9, 8),
+    "exit 0 of low rank": Case(CFG, ExitConfig((0, 2), 35, buckets=128), 19, 7, 9),
     "bfloat16 operands": Case(NARROW, ExitConfig((1, 3, 6), 3), 23, 9, 8),
     "bfloat16 stream": Case(NARROWER, ExitConfig((1, 3, 6), 3), 23, 9, 8),
 }

@@ -98,6 +98,30 @@ def test_any_exits_and_classes_give_the_references_logits(arrays, layers, classe
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_the_mixes_are_what_the_heads_read(arrays):
+    """By the reference's hidden states, and the heads in numpy on them give the logits."""
+    exits = ExitConfig((1, 3), 4, pooling="mean")
+    variables = random_variables(CFG, exits, seed=9)
+    ids, mask, types = arrays
+    params = variables["params"]
+    model = EarlyExitBert(CFG, exits)
+    mixes = np.asarray(model.apply(variables, Batch(*arrays), method="mixes"))
+    assert (mixes.shape, mixes.dtype) == ((B, 2, 12), np.float32)
+    hidden = reference.hidden_states(params["bert"], cut(CFG, exits), ids, mask, types)[1:]
+    pooled = [(x * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None] for x in hidden]
+    np.testing.assert_allclose(mixes[:, 0], pooled[0], atol=1e-5)
+    weights = reference.softmax(np.asarray(params["heads"]["mix"][1], np.float64))
+    expected = sum(weight * x for weight, x in zip(weights, pooled, strict=True))
+    np.testing.assert_allclose(mixes[:, 1], expected, atol=1e-5)
+    logits = np.asarray(program(exits)(variables, Batch(*arrays)))
+    for e in range(2):
+        dense, linear = (reference.at(params["heads"]["exits"][name], e) for name in
+                         ("dense", "classifier"))  # fmt: skip
+        inner = np.tanh(mixes[:, e] @ dense["kernel"] + dense["bias"])
+        head = inner @ linear["kernel"] + linear["bias"]
+        np.testing.assert_allclose(logits[e], head, atol=1e-5)
+
+
 def test_one_last_cls_exit_is_the_standard_classifier(arrays):
     """BertForSequenceClassification: pooler (dense, tanh) on [CLS], then a linear layer."""
     exits = ExitConfig((6,), 3, pooling="cls", mix="last")

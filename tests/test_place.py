@@ -10,7 +10,7 @@ from test_thresholds import rows
 
 from ejax.bundle import load_bundle, save_bundle
 from ejax.calibration.placement import Placement, cheapest, place, point_of
-from ejax.calibration.thresholds import BOUNDS, make_table, policies
+from ejax.calibration.thresholds import make_table, policies
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import row_hash
 from ejax.evaluation.labelled import labelled_rows
@@ -31,7 +31,7 @@ def test_no_other_choice_is_cheaper(max_drop):
     found = place(table, 4, layer, passing, max_drop=max_drop)
     assert [len(one.exits) for one in found] == [1, 2, 3, 4]
     every = np.arange(300)
-    ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
+    ordered = policies(table, "per exit")
     for size, best in enumerate(found, 1):
         costs = []
         for kept in combinations(range(4), size):
@@ -58,6 +58,20 @@ def test_layers_that_change_nothing_are_dropped():
     (one,) = place(table, 1, np.ones(300), np.zeros(300), max_drop=0)
     assert one.exits == (2,)
     assert one.cost == 4
+
+
+def test_exit_0_is_never_the_last_and_costs_what_it_does():
+    logits, labels, temperatures, tokens = rows(5, exits=3, n=300)
+    logits[:] = logits[0]  # exit 0 says all that full depth does
+    free, dear = (
+        make_table(logits, labels, temperatures[[0, 0, 0]], (0, 2, 6), tokens, exit0_cost=cost)
+        for cost in (0.1, 2.5)
+    )
+    (_, two), (one, _) = (place(table, 2, np.ones(300), np.zeros(300)) for table in (free, dear))
+    assert (two.exits, two.cost) == ((0, 1), pytest.approx(0.1))
+    assert (one.exits, one.cost) == ((1,), 2)
+    best = cheapest(place(dear, 3, np.ones(300), np.zeros(300)))
+    assert best.exits == (1,)
 
 
 @pytest.mark.parametrize("seed", [2, 4, 8])

@@ -50,7 +50,7 @@ def test_an_exit_at_chance_fails_loudly() -> None:
 def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys, monkeypatch) -> None:
     def written_before(*args) -> None:
         assert (tmp_path / "evaluation.json").exists()
-        assert "full model" in capsys.readouterr().out
+        assert "full depth" in capsys.readouterr().out
         raise ValueError("an exit is no better than chance")
 
     data = shutil.copytree(tiny.data(), tmp_path / "texts")
@@ -59,10 +59,21 @@ def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys, monkeypat
     result = quickstart(tmp_path, model=str(tiny.model()), data=str(data), fields=tiny.FIELDS)
     shown = capsys.readouterr().out
     assert "who leaves early" in shown
-    assert "full model" in shown
+    assert "full depth" in shown
     for name in ("evaluation.json", "evaluation.png", "bundle/exits.json"):
         assert (tmp_path / name).stat().st_size > 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"] == 30
+    # A newcomer's table: six columns, and a linear model for comparison.
+    head = next(line for line in shown.splitlines() if "threshold" in line)
+    assert head.count("┃") - 1 == 6
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    names = [row.split("│")[1].strip() for row in rows]
+    expected = ["full depth", "0.7", "0.8", "0.9", "0.95", "0.99", "default", "TF-IDF, linear"]
+    assert names[:9] == [*expected, "frozen encoder, linear"]
+    linear = {one["name"]: one for one in result["rivals"]}
+    assert linear["TF-IDF, linear"]["fitted_rows"] == 96
+    assert f"{linear['TF-IDF, linear']['accuracy']:.3f}" in rows[7]
+    assert result["enough"].split(":")[0] in " ".join(shown.split())
     # What was measured is kept and shown where an exit learned nothing. The training is there.
     (tmp_path / "evaluation.json").unlink()
     monkeypatch.setattr("ejax.evaluation.quickstart.check_exits", written_before)

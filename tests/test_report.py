@@ -41,9 +41,10 @@ def made(tmp_path_factory):
     long = "great " * 200  # characters: 1,200
     source.write_text(f"{source.read_text()}bad\t{long}\n")
     beside = ("--beside", tiny.trained()[0])
+    linear = ("--train", tiny.file("train"), "--encoder", tiny.model())
     output = folder / "report.html"
     done = tiny.ejax(
-        "report", tiny.trained()[0], "--data", source, *beside, "--output", output
+        "report", tiny.trained()[0], "--data", source, *beside, *linear, "--output", output
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "s of inference, compiling and timing; " in done.err
@@ -64,8 +65,24 @@ def test_a_bundle_beside_may_have_any_name(made, tmp_path):
     axes = Figure().subplots(1, 2)
     draw_time(report | {"beside": beside}, axes)
     axes[0].figure.savefig(tmp_path / "time.png")
-    names = [text.get_text() for text in axes[0].get_legend().get_texts()][-2:]
-    assert names == [r"beside: b\$x_{\$, 3 layers", "beside: _hidden, 3 layers"]
+    names = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert names[-4:-2] == [r"beside: b\$x_{\$, 3 layers", "beside: _hidden, 3 layers"]
+    assert names[-2:] == ["TF-IDF, linear, from text", "frozen encoder, linear, from text"]
+
+
+def test_linear_rivals_are_rows_of_the_comparison(made):
+    _, output, report = made
+    linear, page = report["measured"]["rivals"], output.read_text(encoding="utf-8")
+    full = report["measured"]["full"]
+    for one in linear:
+        assert f"<td>{one['name']}</td><td>{one['accuracy']:.4f}</td>" in page
+        assert one["drop"] == pytest.approx(100 * (full["accuracy"] - one["accuracy"]))
+        assert one["from_text"] > 0
+        assert f"{one['name']}: fitted to 96 rows in " in page
+    assert full["from_text"] < full["texts_per_second"]
+    said = report["measured"]["enough"]
+    assert said.startswith("TF-IDF with logistic regression is right on")
+    assert said in page
 
 
 def test_rows_left_at_random_stand_at_what_they_spend(made):

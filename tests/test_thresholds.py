@@ -1,5 +1,6 @@
 """Thresholds against hand-made rows, `select_exit`, and scipy's minimum of the same fit."""
 
+import dataclasses
 import json
 import math
 
@@ -8,17 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from scipy.stats import binom
+from scipy.special import logit, logsumexp
+from scipy.stats import beta, binom
 
 from ejax.calibration import thresholds
-from ejax.calibration.metrics import softmax
+from ejax.calibration.fits import curve
 from ejax.calibration.thresholds import (
     FULL,
+    Refused,
     budget_thresholds,
     drop_thresholds,
     make_table,
     operating_point,
     oracle,
+    promised_drop,
     risk_thresholds,
     within_drop,
 )
@@ -113,11 +117,13 @@ def test_errors_that_happen_to_cancel_out_do_not_choose():
     logits = same_everywhere([0.8, 0.9], 10)
     logits[0, :2] = logits[0, :2, ::-1]
     labels = [0, 1, *[0] * 8]
+    # Full depth says 0.9 to 0.1: 16 points are lost, and a little less by ten labels.
     point = default(logits, labels, (1, 2), max_drop=15)
     assert point["threshold"] == [FULL, FULL]
-    bold = default(logits, labels, (1, 2), max_drop=17)  # (0.9 - 0.1) * 2 of 10 rows
+    bold = default(logits, labels, (1, 2), max_drop=16)
     assert bold["exit_share"] == [1, 0]
-    assert (bold["drop"], bold["expected_drop"]) == (0, pytest.approx(16, rel=1e-6))
+    assert bold["drop"] == 0
+    assert 15 < bold["expected_drop"] < 16
 
 
 def test_unsure_rows_leave_where_more_layers_would_not_help():
@@ -145,6 +151,23 @@ def test_full_model_where_every_early_exit_loses():
     assert point["drop"] == 0
 
 
+def chances(own, full, temperatures, labels):
+    """What full depth's answer is likelier than an exit's, by the two pooled: [N], by scipy."""
+    logs = np.stack([own, full]) / temperatures[:, None, None].astype(float)
+    logs = np.maximum(logs - logsumexp(logs, axis=2, keepdims=True), np.log(1e-6))
+    row = np.arange(len(labels))
+
+    def pool(w):
+        mixed = np.tensordot(w, logs, 1)
+        return mixed - logsumexp(mixed, axis=1, keepdims=True)
+
+    found = minimize(
+        lambda w: 15 * (w[0] ** 2 + (w[1] - 1) ** 2) - pool(w)[row, labels].sum(), [0, 1], tol=1e-10
+    )
+    p = np.exp(pool(found.x))
+    return p[row, full.argmax(axis=1)] - p[row, own.argmax(axis=1)]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 6.0, 30.0]))
 def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
@@ -153,13 +176,13 @@ def test_what_is_chosen_keeps_within_max_drop(seed, max_drop):
     point = drop_thresholds(table, max_drop)
     assert max(point["drop"], point["expected_drop"]) <= max_drop + 1e-9
     taken = np.asarray(select_exit(logits, point["threshold"], temperatures).exit)
-    right = logits.argmax(axis=2) == labels
-    p = softmax(logits[-1], temperature=temperatures[-1])
-    label, row = logits.argmax(axis=2), np.arange(ROWS)
-    lost = right[-1].mean() - right[taken, row].mean()
-    expected = (p[row, label[-1]] - p[row, label[taken, row]]).mean()
-    assert point["drop"] == pytest.approx(100 * lost)
-    assert point["expected_drop"] == pytest.approx(100 * expected, abs=1e-5)
+    right, row = logits.argmax(axis=2) == labels, np.arange(ROWS)
+    assert point["drop"] == pytest.approx(100 * (right[-1].mean() - right[taken, row].mean()))
+    expected = [chances(logits[e], logits[-1], temperatures[[e, -1]], labels) for e in taken]
+    assert point["expected_drop"] == pytest.approx(
+        100 * np.mean([expected[n][n] for n in row]),
+        abs=1e-4,  # scipy's minimum is no closer
+    )
     more = drop_thresholds(table, max_drop + 9)
     assert more["mean_depth"] <= point["mean_depth"]
 
@@ -182,12 +205,84 @@ def test_the_fit_is_the_minimum(share, saturated):
         return (np.logaddexp(0, z) - lost * z).sum() + 5e-4 * w[0] ** 2 + 0.5 * (w[1] + 1) ** 2
 
     found = minimize(objective, [-3.0, -1.0], tol=1e-12)
-    ours = thresholds._fit_loss(scores, lost)
-    assert objective(ours) <= found.fun + 1e-9
-    at = thresholds._score_at(ours, np.float64(0.01), 1.0)
-    if 0.01 < at < 0.99:
-        z = ours[0] + ours[1] * (np.log(at) - np.log1p(-at))
-        assert 1 / (1 + np.exp(-z)) == pytest.approx(0.01, rel=0.02)  # four decimals of a score
+    at = np.array([0.6, 0.9])
+    found_at = logit(curve(at, scores, lost))
+    slope = (found_at[1] - found_at[0]) / (logit(at[1]) - logit(at[0]))
+    assert objective([found_at[0] - slope * logit(at[0]), slope]) <= found.fun + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["per exit", "one number"]))
+def test_policies_are_nested(seed, family):
+    """Each lets go all that the one before does: fixed sequences and sums rely on it."""
+    logits, labels, temperatures, tokens = rows(seed, n=60)
+    logits[0] *= np.random.default_rng(seed).choice([-1, 1], (60, 1))  # as often wrong when sure
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
+    ordered = thresholds.policies(table, family)
+    assert (np.diff(ordered, axis=0) <= 0).all()
+    assert (ordered[0] == FULL).all()
+    assert (ordered[-1] == 0).all()
+    summed = thresholds.totals(table, ordered, table.expected_lost)
+    each = [table.expected_lost[table.leave(one), np.arange(60)].sum() for one in ordered]
+    np.testing.assert_allclose(summed, each, atol=1e-9)
+
+
+# An exit that errs on other rows
+
+
+def of_its_own(n=6000, seed=0):
+    """Exit 0 has evidence of its own, exit 1 a part of full depth's, which is the best."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, n)
+    sign = 2 * label - 1
+    # Log-odds of normal evidence: mean 2 d^2, variance 4 d^2.
+    part, rest, own = (rng.normal(2 * d * d, 2 * d, n) * sign for d in (0.6, 0.7, 0.75))
+    logits = np.stack([own, part, part + rest])
+    logits = np.stack([-logits / 2, logits / 2], axis=-1).astype(np.float32)
+    return make_table(logits, label, [1, 1, 1], (0, 2, 6), np.full(n, 7))
+
+
+def test_an_exit_that_errs_on_other_rows_gains():
+    table = of_its_own()
+    chosen, other = table.take(np.arange(2000)), table.take(np.arange(2000, 6000))
+    point = drop_thresholds(chosen, 0.0)
+    assert point["expected_drop"] < 0
+    shown = operating_point(other, point["threshold"])
+    assert shown["exit_share"][0] > 0.3
+    assert shown["mean_depth"] < 4
+    assert shown["accuracy"] > shown["full_accuracy"]
+    # What full depth alone thinks of those that leave is far from what the labels say.
+    taken, row = other.leave(point["threshold"]), np.arange(4000)
+    full = np.exp(other.log_probs[-1])
+    alone = full[row, other.answers[-1]] - full[row, other.answers[taken, row]]
+    assert 100 * alone.mean() > shown["drop_high"]
+    assert shown["drop_low"] < shown["expected_drop"] < shown["drop_high"]
+
+
+def test_what_an_exit_gains_lets_more_rows_go():
+    """By losses alone exit 0, with evidence of its own, would keep most of them."""
+    table = of_its_own()
+    error = risk_thresholds(table, 0.01, loss="error")
+    drop = promised_drop(table, 1.0)
+    assert drop["gains"] > 0
+    assert drop["mean_depth"] < error["mean_depth"]
+    assert drop["exit_share"][0] > error["exit_share"][0]
+
+
+def test_exit_0_costs_what_it_is_said_to():
+    table = make_table(HAND, HAND_LABELS, [1, 1], (0, 6), HAND_TOKENS, exit0_cost=0.5)
+    some = operating_point(table, 0.7)  # rows 0 and 2 leave before the first layer
+    assert some["mean_depth"] == pytest.approx(70 * 6 / 100 + 0.5)
+    assert some["cost"] == pytest.approx(4.7 / 6)
+    assert operating_point(table, 0.0)["mean_depth"] == 0.5
+    assert operating_point(table, FULL)["mean_depth"] == 6  # then it need not run
+    with pytest.raises(ValueError, match=r"at least 0\.08334.*Got 0\.08"):
+        budget_thresholds(table, 0.08)
+    assert budget_thresholds(table, 0.09)["spent"] == pytest.approx(0.5 / 6)
+    ordered = thresholds.policies(table, "per exit")
+    np.testing.assert_allclose(
+        table.depths(ordered), [table.depth(table.leave(one)) for one in ordered]
+    )
 
 
 def test_an_exit_whose_surest_rows_lose_too_often_holds_no_other_back():
@@ -214,6 +309,8 @@ def test_an_exit_that_is_surest_where_it_is_wrong_does_not_let_all_go():
     early = np.stack([first, second])[..., None] * np.where(wrong[..., None], -right, right)
     logits = np.stack([*early, 6 * right]).astype(np.float32)
     table = make_table(logits, np.zeros(n, int), (1.0, 1.0, 1.0), (2, 4, 12), np.full(n, 8))
+    ordered = thresholds.policies(table, "per exit", table.lost("disagreement"))
+    assert set(ordered[:, 0]) == {FULL, 0.0}  # all or none
     budget = budget_thresholds(table, 0.7)
     assert 0.69 < budget["spent"] <= 0.7
     single = budget_thresholds(table, 0.7, family="one number")
@@ -291,16 +388,22 @@ def test_a_table_leaves_where_select_exit_does(seed, rule):
 @pytest.mark.parametrize("family", ["per exit", "one number"])
 def test_a_budget_is_spent_and_not_passed(family):
     table = make_table(*rows(3, n=400)[:3], LAYERS, rows(3, n=400)[3])
-    ordered = thresholds.policies(table, family, table.expected_lost)
+    ordered = thresholds.policies(table, family)
     costs = [operating_point(table, policy)["cost"] for policy in ordered]
     work = np.outer(table.layers, table.tokens)
     summed = thresholds.totals(table, ordered, work) / work[-1].sum()
     np.testing.assert_allclose(summed, costs, rtol=1e-12)
+    lost = [operating_point(table, policy)["expected_drop"] for policy in ordered]
     for budget in (0.2, 0.4, 0.7):
         point = budget_thresholds(table, budget, family=family)
         assert point["spent"] == point["cost"] <= budget
-        assert min(cost for cost in costs if cost > point["cost"]) > budget
-    assert budget_thresholds(table, 1, family=family)["threshold"] == [FULL] * EXITS
+        within = [drop for drop, cost in zip(lost, costs, strict=True) if cost <= budget]
+        assert point["expected_drop"] == pytest.approx(min(within))
+
+
+def test_a_budget_of_all_of_it_is_full_depth_where_exits_only_lose():
+    table = disagreeing(4000)
+    assert budget_thresholds(table, 1)["threshold"] == [FULL] * 2
 
 
 def test_a_budget_tells_sure_rows_apart():
@@ -416,6 +519,86 @@ def test_the_guarantee_holds_on_draws_from_a_table():
     assert np.mean(depths) < 8  # of 9: full depth keeps every guarantee
 
 
+# Wrong answers
+
+
+def test_wrong_answers_are_those_of_the_policy_that_runs():
+    table = of_its_own()
+    full = 1 - table.correct[-1].mean()
+    point = risk_thresholds(table, full + 0.005, loss="wrong")
+    tested = table.take(np.random.default_rng(0).permutation(6000)[1500:])
+    wrong = ~tested.correct[tested.leave(point["threshold"]), np.arange(4500)]
+    assert point["losses"] == wrong.sum()
+    assert point["p_value"] == pytest.approx(binom.cdf(wrong.sum(), 4500, full + 0.005))
+    assert point["p_value"] <= 0.05
+    assert point["exit_share"][0] > 0.3  # full depth itself could not be shown to keep it
+    full_wrong = (~tested.correct[-1]).sum()
+    assert binom.cdf(full_wrong, 4500, full + 0.005) > 0.05
+    assert risk_thresholds(table, 0.3, loss="wrong")["mean_depth"] < point["mean_depth"]
+
+
+def test_full_depth_is_refused_where_it_is_wrong_too_often():
+    alone = make_table(
+        HAND[1:].repeat(200, axis=1), np.repeat(HAND_LABELS, 200), [1], (6,), [9] * 600
+    )
+    with pytest.raises(Refused, match=r"takes at least 398 rows\. Got 397"):
+        risk_thresholds(alone.take(np.arange(397)), 0.01, loss="wrong")
+    wrong = make_table(
+        HAND[1:].repeat(200, axis=1), np.repeat([0, 1, 1], 200), [1], (6,), np.full(600, 9)
+    )
+    with pytest.raises(Refused, match=r"full depth is wrong on 33\.3 % of 600 rows: that at") as of:
+        risk_thresholds(wrong, 0.2, loss="wrong")
+    could = float(str(of.value).split("0.95, ")[1].split(" %")[0]) / 100
+    assert 1 / 3 < could < 0.4
+    with pytest.raises(Refused):
+        risk_thresholds(wrong, could - 1e-3, loss="wrong")
+    assert risk_thresholds(wrong, could, loss="wrong")["threshold"] == [FULL]
+
+
+# A drop that is promised
+
+
+def test_a_promised_drop_by_scipys_own_bounds():
+    table = of_its_own()
+    point = promised_drop(table, 1.0, 0.1)
+    assert (point["rows_for_order"], point["rows"]) == (1500, 4500)
+    tested = table.take(np.random.default_rng(0).permutation(6000)[1500:])
+    early = tested.correct[tested.leave(point["threshold"]), np.arange(4500)]
+    lost, gained = (tested.correct[-1] & ~early).sum(), (~tested.correct[-1] & early).sum()
+    assert (point["losses"], point["gains"]) == (lost, gained)
+    most = beta.ppf(1 - 0.08, lost + 1, 4500 - lost)
+    least = beta.ppf(0.02, gained, 4500 - gained + 1)
+    assert point["upper"] == pytest.approx(100 * (most - least))
+    assert point["drop"] < point["upper"] <= 1.0
+    assert promised_drop(table, 3.0, 0.1)["mean_depth"] < point["mean_depth"]
+    assert promised_drop(table, 1.0, 0.001)["mean_depth"] > point["mean_depth"]
+
+
+def test_a_promised_drop_takes_as_many_rows_as_it_says():
+    logits = same_everywhere([0.99, 0.99], 857)  # never a loss, never a gain
+    table = make_table(logits, np.zeros(857, int), [1, 1], (1, 2), np.full(857, 7))
+    few = promised_drop(table.take(np.arange(856)), 0.5)
+    assert few["threshold"] == [FULL, FULL]
+    # (1 - 0.005)^n <= 0.8 * 0.05 from n = 643 on, and a quarter of the rows orders the policies.
+    assert (few["rows"], few["upper"], few["rows_needed"]) == (642, None, 857)
+    enough = promised_drop(table, 0.5)
+    assert enough["exit_share"] == [1, 0]
+    assert 0 < enough["upper"] <= 0.5
+
+
+def test_a_promised_drop_holds_on_draws_from_a_table():
+    table = of_its_own(1500, seed=3)
+    rng, every, broken, depths = np.random.default_rng(1), np.arange(1500), 0, []
+    for seed in range(200):
+        point = promised_drop(table.take(rng.integers(1500, size=400)), 3.0, 0.1, seed=seed)
+        early = table.correct[table.leave(point["threshold"]), every].mean()
+        broken += 100 * (table.correct[-1].mean() - early) > 3.0
+        depths.append(point["mean_depth"])
+    # Were the share of broken promises delta, more would be seen once in 10,000 runs.
+    assert broken <= binom.ppf(1 - 1e-4, 200, 0.1)
+    assert np.mean(depths) < 5  # of 6: full depth keeps every promise
+
+
 def test_the_oracle_leaves_at_the_first_right_exit():
     answers = [[0.9, 0.1, 0.1, 0.9], [0.9, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.9]]
     table = make_table(binary(answers), [0] * 4, [1] * 3, LAYERS, [1] * 4)
@@ -436,6 +619,8 @@ def test_the_oracle_leaves_at_the_first_right_exit():
         ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be 3 positive numbers"),
         ({"labels": np.full(ROWS, 9)}, r"labels must be in 0\.\.4\. Got 9"),
         ({"rule": "certainty"}, "rule must be one of"),
+        ({"exit0_cost": 0.1}, r"begin with layer 0\. Got 0\.1 and \(1, 4, 6\)"),
+        ({"exit0_cost": -1.0, "layers": (0, 1, 6)}, r"0 or above.* Got -1\.0"),
     ],
 )
 def test_wrong_input_is_one_clear_sentence(change, message):
@@ -462,7 +647,10 @@ def test_wrong_input_is_one_clear_sentence(change, message):
             lambda t: risk_thresholds(t, 0.1, 1.0),
             r"delta must be between 0 and 1, and at least 1e-9\. Got 1\.0",
         ),
-        (lambda t: risk_thresholds(t, 0.9, loss="both"), "loss must be disagreement or error"),
+        (lambda t: risk_thresholds(t, 0.9, loss="both"), "loss must be one of disagreement, error"),
+        (lambda t: promised_drop(t, 0), r"above 0 and below 100\. Got 0"),
+        (lambda t: promised_drop(t, 1, 0), r"delta must be between 0 and 1"),
+        (lambda t: promised_drop(t.take(np.arange(1)), 1), "at least 2 rows"),
         (lambda t: risk_thresholds(t, 0.9, family="both"), "family must be 'per exit' or"),
     ],
 )
@@ -473,7 +661,12 @@ def test_wrong_settings_are_one_clear_sentence(call, message):
 
 
 def test_a_sum_of_nothing_is_within_a_drop_of_nothing():
-    lost = np.cumsum([0.1, 0.2, -0.3])[-1:]
-    assert lost > 0
-    assert within_drop(np.zeros(1), lost, 0.0, 3).all()
-    assert not within_drop(np.zeros(1), lost + 0.01, 0.0, 3).any()
+    table = hand_table()
+    alike = dataclasses.replace(table, answers=table.answers[[1, 1]])
+    nothing, first = np.array([[0.1, 0.2, -0.3]] * 2), np.zeros((1, 2))
+    assert nothing[0].cumsum()[-1] > 0
+    vars(alike)["expected"] = nothing, np.zeros((2, 3))
+    assert within_drop(alike, first, 0.0).all()
+    vars(alike)["expected"] = nothing + 0.01, np.zeros((2, 3))
+    assert not within_drop(alike, first, 0.0).any()
+    assert not within_drop(table, first, 30.0).any()  # one of three is lost

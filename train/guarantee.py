@@ -1,13 +1,16 @@
-"""python -m train.guarantee BUNDLE --data DATA [--case RISK,DELTA,ROWS …]
+"""python -m train.guarantee BUNDLE --data DATA [--loss LOSS] [--case BOUND,DELTA,ROWS …]
 
-Whether `ejax thresholds --risk` keeps its promise: rows are drawn with replacement from a fixed
-table of a bundle's real answers, thresholds are chosen on them, and the true risk of those
-thresholds is read off the table. A promise may fail in a share delta of the draws.
+Whether `ejax thresholds` keeps its promises, of a risk or, with the loss "drop", of points of
+accuracy: rows are drawn with replacement from a fixed table of a bundle's real answers, thresholds
+are chosen on them, and what those truly lose is read off the table. A promise may fail in a share
+delta of the draws.
 """
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +22,16 @@ from rich.table import Table as Shown
 from rich.text import Text
 from scipy.special import bdtri
 
-from ejax.calibration.thresholds import Loss, Table, check_loss, policies, risk_thresholds, totals
+from ejax.calibration.thresholds import (
+    ROUNDING,
+    Refused,
+    Table,
+    check_loss,
+    policies,
+    promised_drop,
+    risk_thresholds,
+    totals,
+)
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, check_json, check_split, run
 from ejax.evaluation.evaluate import write_json
@@ -28,7 +40,11 @@ from ejax.evaluation.targets import table_of
 from ejax.hardware import environment
 from ejax.training.finetune import encode, progress_bar, short_path
 
-CASES = ("0.01,0.05,1000", "0.02,0.05,500", "0.02,0.05,2000", "0.05,0.1,500")
+CASES = {
+    "drop": ("0.5,0.05,2000", "1,0.05,500", "1,0.05,2000", "2,0.1,500"),
+    "wrong": ("0.1,0.05,2000", "0.15,0.05,500", "0.15,0.05,2000", "0.2,0.1,500"),
+}
+RISKS = ("0.01,0.05,1000", "0.02,0.05,500", "0.02,0.05,2000", "0.05,0.1,500")
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -37,16 +53,20 @@ def main(
     bundle: Bundle,
     data: Data,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
-    case: Annotated[list[str] | None, typer.Option(help="RISK,DELTA,ROWS; repeatable.")] = None,
-    loss: Annotated[str, typer.Option(help="disagreement or error.")] = "disagreement",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="RISK,DELTA,ROWS, or POINTS,DELTA,ROWS of a drop; repeatable."),
+    ] = None,
+    loss: Annotated[str, typer.Option(help="disagreement, error, wrong or drop.")] = "disagreement",
     draws: Annotated[int, typer.Option(min=1)] = 10_000,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("guarantee.json"),
 ) -> None:
-    """Count the broken promises of thresholds chosen for a risk, on draws from real answers."""
+    """Count the broken promises of thresholds for a risk or a drop, on draws from real answers."""
     check_json(output)
     check_split(split)
-    cases = [parse_case(text) for text in case or CASES]
-    kind = check_loss(loss)
+    if loss != "drop":
+        check_loss(loss)
+    cases = [parse_case(text, loss) for text in case or CASES.get(loss, RISKS)]
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(clf.bundle, data, split)
     table = table_of(clf, encode(rows, clf.bundle.encode))
@@ -67,86 +87,110 @@ def main(
         **environment(),
     }
     with progress_bar(Console(stderr=True)) as bar:
-        for risk, delta, count in cases:
-            shown = bar.add_task(f"{risk:g}, {delta:g}, {count} rows", total=draws)
+        for bound, delta, count in cases:
+            shown = bar.add_task(f"{bound:g}, {delta:g}, {count} rows", total=draws)
             advance = partial(bar.update, shown, advance=1)
-            found.append(broken(table, risk, delta, count, kind, draws, advance))
+            found.append(broken(table, bound, delta, count, loss, draws, advance))
             write_json(result, output)  # what is known, should a later case be cut off
     Console(width=120).print(table_of_cases(result))
 
 
-def parse_case(text: str) -> tuple[float, float, int]:
+def parse_case(text: str, loss: str) -> tuple[float, float, int]:
     try:
-        risk, delta, count = text.split(",")
-        found = float(risk), float(delta), int(count)
+        bound, delta, count = text.split(",")
+        found = float(bound), float(delta), int(count)
     except ValueError:
         found = 0.0, 0.0, 0
-    if not (0 < found[0] < 1 and 0 < found[1] < 1 and found[2] > 0):
-        raise ValueError(f"--case must be RISK,DELTA,ROWS, such as 0.02,0.05,2000. Got {text!r}.")
+    most = 100 if loss == "drop" else 1
+    if not (0 < found[0] < most and 0 < found[1] < 1 and found[2] > 1):
+        what = (
+            "POINTS,DELTA,ROWS, such as 1,0.05,2000"
+            if loss == "drop"
+            else ("RISK,DELTA,ROWS, such as 0.02,0.05,2000")
+        )
+        raise ValueError(f"--case must be {what}. Got {text!r}.")
     return found
 
 
 def broken(
-    table: Table, risk: float, delta: float, count: int, loss: Loss, draws: int,
+    table: Table, bound: float, delta: float, count: int, loss: str, draws: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """How often the true risk on the table is above `risk`, and what the promise costs.
+    """How often the truth on the table is above `bound`, and what the promise costs.
+
+    Args:
+      bound: a share of texts; of the loss "drop", points of accuracy.
 
     Returns:
-      `violations` of `draws`, their `share` with its exact 95 % interval; `full_depth`, the
-      share of draws that let nobody leave early; `mean_depth` and `mean_risk` over the draws,
-      on the whole table; `hindsight_depth`: of the fastest policy whose true risk is within
-      `risk`, ordered on the whole table.
+      `violations` of `draws`, their `share` with its exact 95 % interval; `refused`, the share of
+      draws that promise nothing; of the others `full_depth`, the share that let nobody leave
+      early, and over draws, on the whole table, `mean_depth`, `mean_loss` in the unit of `bound`
+      and `exit_share`, the rows per exit (all null where every draw is refused);
+      `hindsight_depth`: of the fastest policy whose true loss is within `bound`, ordered on the
+      whole table (null where none is).
     """
     every = np.arange(table.tokens.size)
-    lost = table.lost(loss)
+    if loss == "drop":
+        choose = partial(promised_drop, max_drop=bound, delta=delta)
+        lost = 100.0 * (table.correct[-1].astype(float) - table.correct)
+    else:
+        choose = partial(risk_thresholds, risk=bound, delta=delta, loss=check_loss(loss))
+        lost = table.lost(check_loss(loss)).astype(float)
     rng = np.random.default_rng(0)
-    true: list[float] = []
-    depths: list[float] = []
-    known: dict[tuple[float, ...], tuple[float, float]] = {}
-    full = 0
+    chosen: Counter[tuple[float, ...]] = Counter()
     for draw in range(draws):
-        chosen = risk_thresholds(
-            table.take(rng.integers(every.size, size=count)), risk, delta, loss=loss, seed=draw
-        )
-        policy = tuple(chosen["threshold"])
-        if policy not in known:
-            taken = table.leave(policy)
-            known[policy] = float(lost[taken, every].mean()), table.depth(taken)
-        full += known[policy][1] == table.layers[-1]
-        true.append(known[policy][0])
-        depths.append(known[policy][1])
+        drawn = table.take(rng.integers(every.size, size=count))
+        with suppress(Refused):
+            chosen[tuple(choose(drawn, seed=draw)["threshold"])] += 1
         advance()
-    best = policies(table, "per exit", lost)
-    within = totals(table, best, lost.astype(float)) <= risk * every.size
-    depths_of_best = totals(table, best, np.outer(table.layers, table.tokens)) / table.tokens.sum()
-    violations = int((np.array(true) > risk).sum())
+    taken = [table.leave(policy) for policy in chosen]
+    true = np.array([lost[exits, every].mean() for exits in taken])
+    depths = [table.depth(exits) for exits in taken]
+    shares = [np.bincount(exits, minlength=len(table.layers)) / every.size for exits in taken]
+    times, promised = np.array(list(chosen.values())), chosen.total()
+    full = times[[exits.min() == len(table.layers) - 1 for exits in taken]].sum()
+
+    def mean(values: Any) -> Any:
+        return np.average(values, axis=0, weights=times).tolist() if promised else None
+
+    best = policies(table, "per exit")
+    within = totals(table, best, lost) <= (bound + ROUNDING) * every.size
+    violations = int(times[true > bound + ROUNDING].sum()) if promised else 0
     low = float(1 - bdtri(draws - violations, draws, 0.025)) if violations else 0.0
     high = float(bdtri(violations, draws, 0.025)) if violations < draws else 1.0
     return {
-        "risk": risk, "delta": delta, "rows": count, "violations": violations,
-        "share": violations / draws, "low": low,
-        "high": high, "full_depth": full / draws,
-        "mean_risk": float(np.mean(true)), "mean_depth": float(np.mean(depths)),
-        "hindsight_depth": depths_of_best[within].min(),
+        "bound": bound, "delta": delta, "rows": count, "violations": violations,
+        "share": violations / draws, "low": low, "high": high,
+        "refused": 1 - promised / draws, "full_depth": float(full / promised) if promised else None,
+        "mean_loss": mean(true), "mean_depth": mean(depths), "exit_share": mean(shares),
+        "hindsight_depth": float(table.depths(best)[within].min()) if within.any() else None,
     }  # fmt: skip
 
 
 def table_of_cases(result: dict[str, Any]) -> Shown:
     title = f"{result['draws']:,} draws from {result['rows']} rows of {result['data']}"
-    made = Shown(title=Text(title, "italic"))
+    made = Shown(title=Text(f"{title}: {result['loss']}", "italic"))
     for heading in (
-        "risk", "delta", "rows", "broken (95 %)", "full depth", "mean risk",
+        "at most", "delta", "rows", "broken (95 %)", "refused", "full depth", "mean loss",
         f"depth of {result['layers'][-1]}", "in hindsight",
+        f"leave at {', '.join(map(str, result['layers']))}",
     ):  # fmt: skip
         made.add_column(heading, justify="right")
     for c in result["cases"]:
         made.add_row(
-            f"{c['risk']:g}", f"{c['delta']:g}", str(c["rows"]),
-            f"{c['share']:.4f} ({c['low']:.4f} to {c['high']:.4f})", f"{c['full_depth']:.3f}",
-            f"{c['mean_risk']:.4f}", f"{c['mean_depth']:.2f}", f"{c['hindsight_depth']:.2f}",
+            f"{c['bound']:g}", f"{c['delta']:g}", str(c["rows"]),
+            f"{c['share']:.4f} ({c['low']:.4f} to {c['high']:.4f})",
+            *(shown(c[name], digits) for name, digits in (
+                ("refused", 3), ("full_depth", 3), ("mean_loss", 4), ("mean_depth", 2),
+                ("hindsight_depth", 2),
+            )),
+            ", ".join(f"{share:.2f}" for share in c["exit_share"] or ()),
         )  # fmt: skip
     return made
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

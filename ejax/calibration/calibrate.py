@@ -20,6 +20,16 @@ class Answers(NamedTuple):
         return Answers(self.logits[:, rows], self.labels[rows], self.tokens[rows])
 
 
+def estimated(chosen: dict[str, Any], where: str) -> str:
+    """What can be said of thresholds for a drop that is not promised."""
+    low, high = chosen["drop_low"], chosen["drop_high"]
+    return (
+        f"The fastest that lose at most {chosen['max_drop']:g} points of full depth's accuracy, "
+        f"estimated on {chosen['rows']} rows of {where}: drop {chosen['drop']:.2f} ({low:.2f} to "
+        f"{high:.2f}, 95 %). It holds for texts like those."
+    )
+
+
 def calibrate(
     parts: dict[str, Answers],
     fit: str,
@@ -34,9 +44,10 @@ def calibrate(
     Args:
       parts: sets of rows by name, such as "dev_a", "dev_b" and "test".
       fit: the one that temperatures and thresholds are fitted on.
-      layers: the exits' layers, 1-based.
+      layers: the exits' layers.
       max_drop: points of accuracy on the fitting rows that the thresholds may lose.
       where: the fitting rows in words, for people.
+      exit0_cost: see `ejax.calibration.thresholds.make_table`.
 
     Returns:
       Ready for JSON: `temperatures` [E], `thresholds` [E], `thresholds_from` (a sentence),
@@ -45,16 +56,17 @@ def calibrate(
     rows = parts[fit]
     temperatures = fit_temperatures(rows.logits, rows.labels)
     tables = {
-        name: make_table(part.logits, part.labels, temperatures, layers, part.tokens)
+        name: make_table(
+            part.logits, part.labels, temperatures, layers, part.tokens, exit0_cost=exit0_cost
+        )
         for name, part in parts.items()
     }
-    thresholds = drop_thresholds(tables[fit], max_drop)["threshold"]
+    chosen = drop_thresholds(tables[fit], max_drop)
+    thresholds = chosen["threshold"]
     return {
         "temperatures": [float(t) for t in temperatures],
         "thresholds": thresholds,
-        "thresholds_from": f"The fastest that lose at most {max_drop:g} points of full depth's "
-        f"accuracy on {where} ({len(rows.labels)} rows), by the labels and by calibrated "
-        f"probabilities.",
+        "thresholds_from": estimated(chosen, where),
         "operating_points": {
             name: operating_point(table, thresholds) for name, table in tables.items()
         },

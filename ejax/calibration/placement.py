@@ -12,7 +12,6 @@ import numpy as np
 
 from ejax.calibration.metrics import Float
 from ejax.calibration.thresholds import (
-    BOUNDS,
     FULL,
     ROUNDING,
     Table,
@@ -48,7 +47,7 @@ def place(
 
     Every subset of so many exits is tried with the thresholds of `drop_thresholds`; its last
     exit may lie below the table's last, so that the layers above are not needed at all. Both the
-    measured drop and the one that full depth's probabilities expect keep within `max_drop`.
+    measured drop and the one that probabilities expect keep within `max_drop`.
 
     Args:
       count: the most exits to keep, the last one counted.
@@ -61,13 +60,13 @@ def place(
     check_max_drop(max_drop)
     exits = len(table.layers)
     check_count(count, exits)
-    ordered = policies(table, "per exit", table.expected_lost, BOUNDS)
-    correct, layer, passing = table.correct.astype(float), np.asarray(layer_cost), exit_cost
+    ordered = policies(table, "per exit")
     best: list[Placement] = []
     for size in range(1, count + 1):
         tried = (
-            _cheapest(table, kept, ordered, correct, layer, passing, max_drop)
+            _cheapest(table, kept, ordered, layer_cost, exit_cost, max_drop)
             for kept in combinations(range(exits), size)
+            if table.layers[kept[-1]]  # exit 0 alone is no encoder
         )
         within = (one for one in tried if one is not None)
         best.append(cheapest(list(within)))  # the last exit alone loses nothing
@@ -99,7 +98,6 @@ def _cheapest(
     table: Table,
     kept: tuple[int, ...],
     ordered: Float,
-    correct: Float,
     layer_cost: Any,
     exit_cost: Any,
     max_drop: float,
@@ -110,11 +108,10 @@ def _cheapest(
     some[:, kept[-1]] = 0.0
     if len(kept) == 1:
         some = some[:1]
-    lost = correct[-1].sum() - totals(table, some, correct)
-    expected = totals(table, some, table.expected_lost)
+    layers = table.layers + table.exit0_cost * (0 in kept)
     passed = np.searchsorted(kept, np.arange(len(table.layers)), side="right")
-    cost = totals(table, some, np.outer(table.layers, layer_cost) + np.outer(passed, exit_cost))
-    allowed = within_drop(lost, expected, max_drop, table.tokens.size)
+    cost = totals(table, some, np.outer(layers, layer_cost) + np.outer(passed, exit_cost))
+    allowed = within_drop(table, some, max_drop)
     if not allowed.any():
         return None
     p = _first_of_least(np.where(allowed, cost, np.inf))

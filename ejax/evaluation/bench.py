@@ -20,14 +20,15 @@ import numpy as np
 from rich.table import Table
 
 from ejax.bundle import Bundle
-from ejax.calibration.metrics import accuracy, paired_interval
+from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation import contenders
-from ejax.evaluation.contenders import CORES, Run, Setting
+from ejax.evaluation.contenders import CORES, Run, Setting, Texts
 from ejax.evaluation.evaluate import (
     LADDER,
     best_full_depth,
+    compared_with_full,
     exit_accuracy,
     plain,
     quality,
@@ -38,6 +39,7 @@ from ejax.evaluation.evaluate import (
 from ejax.evaluation.labelled import check_beside
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup
+from ejax.rivals import Rival, enough
 from ejax.storage import first_line
 
 BATCHES = (8, 16, 32, 64, 128)
@@ -60,16 +62,17 @@ class Contender:
 
     name: str
     run: Run
-    encoded: Encoded
+    encoded: Encoded | Texts
     setting: Setting  # the best, for all rows at once
     logits: np.ndarray  # float32 [N, C], of all rows
     peak_bytes: int | None  # resident memory from before it was built to its peak
+    rival: Rival | None = None  # a linear model, and all its times are from text
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def offline(self) -> None:
         self.run(self.encoded, self.setting)
 
-    def seconds_of(self, parts: Sequence[Encoded], setting: Setting) -> float:
+    def seconds_of(self, parts: Sequence[Encoded | Texts], setting: Setting) -> float:
         """One after the other."""
         return timed(lambda: [self.run(part, setting) for part in parts])
 
@@ -82,6 +85,7 @@ def bench(
     threshold: float | None = None,
     against: Sequence[str] = tuple(AGAINST),
     beside: Mapping[str, EarlyExitClassifier] | None = None,
+    rivals: Sequence[Rival] = (),
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -94,6 +98,7 @@ def bench(
       against: names in `AGAINST`.
       beside: other models for the same labels, by name, such as smaller ones: each runs at
         full depth here and, where that is among `against`, in ONNX Runtime INT8.
+      rivals: linear models for the same labels. They take texts: all their times are from there.
       repeats: timed passes.
 
     Returns:
@@ -101,12 +106,12 @@ def bench(
       full depth, with its paired 95 % interval), `agreement` with its labels, `setting`
       (batch and threads from the sweep), `peak_bytes` (rough: what earlier ones freed may serve
       again, and our own weights were there before), `offline`, `end_to_end` (with
-      tokenisation, timed once for all), `single_stream` (seconds: mean, p50, p90, p99) and
-      `requests` (texts per second by texts per request, medians of the passes); for full
+      tokenisation, timed once in every pass), `single_stream` (seconds: mean, p50, p90, p99)
+      and `requests` (texts per second by texts per request, medians of the passes); for full
       depth and those that run its weights also `logit_difference`, to this model in float32.
       `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`. `exit_accuracy`: of every
       exit on all rows. `curve`: accuracy and speed at other thresholds. `left_out`: who did
-      not run, and why.
+      not run, and why. `enough`: a sentence where a rival does as well as full depth, or "".
 
     Raises:
       ValueError: for an unknown contender, or a model beside with other labels.
@@ -119,17 +124,16 @@ def bench(
     if threshold is not None:
         levels = (float(threshold),) * len(levels)
     clf, truth = clf.on_one_device(), np.asarray(labels)
-    start = time.perf_counter()
     encoded = clf.encode(texts)
-    tokenising = time.perf_counter() - start
     all_cores = [Setting(0, CORES)]  # ours chooses tiles instead of batches
     left_out: dict[str, str] = {}
     field: list[Contender] = []
 
-    def enter(name: str, make: Callable[[], Run], rows: Encoded, settings: Any) -> None:
+    def enter(name: str, make: Callable[[], Run], rows: Encoded | Texts, settings: Any) -> None:
         progress(f"building and trying {name}")
         try:
-            found = entered(name, make, rows, settings, field[0] if field else None)
+            tried = field[0] if field and isinstance(rows, Encoded) else None  # a rival stays
+            found = entered(name, make, rows, settings, tried)
         except Exception as error:  # of another library: its own words, and the rest goes on
             if name.partition(",")[0] not in AGAINST:
                 raise
@@ -163,44 +167,44 @@ def bench(
             make = partial(build, "onnx-int8", other.bundle, levels)
             enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
 
+    for rival in rivals:
+        enter(rival.name, partial(rival_run, rival), Texts(texts), all_cores)
+        field[-1].rival, field[-1].peak_bytes = rival, None  # its memory went to fitting
+
+    tokenising: list[float] = []
     for repeat in range(repeats):
+        tokenising.append(timed(partial(clf.encode, texts)))
         for one in field:
             progress(f"offline, pass {repeat + 1} of {repeats}, {one.name}")
             one.seconds.append(timed(one.offline))
     stream = single_stream(field, repeats, progress)
     by_request = requests(field, repeats, progress)
 
+    tokenising_seconds = statistics.median(tokenising)
     first = encoded.subset(np.arange(min(64, len(encoded))))
     exact = in_float32(clf).full_logits(first)
     full = field[0].logits
-    right = full.argmax(axis=1) == truth
     decision = clf.decide_encoded(encoded, threshold=levels)
     early = quality(clf, encoded.lengths, truth, decision, full)
     measured = []
     for one in field:
-        answers = one.logits.argmax(axis=1)
-        drop, low, high = paired_interval(right, answers == truth)
         time_of = timing(one.seconds, len(encoded))
+        from_text = time_of["seconds"]["median"] + (0 if one.rival else tokenising_seconds)
         same = one.name != "torch-exit" and one.name in (field[0].name, *against)
         measured.append(
             {
                 "name": one.name,
-                "accuracy": accuracy(answers, truth),
-                "drop": drop,
-                "drop_low": low,
-                "drop_high": high,
-                "agreement": float(np.mean(answers == full.argmax(axis=1))),
+                **compared_with_full(one.logits.argmax(axis=1), full.argmax(axis=1), truth),
                 "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
                 if same
                 else None,
                 "setting": one.setting._asdict() if one.setting.batch else None,
                 "peak_bytes": one.peak_bytes,
                 "offline": time_of,
-                "end_to_end": {
-                    "texts_per_second": len(encoded) / (time_of["seconds"]["median"] + tokenising)
-                },
+                "end_to_end": {"texts_per_second": len(encoded) / from_text},
                 "single_stream": stream[one.name],
                 "requests": by_request[one.name],
+                **({"rival": one.rival.facts()} if one.rival else {}),
             }
         )
     return {
@@ -218,11 +222,15 @@ def bench(
         "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.cfg.dtype,
         "profiled": clf.shapes.profile is not None,
-        "tokenising_seconds": tokenising,
+        "tokenising_seconds": tokenising_seconds,
         "repeats": repeats,
         "cores": CORES,
         "contenders": measured,
         "left_out": left_out,
+        "enough": enough(
+            full.argmax(axis=1) == truth,
+            {one.name: one.logits.argmax(axis=1) == truth for one in field if one.rival},
+        ),
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
         "libraries": {
@@ -239,6 +247,10 @@ def build(name: str, bundle: Bundle, thresholds: Sequence[float]) -> Run:
     return make(bundle, kind)
 
 
+def rival_run(rival: Rival) -> Run:
+    return lambda rows, _: rival.scores(rows.inputs)
+
+
 def settings_of(name: str) -> list[Setting]:
     """All batch sizes on all cores; the best of them is then tried on one core too."""
     if name == "torch-exit":
@@ -249,7 +261,7 @@ def settings_of(name: str) -> list[Setting]:
 def entered(
     name: str,
     make: Callable[[], Run],
-    encoded: Encoded,
+    encoded: Encoded | Texts,
     settings: Sequence[Setting],
     ours: Contender | None,
 ) -> Contender | str:
@@ -268,7 +280,7 @@ def entered(
             return (
                 f"{ratio:.0f} times slower than full depth here, in a trial of {len(trial)} texts"
             )
-    sample = encoded.subset(sweep_rows(encoded.lengths))
+    sample = encoded.subset(sweep_rows(encoded.lengths)) if isinstance(encoded, Encoded) else trial
 
     def seconds(setting: Setting) -> float:
         run(sample, setting)  # builds and lays out what this setting needs
@@ -405,7 +417,7 @@ def bench_table(result: dict[str, Any]) -> Table:
         + f"; mean depth {result['early_exit']['mean_depth']:.2f}, ideal speed-up "
         f"{result['early_exit']['ideal_speedup']:.2f}",
     )
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for heading in (
         "accuracy", "points lost (95 %)", "offline texts/s", "spread", "from text",
         "mean ms", "p50", "p99", *(f"by {size}" for size in REQUESTS), "peak MB",
@@ -417,7 +429,7 @@ def bench_table(result: dict[str, Any]) -> Table:
         made.add_row(
             one["name"], f"{one['accuracy']:.4f}",
             f"{one['drop']:.2f} ({one['drop_low']:.2f} to {one['drop_high']:.2f})",
-            f"{offline['texts_per_second']:.0f}",
+            "" if "rival" in one else f"{offline['texts_per_second']:.0f}",
             f"{result['rows'] / high:.0f} to {result['rows'] / low:.0f}",
             f"{one['end_to_end']['texts_per_second']:.0f}",
             *(f"{1000 * stream[key]:.1f}" for key in ("mean", "p50", "p99")),
@@ -428,7 +440,7 @@ def bench_table(result: dict[str, Any]) -> Table:
 
 
 def save_bench(result: dict[str, Any], path: Path) -> None:
-    """The JSON at `path`, and beside it a PNG of accuracy against offline throughput."""
+    """The JSON at `path`, and next to it a PNG of accuracy against offline throughput."""
     write_json(result, path)
     save_png(partial(draw, result), path.with_suffix(".png"))
 
@@ -442,7 +454,12 @@ def draw(result: dict[str, Any], axes: Any) -> None:
     for one in result["contenders"]:
         x, y = one["offline"]["texts_per_second"], 100 * one["accuracy"]
         ours = one["name"].startswith("ejax")
-        axes.plot([x], [y], "s" if ours else "o", label=plain(one["name"]), alpha=0.8)
-    axes.set(xlabel="texts per second, offline", ylabel="accuracy, %", xlim=(0, None))
+        label = plain(one["name"]) + ", from text" * ("rival" in one)
+        axes.plot([x], [y], "s" if ours else "o", label=label, alpha=0.8)
+    axes.set(xlabel="texts per second, offline", ylabel="accuracy, %")
+    if any("rival" in one for one in result["contenders"]):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, None)
     axes.set_title(f"{result['rows']} texts, {result['date']}\n{result['hardware']}", fontsize=9)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)

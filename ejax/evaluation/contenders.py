@@ -3,6 +3,7 @@
 Rows of a batch are padded to the longest of them; a pool is sorted by length first.
 """
 
+import dataclasses
 import os
 import tempfile
 import warnings
@@ -16,7 +17,7 @@ import numpy as np
 
 from ejax.bundle import Bundle, hf_config
 from ejax.data.batches import pad
-from ejax.data.tokenizer import Encoded
+from ejax.data.tokenizer import Encoded, Text
 from ejax.models.heads import mix_columns
 from ejax.models.weights import to_hf
 
@@ -30,7 +31,20 @@ class Setting(NamedTuple):
     threads: int
 
 
-Run = Callable[[Encoded, Setting], np.ndarray]  # -> logits float32 [N, C]
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Rows of a contender that tokenises in its own way."""
+
+    inputs: Sequence[Text]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def subset(self, rows: np.ndarray) -> "Texts":
+        return Texts([self.inputs[row] for row in rows])
+
+
+Run = Callable[[Any, Setting], np.ndarray]  # Encoded, or Texts -> logits float32 [N, C]
 
 
 def restart_peak() -> int | None:

@@ -19,11 +19,12 @@ from rich.table import Table
 from ejax import storage
 from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
-from ejax.classifier import EarlyExitClassifier, Shape
+from ejax.classifier import EarlyExitClassifier, Shape, Text
 from ejax.data.tokenizer import Encoded
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
+from ejax.rivals import Rival, enough
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
@@ -39,6 +40,8 @@ def evaluate(
     *,
     repeats: int = 3,
     exit_logits: np.ndarray | None = None,
+    texts: Sequence[Text] = (),
+    rivals: Sequence[Rival] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measures every threshold against full depth, side by side on one device.
@@ -49,7 +52,9 @@ def evaluate(
       thresholds: numbers, or tuples of one per exit; above 1 stands for full depth through
         the early-exit program, None for the bundle's own.
       repeats: timed passes; the median and the extremes are reported.
-      exit_logits: every exit's [E, N, C], where they are at hand.
+      exit_logits: every exit's [E, N, C], where they are available.
+      texts: the rows', from which tokenising and the rivals are timed, in the same passes.
+      rivals: linear models for the same labels.
 
     Returns:
       Ready for JSON. `full`: the baseline, a straight scan of the same model with its
@@ -61,8 +66,10 @@ def evaluate(
       `efficiency` (the one over the other),
       `tile_rounding` (tokens run over those of rows alive at their padded length) and,
       where this machine has a profile, `predicted_seconds`. `exit_accuracy`: of every
-      exit on all rows. Of the bundle's own thresholds `drift`, as `clf.drift` says it, and,
-      where it abstains, `abstain`: what is answered and how much of that rightly.
+      exit on all rows. With `texts` also `tokenising_seconds` and, of full depth and each
+      threshold and rival, `from_text`: texts per second with tokenising; `rivals`: of each its
+      accuracy; `enough`: a sentence where one does as well as full depth, or "". Of the bundle's
+      own thresholds `drift` and, where it abstains, `abstain`, see `of_own`.
     """
     rows = len(encoded)
     if rows == 0:
@@ -74,6 +81,10 @@ def evaluate(
     runs: dict[Level, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
         runs[threshold] = partial(clf.decide_encoded, encoded, threshold=threshold)
+    for rival in rivals:
+        runs[rival.name] = partial(rival.scores, texts)
+    if texts:
+        runs["tokenising"] = partial(clf.encode, texts)
     results: dict[Level, Any] = {}
     seconds: dict[Level, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
@@ -85,20 +96,27 @@ def evaluate(
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+    tokenising = {"tokenising_seconds": statistics.median(seconds["tokenising"])} if texts else {}
+
+    def time_of(name: Level) -> dict[str, Any]:
+        found = timing(seconds[name], rows)
+        from_text = found["seconds"]["median"] + sum(tokenising.values())
+        return found | ({"from_text": rows / from_text} if texts else {})
+
     full_logits = results["full"]
     lengths = {shape.length for _, shape in pools}
     full = {
         "accuracy": accuracy(full_logits.argmax(axis=1), labels),
         "macro_f1": macro_f1(full_logits.argmax(axis=1), labels),
         "tiles": {length: baseline.shapes.tile(length) for length in sorted(lengths)},
-        **timing(seconds["full"], rows),
+        **time_of("full"),
     }
     points = []
     for threshold in thresholds:
         decision = results[threshold]
         point = quality(clf, encoded.lengths, labels, decision, full_logits)
-        time_of = timing(seconds[threshold], rows)
-        speedup = full["seconds"]["median"] / time_of["seconds"]["median"]
+        timed = time_of(threshold)
+        speedup = full["seconds"]["median"] / timed["seconds"]["median"]
         ideal = ideal_speedup(
             clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit, encoded.whole_lengths
         )
@@ -108,7 +126,7 @@ def evaluate(
                     clf.bundle.thresholds if threshold is None else threshold
                 ).tolist(),
                 **point,
-                **time_of,
+                **timed,
                 "speedup": speedup,
                 "ideal_speedup": ideal,
                 "efficiency": speedup / ideal,
@@ -118,16 +136,15 @@ def evaluate(
         )
     if exit_logits is None:
         exit_logits = clf.exit_logits(encoded)
-    own: dict[str, Any] = {}
-    if None in results and clf.depth_record:
-        own["drift"] = clf.drift(results[None])._asdict()
-    if None in results and clf.bundle.abstain:
-        decision = results[None]
-        right = decision.logits.argmax(axis=1) == labels
-        found = answered(clf.certainty(decision), right, clf.bundle.abstain)
-        own["abstain"] = found | {
-            "sentence": f"With its threshold of an answer: {in_words(found)}."
-        }
+    full_answers = full_logits.argmax(axis=1)
+    answers = {rival.name: results[rival.name].argmax(axis=1) for rival in rivals}
+    linear = [
+        rival.facts()
+        | compared_with_full(answers[rival.name], full_answers, labels)
+        | {"from_text": rows / statistics.median(seconds[rival.name])}
+        for rival in rivals
+    ]
+    right = {name: answer == labels for name, answer in answers.items()}
     return {
         "rows": rows,
         "layers": list(clf.bundle.exits.layers),
@@ -136,10 +153,30 @@ def evaluate(
         "exit_accuracy": exit_accuracy(exit_logits, labels),
         "full": full,
         "thresholds": points,
-        **own,
+        **(of_own(clf, results[None], labels) if None in results else {}),
+        **tokenising,
+        **({"rivals": linear, "enough": enough(full_answers == labels, right)} if rivals else {}),
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
     }
+
+
+def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> dict[str, Any]:
+    """Of a decision at the bundle's own thresholds, what is known.
+
+    Returns:
+      `drift`, as `clf.drift` says it; and where the bundle abstains `abstain`: what is answered and
+      how much of that rightly; both with a `sentence`.
+    """
+    found: dict[str, Any] = {}
+    if clf.depth_record:
+        found["drift"] = clf.drift(decision)._asdict()
+    if clf.bundle.abstain:
+        right = decision.logits.argmax(axis=1) == labels
+        point = answered(clf.certainty(decision), right, clf.bundle.abstain)
+        sentence = f"With its threshold of an answer: {in_words(point)}."
+        found["abstain"] = point | {"sentence": sentence}
+    return found
 
 
 Pools = Sequence[tuple[np.ndarray, Shape]]
@@ -209,18 +246,26 @@ def quality(
     full_logits: np.ndarray,
 ) -> dict[str, Any]:
     layers = np.asarray(clf.bundle.exits.layers)
-    predicted, full = decision.logits.argmax(axis=1), full_logits.argmax(axis=1)
-    drop, low, high = paired_interval(full == labels, predicted == labels)
     counts = np.bincount(decision.exit, minlength=len(layers))
     return {
-        "accuracy": accuracy(predicted, labels),
-        "macro_f1": macro_f1(predicted, labels),
+        **compared_with_full(decision.logits.argmax(axis=1), full_logits.argmax(axis=1), labels),
+        "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
+        "exit_share": [float(share) for share in counts / len(labels)],
+    }
+
+
+def compared_with_full(
+    answers: np.ndarray, full: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Answers compared with those of full depth, all int [N]."""
+    drop, low, high = paired_interval(full == labels, answers == labels)
+    return {
+        "accuracy": accuracy(answers, labels),
+        "macro_f1": macro_f1(answers, labels),
         "drop": drop,
         "drop_low": low,
         "drop_high": high,
-        "agreement": float(np.mean(predicted == full)),
-        "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
-        "exit_share": [float(share) for share in counts / len(labels)],
+        "agreement": float(np.mean(answers == full)),
     }
 
 
@@ -233,7 +278,9 @@ def timing(seconds: list[float], rows: int) -> dict[str, Any]:
 
 
 def describe(threshold: Any) -> str:
-    """A number, one per exit, None for a bundle's own, or "full"."""
+    """A number, one per exit, None for a bundle's own, "full", or what else is timed."""
+    if isinstance(threshold, str) and threshold != "full":
+        return threshold
     if threshold is None or np.ndim(threshold):
         return "threshold per exit"
     full = threshold == "full" or float(threshold) > 1

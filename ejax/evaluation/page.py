@@ -122,6 +122,9 @@ def draw_time(report: Report, panels: Sequence[Any]) -> None:
         for name, other in report["beside"].items():
             shown = f"beside: {plain(name)}, {other['layers']} layers"
             axes.plot([ms(other)], [100 * other[key]], "^", label=shown)
+        for rival in measured.get("rivals", ()):
+            x, y = 1000 / rival["from_text"], 100 * rival[key]
+            axes.plot([x], [y], "v", label=f"{rival['name']}, from text")
         axes.set(xlabel="milliseconds per text, measured", ylabel=f"{name_of(key)}, %")
         axes.set_xlim(0, None)
         axes.legend(fontsize=8)
@@ -180,6 +183,8 @@ def fragments(report: Report) -> dict[str, Any]:
         "hardware": report["hardware"],
         "dtype": measured["dtype"],
         "passes": times_from(report),
+        "rivals": about_rivals(report),
+        "enough": measured.get("enough", ""),
         "date": report["date"],
         "thresholds": describe_thresholds(report["thresholds"]),
         "thresholds_from": report["thresholds_from"],
@@ -219,6 +224,15 @@ def times_from(report: Report) -> str:
     return said + " Bundles beside are timed after these." * bool(report["beside"])
 
 
+def about_rivals(report: Report) -> str:
+    """What is said of the linear models."""
+    said = [
+        f"{rival['name']}: fitted to {rival['fitted_rows']:,} rows in {rival['fit_seconds']:.1f} s."
+        for rival in report["measured"].get("rivals", ())
+    ]
+    return " ".join([*said, *report["notes"]])
+
+
 def lost(point: dict[str, Any]) -> str:
     """Points of accuracy with their interval."""
     return f"{point['drop']:.2f} ({point['drop_low']:.2f} to {point['drop_high']:.2f})"
@@ -252,8 +266,10 @@ def timings(report: Report) -> str:
     full = measured["full"]
 
     def row(name: str, p: dict[str, Any], depth: float, speedup: float, *more: str) -> list[str]:
-        cells = (f"{p['accuracy']:.4f}", f"{p['macro_f1']:.4f}", f"{depth:.2f}")
-        return [name, *cells, f"{p['texts_per_second']:.0f}", f"{speedup:.2f}", *(more or [""] * 3)]
+        cells = [f"{p['accuracy']:.4f}", f"{p['macro_f1']:.4f}", f"{depth:.2f}"]
+        for speed in ("texts_per_second", "from_text"):
+            cells.append(f"{p[speed]:.0f}" if speed in p else "")
+        return [name, *cells, f"{speedup:.2f}", *(more or [""] * 3)]
 
     rows = [row("full model", full, depth, 1.0)]
     for p in measured["thresholds"]:
@@ -262,7 +278,12 @@ def timings(report: Report) -> str:
     for name, p in report["beside"].items():
         speedup = p["texts_per_second"] / full["texts_per_second"]
         rows.append(row(f"{name}, full depth", p, p["layers"], speedup))
-    headings = ("threshold", "accuracy", "macro-F1", "depth", "texts/s", "speed-up", "ideal")
+    for p in measured.get("rivals", ()):
+        more = "", lost(p), f"{100 * p['agreement']:.1f} %"
+        rows.append(row(p["name"], p, p["layers"], p["from_text"] / full["from_text"], *more))
+    headings = (
+        "threshold", "accuracy", "macro-F1", "depth", "texts/s", "from text", "speed-up", "ideal",
+    )  # fmt: skip
     return table([*headings, "points lost (95 %)", "agreement"], rows)
 
 

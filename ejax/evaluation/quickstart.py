@@ -16,8 +16,9 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources
 from ejax.evaluation.describe import show
-from ejax.evaluation.evaluate import evaluate, save, table
+from ejax.evaluation.evaluate import evaluate, save
 from ejax.evaluation.targets import chosen_on
+from ejax.rivals import fit_rivals
 from ejax.training.checks import no_better_than_chance
 from ejax.training.finetune import encode, finetune
 
@@ -60,24 +61,31 @@ def quickstart(
     config = override(smoke(config) if small else config, fields)
     folder = finetune(config, workdir / "train", output=workdir / "bundle", console=console)
     clf = EarlyExitClassifier.from_pretrained(folder)
-    split = rows_to_report_on(config, clf.bundle.labels)
+    split, train = rows_to_report_on(config, clf.bundle.labels)
     task = encode(split, clf.bundle.encode)
     kept = task.without(
         chosen_on(clf.bundle), f"every row of {split.origin} fitted this bundle: give other rows."
     )
-    task, rows = task.take(kept), list(split)
+    task, every = task.take(kept), list(split)
+    rows = [every[i] for i in kept]
     points, repeats = ((THRESHOLDS[2], None), 1) if small else ((*THRESHOLDS, None), 3)
     with console.status("measuring") as status:
-        result = evaluate(
-            clf, task.encoded, task.labels, points, repeats=repeats, progress=status.update
+        rivals, notes = fit_rivals(
+            clf.bundle, list(train), set(task.hashes), encoder=model, progress=status.update
         )
+        result = evaluate(
+            clf, task.encoded, task.labels, points, repeats=repeats,
+            texts=[row.inputs for row in rows], rivals=rivals, progress=status.update,
+        )  # fmt: skip
     result |= {"split": f"{split.name}: {split.origin}", "default": list(clf.bundle.thresholds)}
+    result["notes"] = notes
     save(result, workdir / "evaluation.json")
     show(
-        table(result),
+        short_table(result),
+        *(sentence for sentence in (*notes, result["enough"]) if sentence),
         f"thresholds per exit, the default, from dev-A: "
         f"{describe_thresholds(clf.bundle.thresholds)}",
-        examples(clf, [rows[i] for i in kept]),
+        examples(clf, rows),
         f"{time.time() - started:.0f} s; bundle in {folder}, numbers in "
         f"{workdir / 'evaluation.json'}, plot in {workdir / 'evaluation.png'}",
     )
@@ -85,13 +93,43 @@ def quickstart(
     return result
 
 
-def rows_to_report_on(config: TrainConfig, labels: tuple[str, ...]) -> sources.Split:
-    """test, or where there is none dev-B; neither chose anything."""
-    splits = sources.load(config.data, splits=("test", "dev"), seed=config.seed, labels=labels)
+def rows_to_report_on(
+    config: TrainConfig, labels: tuple[str, ...]
+) -> tuple[sources.Split, sources.Split]:
+    """test, or where there is none dev-B, neither of which chose anything; and train."""
+    splits = sources.load(config.data, seed=config.seed, labels=labels)
     if "test" in splits:
-        return splits["test"]
+        return splits["test"], splits["train"]
     dev = splits["dev"]
-    return dev.take("dev-B", sources.split_dev(len(dev), config.seed)[1], f"{dev.origin}, dev-B")
+    half = sources.split_dev(len(dev), config.seed)[1]
+    return dev.take("dev-B", half, f"{dev.origin}, dev-B"), splits["train"]
+
+
+def short_table(result: dict[str, Any]) -> Table:
+    """The result as newcomers read it, all from text to label; the JSON has the rest."""
+    full, depth = result["full"], result["layers"][-1]
+    made = Table(title=f"{result['rows']} texts, {result['hardware']}, from text to label")
+    made.add_column("threshold")
+    for heading in (
+        "accuracy", "points lost", f"layers run, of {depth}", "texts per second", "speed-up",
+    ):  # fmt: skip
+        made.add_column(heading, justify="right")
+
+    def row(name: str, point: dict[str, Any], layers: float) -> None:
+        speed = point["from_text"]
+        lost = 100 * (full["accuracy"] - point["accuracy"])
+        made.add_row(
+            name, f"{point['accuracy']:.3f}", f"{lost:z.1f}", f"{layers:.1f}", f"{speed:.0f}",
+            f"{speed / full['from_text']:.1f}",
+        )  # fmt: skip
+
+    row("full depth", full, depth)
+    for point in result["thresholds"]:
+        default = isinstance(point["threshold"], list)
+        row("default" if default else f"{point['threshold']:g}", point, point["mean_depth"])
+    for rival in result["rivals"]:
+        row(rival["name"], rival, rival["layers"])
+    return made
 
 
 def data_config(data: str, workdir: Path, console: Console) -> DataConfig:

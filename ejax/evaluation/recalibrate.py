@@ -58,8 +58,9 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
     rows = Answers(logits, task.labels, task.encoded.lengths)
     parts = {"calibration": rows.take(fit)} | ({"dev_b": rows.take(kept)} if len(kept) else {})
     chosen = calibrate(
-        parts, "calibration", bundle.exits.layers, max_drop=max_drop, where=split.origin
-    )
+        parts, "calibration", bundle.exits.layers, max_drop=max_drop, where=split.origin,
+        exit0_cost=bundle.exit0_cost(task.encoded),
+    )  # fmt: skip
     changed: dict[str, Any] = {
         **{name: chosen[name] for name in ("thresholds_from", "operating_points", "metrics")},
         "calibrated": {

@@ -24,12 +24,13 @@ from ejax.calibration.thresholds import (
     totals,
 )
 from ejax.classifier import EarlyExitClassifier, Text
-from ejax.data.sources import Split
+from ejax.data.sources import Example, Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
 from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
+from ejax.rivals import fit_rivals
 from ejax.training.finetune import encode
 
 POINTS = 40  # of a curve
@@ -44,6 +45,8 @@ def make_report(
     split: Split,
     *,
     beside: Mapping[str, EarlyExitClassifier] | None = None,
+    train: Sequence[Example] = (),
+    encoder: str = "",
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def make_report(
 
     Args:
       beside: other bundles for the same labels, at full depth, by name.
+      train: rows that two linear models of scikit-learn are fitted to; () means none.
+      encoder: of the second of these, as in `ejax.rivals.fit_rivals`.
       repeats: timed passes.
 
     Returns:
@@ -59,11 +64,11 @@ def make_report(
       of rows that leave at random as often at each exit; `oracle`; `beside`; `exits`: per exit
       quality on all rows and on those that leave there, calibration before and after
       temperature, and who leaves; `overthinking`; `slices`: accuracy, drop and depth by label
-      and by length at each operating point; `examples`; `inference_seconds`: of all that
-      ran through models, compiling and timed passes included.
+      and by length at each operating point; `examples`; `notes` on the linear models;
+      `inference_seconds`: of all that ran through models, compiling and timed passes included.
 
     Raises:
-      ValueError: when no rows are left, or a model beside has other labels.
+      ValueError: when no rows are left, a model beside has other labels, or `train` has one label.
     """
     bundle = clf.bundle
     check_beside(bundle, beside or {})
@@ -80,15 +85,17 @@ def make_report(
     task = task.take(kept)
     inputs = [rows[i].inputs for i in kept]
     texts = [shown(one) for one in inputs]
+    rivals, notes = fit_rivals(bundle, train, set(task.hashes), encoder=encoder, progress=progress)
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
     table = make_table(
-        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths
-    )
+        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths,
+        exit0_cost=bundle.exit0_cost(task.encoded),
+    )  # fmt: skip
     measured = evaluate(
         clf, task.encoded, task.labels, [*LADDER, None, FULL],
-        repeats=repeats, exit_logits=logits, progress=progress,
+        repeats=repeats, exit_logits=logits, texts=inputs, rivals=rivals, progress=progress,
     )  # fmt: skip
     others = {
         name: full_depth_of(other, inputs, task.labels, repeats)
@@ -96,7 +103,7 @@ def make_report(
     }
     inference = time.perf_counter() - started
     progress("sums")
-    flops = exit_flops(bundle.cfg, bundle.exits, table.tokens)
+    flops = exit_flops(bundle.cfg, bundle.exits, table.tokens, task.encoded.whole_lengths)
     whole = full_flops(bundle.cfg, bundle.exits, table.tokens).sum()
     taken = table.leave(bundle.thresholds)
     return {
@@ -116,6 +123,7 @@ def make_report(
         "overthinking": overthinking(table, texts, bundle.labels),
         "slices": slices(table, bundle.labels, [*LADDER, tuple(bundle.thresholds)]),
         "examples": examples(table, taken, texts, bundle.labels),
+        "notes": notes,
         "inference_seconds": inference,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
@@ -136,8 +144,8 @@ def share(values: Any, taken: Any) -> float:
 def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy and macro-F1 along a family of thresholds, surest first.
 
-    The family per exit is tied together by full depth's probabilities on these rows, not by
-    their labels.
+    The family per exit is tied together by probabilities (`Table.expected`): of these rows' labels
+    it takes two numbers per exit.
 
     Args:
       cost: [E, N], shares of the whole.
@@ -147,7 +155,7 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
       resampling rows), `disagreement`, and `random`: the accuracy of as many rows at each exit,
       drawn at random, and `random_flops`, what those spend.
     """
-    ordered = policies(table, family, table.expected_lost)
+    ordered = policies(table, family)
     spent = totals(table, ordered, cost)
     wanted = np.linspace(spent.max(), spent.min(), POINTS)
     chosen = np.unique(np.searchsorted(-spent, -wanted))

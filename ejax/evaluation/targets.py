@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ejax.bundle import PICKED, Bundle, describe_threshold, unpacked
 from ejax.calibration import thresholds
+from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.classifier import EarlyExitClassifier, promises_risk
@@ -41,9 +42,10 @@ class Target:
       budget: the share of full depth's layers per token that may be spent, in (0, 1].
       budget_ms: mean milliseconds of one text alone on this machine, its tokens given.
       risk: the share of texts that may lose, with probability 1 - delta.
-      delta: of `risk` alone; None means 0.05.
-      loss: of `risk` alone: "disagreement" with full depth (None means that), or "error", where
-        full depth is right.
+      delta: of `risk`, where None means 0.05; of `max_drop`, where None means an estimate and no
+        promise.
+      loss: of `risk` alone: "disagreement" with full depth (None means that), "error", where
+        full depth is right, or "wrong", whatever full depth says.
     """
 
     max_drop: float | None = None
@@ -61,10 +63,14 @@ class Target:
                 f"a target must be one of max_drop, budget, budget_ms and risk. "
                 f"Got {' and '.join(given) or 'none'}."
             )
-        if self.risk is None and (self.delta is not None or self.loss is not None):
-            raise ValueError(f"delta and loss go with risk alone. Got {given[0]}.")
+        if self.risk is None and self.loss is not None:
+            raise ValueError(f"loss goes with risk alone. Got {given[0]}.")
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
+            if self.delta is not None:
+                thresholds.check_promise(self.max_drop, self.delta)
+        elif self.risk is None and self.delta is not None:
+            raise ValueError(f"delta goes with risk or max_drop. Got {given[0]}.")
         for budget in (self.budget, self.budget_ms):
             if budget is not None:
                 thresholds.check_budget(budget)
@@ -76,6 +82,11 @@ class Target:
             thresholds.check_share("risk", self.risk)
             thresholds.check_share("delta", 0.05 if self.delta is None else self.delta)
             thresholds.check_loss(self.loss or "disagreement")
+
+    @property
+    def promises(self) -> bool:
+        """Whether it is shown with probability 1 - delta, not estimated."""
+        return self.risk is not None or self.delta is not None
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self).items()
@@ -97,19 +108,20 @@ def choose(
 
     Returns:
       The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
-      the same by one threshold for all exits; `full`; `oracle`; all four of the same rows, for a
+      the same by one threshold for all exits (not for the loss "wrong" where that cannot be
+      shown by one); `full`; `oracle`; all four of the same rows, for a
       risk the tested ones; each with `ms_together`, predicted milliseconds per text of all rows at
       once on one device (null without a profile) and, for `budget_ms`, `ms_alone`, of one text;
       `ms_alone_measured` at the thresholds chosen; `differ`, rows that left elsewhere when the
       engine ran; `copies`, rows that repeat the text of another; `sentence`.
 
     Raises:
-      ValueError: where there is one exit, no rows are left, a budget cannot be met, or
-        `budget_ms` has no profile.
+      ValueError: where there is one exit, no rows are left, a budget cannot be met, too many
+        answers are wrong, or `budget_ms` has no profile.
     """
     bundle = clf.bundle
     # A promise is for one compute type; one that ends here no longer asks for it.
-    one_type = target.risk is not None or (clf.one_type and not promises_risk(bundle.provenance))
+    one_type = target.promises or (clf.one_type and not promises_risk(bundle.provenance))
     if one_type != clf.one_type:
         clf = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices, one_type=one_type)
     if len(bundle.exits.layers) == 1:
@@ -124,8 +136,11 @@ def choose(
         progress("timing single texts")
         costs.measure_call()
     progress("choosing")
-    points = {family: _choose(table, target, costs, family) for family in FAMILIES}
-    chosen, one_number = points.values()
+    chosen = _choose(table, target, costs, "per exit")
+    try:
+        one_number = _choose(table, target, costs, "one number")
+    except thresholds.Refused:  # one number may be worse than one per exit
+        one_number = None
     order = chosen.get("rows_for_order")
     shown = table.take(thresholds.split_rows(table)[1]) if order else table  # as `chosen`
     progress("trying them in the engine")
@@ -133,7 +148,7 @@ def choose(
     differ = int((taken != table.leave(chosen["threshold"])).sum())
     sentence = in_words(chosen, split.origin, target.budget_ms is not None)
     copies = len(task.hashes) - len(set(task.hashes))
-    if copies and target.risk is not None:
+    if copies and target.promises:
         sentence += (
             f" {copies} of the {len(task.hashes)} rows repeat the text of another: the promise is "
             f"for texts drawn one by one, and does not hold where rows were copied."
@@ -148,7 +163,11 @@ def choose(
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "chosen": chosen | costs.of(table.leave(chosen["threshold"])),
-        "one_number": one_number | costs.of(table.leave(one_number["threshold"])),
+        **(
+            {"one_number": one_number | costs.of(table.leave(one_number["threshold"]))}
+            if one_number
+            else {}
+        ),
         "full": thresholds.operating_point(shown, FULL) | costs.of(table.leave(FULL)),
         "oracle": thresholds.describe(shown, thresholds.oracle(shown))
         | costs.of(thresholds.oracle(table)),
@@ -216,6 +235,7 @@ def table_of(clf: EarlyExitClassifier, task: Task) -> Table:
     return thresholds.make_table(
         clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
         clf.bundle.exits.layers, task.encoded.lengths,
+        exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
 
 
@@ -293,7 +313,9 @@ def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None)
 
 def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[str, Any]:
     if target.max_drop is not None:
-        return thresholds.drop_thresholds(table, target.max_drop, family=family)
+        if target.delta is None:
+            return thresholds.drop_thresholds(table, target.max_drop, family=family)
+        return thresholds.promised_drop(table, target.max_drop, target.delta, family=family)
     if target.budget is not None:
         return thresholds.budget_thresholds(table, target.budget, family=family)
     if target.budget_ms is not None:
@@ -314,30 +336,40 @@ def in_words(chosen: dict[str, Any], origin: str, in_ms: bool = False) -> str:
     """What was asked, on which rows, and what can be said for it."""
     where = f"on {chosen['rows']} rows of {origin}"
     unit = "ms of one text alone" if in_ms else "of full depth's layers"
-    if "max_drop" in chosen:
-        return f"The fastest that lose at most {chosen['max_drop']:g} points {where}."
     if "budget" in chosen:
         return (
-            f"The surest that spend at most {chosen['budget']:g} ({chosen['spent']:.4g} spent) "
-            f"{unit} {where}."
+            f"Of those that spend at most {chosen['budget']:g} ({chosen['spent']:.4g} spent) "
+            f"{unit} {where}, the one expected to lose least. It holds for texts like those."
         )
-    what = {
-        "disagreement": "disagree with full depth",
-        "error": "are wrong where full depth is right",
-    }[chosen["loss"]]
-    asked = (
-        f"at most {100 * chosen['risk']:g} % of texts {what}, with probability "
-        f"{1 - chosen['delta']:g}"
-    )
-    if chosen["p_value"] is not None:
+    if "delta" not in chosen:
+        return estimated(chosen, origin)
+    if "risk" in chosen:
+        what = {
+            "disagreement": "disagree with full depth",
+            "error": "are wrong where full depth is right",
+            "wrong": "are wrong",
+        }[chosen["loss"]]
+        asked = f"at most {100 * chosen['risk']:g} % of texts {what}"
+        seen, shown = f"{chosen['losses']} losses", chosen["p_value"] is not None
+        bound = f"p = {chosen['p_value']:.2g}; Learn then Test" if shown else ""
+        where_none = ""
+    else:
+        asked = f"at most {chosen['max_drop']:g} points of full depth's accuracy are lost"
+        seen = f"{chosen['losses']} losses and {chosen['gains']} gains"
+        shown = chosen["upper"] is not None
+        bound = f"at most {chosen['upper']:.2f} points; Learn then Test" if shown else ""
+        where_none = " where none is gained"
+    asked += f", with probability {1 - chosen['delta']:g}"
+    if shown:
         return (
-            f"The fastest shown to keep the promise that {asked}: {chosen['losses']} losses "
-            f"{where} that chose nothing else (p = {chosen['p_value']:.2g}; Learn then Test)."
+            f"The fastest shown to keep the promise that {asked}: {seen} {where} that chose "
+            f"nothing else ({bound}). It holds for texts like those."
         )
-    if not chosen["rows_for_order"]:
+    used = chosen["rows"] + chosen["rows_for_order"]  # where none orders, all are reported on
+    if used < chosen["rows_needed"]:
         return (
-            f"Full depth: to show that {asked}, at least {chosen['rows_needed']} rows are needed, "
-            f"and {chosen['rows']} of {origin} could be used."
+            f"Full depth: to show that {asked}, at least {chosen['rows_needed']} rows are "
+            f"needed{where_none}, and {used} of {origin} could be used."
         )
     return f"Full depth: no early exit could be shown to keep the promise that {asked}, {where}."
 
@@ -352,6 +384,8 @@ def targets_table(report: dict[str, Any]) -> Shown:
     ):  # fmt: skip
         made.add_column(heading, justify="left" if not heading else "right")
     for key in ("chosen", "one_number", "oracle", "full"):
+        if key not in report:
+            continue
         p = report[key]
         given = p["threshold"][:-1] if key in ("chosen", "one_number") else []
         times = [p[ms] for ms in (["ms_alone"] if alone else []) + ["ms_together"]]

@@ -60,6 +60,17 @@ class EarlyExitBert(nn.Module):
         Returns:
           float32 [E, B, C], before temperature.
         """
+        logits = self.heads(self.mixes(batch, keys=keys), keys)
+        if self.exits.has_zero:
+            zero = jax.lax.stop_gradient(self.ngrams(batch.arrays()))
+            logits = jnp.concatenate([zero[None], logits])
+        return logits
+
+    def mixes(self, batch: Batch, *, keys: Array | None = None) -> Array:
+        """What the heads read, float32 [B, E, D]: each exit's mix of the pooled layers below.
+
+        Exit 0 has none. Args: as for `__call__`; `model.apply(variables, batch, method="mixes")`.
+        """
         batch, exits = batch.arrays(), self.exits.encoder
         mixed = jnp.zeros((batch.ids.shape[0], len(exits.layers), self.cfg.hidden_size))
         teaches = passes = None
@@ -81,10 +92,7 @@ class EarlyExitBert(nn.Module):
                 None,
             ),
         )
-        logits = self.heads(mixed, keys)
-        if self.exits.has_zero:
-            logits = jnp.concatenate([jax.lax.stop_gradient(self.ngrams(batch))[None], logits])
-        return logits
+        return mixed
 
     def layer_vectors(self, batch: Batch) -> Array:
         """What the exits mix: the pooled output of every layer, float32 [L, B, D]."""

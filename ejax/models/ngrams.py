@@ -48,7 +48,7 @@ def hashed(ids: Any, following: Any, types: Any, buckets: int) -> tuple[Any, Any
     >>> ids, following = np.array([101, 7592], np.int32), np.array([7592, 102], np.int32)
     >>> one, two = hashed(ids, following, np.zeros(2, np.int32), 1 << 18)
     >>> one.tolist(), two.tolist()
-    ([93813, 132936], [21708, 194101])
+    ([197333, 59688], [147916, 212341])
     """
     low = np.int32(buckets - 1)
     token = ids * TOKEN + types * TYPE

@@ -223,6 +223,7 @@ def finetune(
             "best_step": best,
             "depth": depth_of(chosen["operating_points"]["dev_b"]),  # dev-B chose nothing
             "text_columns": list(splits["train"].text_columns),
+            "label_column": splits["train"].label_column,
             "config": to_json(public(config)),
             "versions": environment()["versions"],
             "rows": {name: task.hashes for name, task in held_out.items()} | {"picked": picked},
