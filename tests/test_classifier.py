@@ -318,8 +318,8 @@ def test_a_doubtful_text_gets_no_answer(clf: EarlyExitClassifier) -> None:
             wrong()
 
 
-def test_texts_that_go_deeper_are_noticed(clf: EarlyExitClassifier, monkeypatch) -> None:
-    """Of the rows of dev-B all left at the first exit."""
+def test_texts_that_go_deeper_are_noticed(tmp_path: Path, monkeypatch) -> None:
+    clf = EarlyExitClassifier.from_pretrained(tiny.careful(tmp_path))
     like = clf.drift(clf.decide(TEXTS))
     assert (like.depth, like.depth_then, like.sentence) == (1, 1, "")
     deep = clf.decide(TWISTED * 6)

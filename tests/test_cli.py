@@ -462,11 +462,10 @@ def wrong_rows(folder: Path) -> Path:
 
 @pytest.mark.filterwarnings("always:These texts leave:UserWarning")
 def test_texts_that_go_deeper_are_said(tmp_path):
-    """Than those of dev-B, of the training; and than those that chose the thresholds since."""
     texts = [("good", "great awful"), ("bad", "the film was great and the plot awful")] * 8
-    data, folder = tiny.write_tsv(tmp_path / "deep.tsv", texts), tiny.trained()[0]
-    dev_b = load_bundle(folder).provenance["operating_points"]["dev_b"]
-    depth = load_bundle(folder).provenance["depth"]
+    data, folder = tiny.write_tsv(tmp_path / "deep.tsv", texts), tiny.careful(tmp_path)
+    trained = load_bundle(tiny.trained()[0]).provenance
+    dev_b, depth = trained["operating_points"]["dev_b"], trained["depth"]
     assert (depth["rows"], depth["exit_share"]) == (20, dev_b["exit_share"])
     alarm = "These texts leave later than those the thresholds are for: after 3.00 layers in the"
     result = tmp_path / "result.json"

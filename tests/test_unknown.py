@@ -21,13 +21,14 @@ def test_scores_are_compared(tmp_path, capsys):
     none = ["great awful", "the film was great and awful", "music tonight", "a cast", "the plot"]
     none += ["a great film tonight", "the cast is poor"]
     tiny.write_tsv(other, [("oos", text) for text in none])
-    args = (tiny.trained()[0], "--data", tiny.file("test"), "--unknown", other)
+    folder = tiny.careful(tmp_path)
+    args = (folder, "--data", tiny.file("test"), "--unknown", other)
     assert unknown(*args, "--output", output) == 0
     found = json.loads(output.read_text())
     assert (found["rows"], found["unknown_rows"]) == (30, 7)
     assert found["command"].endswith("/oos.tsv")
     assert found["mean_depth"] < found["unknown_mean_depth"]
-    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    clf = EarlyExitClassifier.from_pretrained(folder)
     texts = [line.split("\t")[1] for line in tiny.file("test").read_text().splitlines()[1:]]
     texts += none
     scores = {
