@@ -5,7 +5,8 @@ model.safetensors   the encoder under Hugging Face names, the heads under `heads
                     which rows were trained on
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
-exits.json          exits, temperatures, thresholds, and how they were chosen
+exits.json          exits, temperatures, thresholds (of an answer too, where `abstain` holds
+                    one), and how they were chosen
 README.md           the model card
 """
 
@@ -67,6 +68,7 @@ class Bundle:
     # Hashes of the rows trained on, here or in a bundle that it started from, as `packed` makes
     # them; [0] where they were not recorded.
     trained_rows: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: packed(()))
+    abstain: float = 0.0  # below this certainty a text gets no answer
 
     @property
     def model(self) -> EarlyExitBert:
@@ -270,6 +272,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             tuple(int(length) for length in meta["buckets"]),
             dict(meta["provenance"]),
             trained,
+            float(meta.get("abstain", 0.0)),
         )
         if _read(folder / "exits.json") != meta:
             raise ValueError(f"{folder} is being written at this moment: try again.")
@@ -305,6 +308,11 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         raise ValueError(
             f"{folder / 'exits.json'} must hold {len(exits.layers)} positive temperatures, one "
             f"per exit. Got {list(bundle.temperatures)}."
+        )
+    if not 0 <= bundle.abstain <= 1:
+        raise ValueError(
+            f"{folder / 'exits.json'} must hold an abstain threshold from 0 to 1, or none. "
+            f"Got {bundle.abstain}."
         )
     return bundle
 
@@ -392,6 +400,7 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         "mix": bundle.exits.mix,
         "temperatures": list(bundle.temperatures),
         "thresholds": list(bundle.thresholds),
+        **({"abstain": bundle.abstain} if bundle.abstain else {}),
         "max_length": bundle.max_length,
         "buckets": list(bundle.buckets),
         **({"ngram_buckets": bundle.exits.buckets} if bundle.exits.has_zero else {}),
@@ -483,6 +492,7 @@ def model_card(bundle: Bundle) -> str:
         f"- Trained on: {p.get('data', 'not recorded')}",
         f"- Default thresholds: {describe_thresholds(bundle.thresholds)}. "
         f"{p.get('thresholds_from', '')}".rstrip(),
+        *([f"- {p['abstain']['sentence']}"] if "abstain" in p else []),
         f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
         f"{bundle.max_length} tokens.",
         "",

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from ejax.bundle import Bundle, load_bundle, save_bundle
+from ejax.calibration.abstain import certainty, check_abstain
+from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded
 from ejax.hardware import fastest_dtype
@@ -223,6 +225,7 @@ class EarlyExitClassifier:
         *,
         threshold: Any = None,
         top_k: int | None = 1,
+        abstain: float | None = None,
     ) -> list[Any]:
         """Classifies one text or a list; a pair is a tuple (text, pair).
 
@@ -232,24 +235,36 @@ class EarlyExitClassifier:
             means the bundle's. Above 1: full depth.
           top_k: 1 gives one dict per text; a larger number, or None for all labels,
             a list of dicts per text, likeliest first.
+          abstain: a text whose certainty (its score) is below this gets no answer; None means the
+            bundle's, 0 answers all.
 
         Returns:
           Per text {"label", "score", "exit_layer"}: the calibrated probability of the
           label and the layer the text left after. A single text also gives a list of one.
+          Without an answer the label is None; where `top_k` is not 1, that stands before the
+          likeliest labels.
 
         Raises:
-          ValueError: on something that is not a text, or a wrong threshold or top_k.
+          ValueError: on something that is not a text, or a wrong threshold, top_k or abstain.
         """
         check_top_k(top_k)
-        return self.answers(self.decide(as_list(texts), threshold=threshold), top_k)
+        level = self.abstain_level(abstain)
+        return self.answers(self.decide(as_list(texts), threshold=threshold), top_k, level)
 
     def stream(
-        self, texts: Iterable[Text], *, threshold: Any = None, top_k: int | None = 1
+        self,
+        texts: Iterable[Text],
+        *,
+        threshold: Any = None,
+        top_k: int | None = 1,
+        abstain: float | None = None,
     ) -> Iterator[Any]:
         """`clf(...)` on any number of texts: yields the answers in order, in flat memory.
 
         While the device runs one chunk of `CHUNK_ROWS` texts the next is tokenised, so answers
-        come a chunk or two after their texts. Takes a threshold per exit but not per text.
+        come a chunk or two after their texts. Takes a threshold per exit but not per text. At its
+        end it warns where they did not leave as deep as the texts that the bundle's thresholds are
+        for, see `drift`.
 
         >>> for answer in clf.stream(open("lines.txt")):  # doctest: +SKIP
         ...     print(answer["label"])
@@ -265,12 +280,18 @@ class EarlyExitClassifier:
                 "threshold must be a number or one per exit: a stream has no number of texts. "
                 f"Got shape {np.shape(threshold)}."
             )
-        yield from self.stream_chunks(chunks(texts, characters), threshold, top_k)
+        yield from self.stream_chunks(chunks(texts, characters), threshold, top_k, abstain)
 
     def stream_chunks(
-        self, chunks: Iterable[Sequence[Text]], threshold: Any, top_k: int | None
+        self,
+        chunks: Iterable[Sequence[Text]],
+        threshold: Any,
+        top_k: int | None,
+        abstain: float | None = None,
     ) -> Iterator[Any]:
         """`stream` of texts that come in lists, each tokenised and classified together."""
+        level = self.abstain_level(abstain)
+        left = self._left(())
         tokenised: deque[Future[Encoded]] = deque()
         running: deque[Running] = deque()
         read = started = 0
@@ -280,6 +301,12 @@ class EarlyExitClassifier:
             running.append(self.start(future.result(), threshold, first=started))
             started += running[-1].total
 
+        def finish(run: Running) -> list[Any]:
+            nonlocal left
+            decision = run.finish()
+            left = left + self._left(decision.exit)
+            return self.answers(decision, top_k, level)
+
         with ThreadPoolExecutor(1) as thread:
             for chunk in chunks:
                 tokenised.append(thread.submit(self.encode, chunk, first=read))
@@ -287,11 +314,15 @@ class EarlyExitClassifier:
                 if len(tokenised) > 1:
                     start(tokenised.popleft())
                 if len(running) > 1:
-                    yield from self.answers(running.popleft().finish(), top_k)
+                    yield from finish(running.popleft())
             for last in tokenised:
                 start(last)
-            for left in running:
-                yield from self.answers(left.finish(), top_k)
+            for last_run in running:
+                yield from finish(last_run)
+        if threshold is None and self.depth_record and left.any():
+            sentence = compare(left, self.depth_record, self.bundle.exits.layers).sentence
+            if sentence:
+                warnings.warn(sentence, stacklevel=3)
 
     def warmup(self, rows: int = 1, max_length: int | None = None) -> None:
         """Compiles ahead all that calls of up to `rows` texts can run, at most 4 programs a length.
@@ -311,7 +342,55 @@ class EarlyExitClassifier:
                 zeros = Encoded(tokens, tokens.astype(np.int8), offsets)
                 self.decide_encoded(zeros, threshold=FULL)  # beyond exit 0
 
-    def answers(self, decision: Decision, top_k: int | None) -> list[Any]:
+    def drift(self, taken: Any) -> Drift:
+        """Whether texts leave as deep as those that the bundle's thresholds are for.
+
+        >>> clf.drift(clf.decide(texts)).sentence  # doctest: +SKIP
+        'These texts leave later than those the thresholds are for: after 2.32 layers …'
+
+        Args:
+          taken: what `decide` said at the bundle's own thresholds; or its `exit`, of many calls
+            together.
+
+        Returns:
+          The mean depths of both, a p-value, and a sentence, "" where nothing is wrong: of texts
+          like those it is empty in at least 999 of 1,000 looks. See `ejax.calibration.drift`.
+
+        Raises:
+          ValueError: where the bundle does not know how deep those went, or there is no text.
+        """
+        if not self.depth_record:
+            raise ValueError(
+                "this bundle does not know how deep the texts went that its thresholds are for: "
+                "`ejax thresholds` or `ejax calibrate` records it."
+            )
+        exits = taken.exit if isinstance(taken, Decision) else taken
+        if not len(exits):
+            raise ValueError("drift needs at least one text.")
+        return compare(self._left(exits), self.depth_record, self.bundle.exits.layers)
+
+    @property
+    def depth_record(self) -> dict[str, Any]:
+        """How deep the texts went that the thresholds are for; {} where that is not known."""
+        record = self.bundle.provenance.get("depth", {})
+        known = record and tuple(record["thresholds"]) == self.bundle.thresholds
+        return record if known else {}
+
+    def _left(self, exits: Any) -> np.ndarray:
+        """How many texts left at each exit: int [E]."""
+        return np.bincount(np.asarray(exits, int), minlength=len(self.bundle.exits.layers))
+
+    def abstain_level(self, abstain: float | None) -> np.float32:
+        return check_abstain(self.bundle.abstain if abstain is None else abstain)
+
+    def certainty(self, decision: Decision) -> np.ndarray:
+        """What `abstain` is compared with, float32 [N]."""
+        temperatures = np.asarray(self.bundle.temperatures, np.float32)[decision.exit]
+        return certainty(decision.logits, temperatures)
+
+    def answers(
+        self, decision: Decision, top_k: int | None, abstain: float | np.float32 = 0.0
+    ) -> list[Any]:
         """A decision in the words of `__call__`."""
         layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
         probs, labels = self.probabilities(decision), self.bundle.labels
@@ -324,6 +403,8 @@ class EarlyExitClassifier:
             ]
             for *row, layer in zip(order.tolist(), scores, layers, strict=True)
         ]
+        for row in np.flatnonzero(self.certainty(decision) < abstain) if abstain else ():
+            found[row].insert(0, found[row][0] | {"label": None})
         return [named[0] for named in found] if top_k == 1 else found
 
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:

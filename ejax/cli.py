@@ -147,6 +147,13 @@ def predict(
         str, typer.Option(help="A number, or full; else the bundle's.", show_default=False)
     ] = "",
     top_k: Annotated[str, typer.Option(help="Likeliest labels: a number, or all.")] = "1",
+    abstain: Annotated[
+        float | None,
+        typer.Option(
+            help="Rows whose score is below get no label; 0 labels all; else the bundle's.",
+            show_default=False,
+        ),
+    ] = None,
     text_column: TextColumns = None,
     format: Annotated[
         str, typer.Option(help="Of stdin, where it is not plain: tsv, csv, jsonl, txt.")
@@ -159,17 +166,21 @@ def predict(
 
     A column that is there already keeps its values; the new one is then called
     predicted_label, and so on. With --top-k a column top_k holds a JSON list of labels
-    and scores. Standard output has the format of the input, or jsonl.
+    and scores. Rows without an answer, see --abstain, have an empty label. Standard output has
+    the format of the input, or jsonl.
     """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from ejax.calibration.abstain import check_abstain
     from ejax.classifier import EarlyExitClassifier
     from ejax.predict import predict_file
 
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on-error must be stop or skip. Got {on_error!r}.")
     level, count = parse_threshold(threshold) if threshold else None, parse_top_k(top_k)
+    if abstain is not None:
+        check_abstain(abstain)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -178,15 +189,16 @@ def predict(
     ) as bar:
         task = bar.add_task("", total=None)
         done = predict_file(
-            clf, input, output, threshold=level, top_k=count, text_columns=text_column or (),
-            format=format, skip_bad_rows=on_error == "skip",
+            clf, input, output, threshold=level, top_k=count, abstain=abstain,
+            text_columns=text_column or (), format=format, skip_bad_rows=on_error == "skip",
             progress=lambda rows: bar.update(task, completed=rows),
         )  # fmt: skip
     for sentence in done.named:
         note(f"skipped: {sentence}")
     shares = [f"{layer}: {100 * n / done.rows:.1f} %" for layer, n in sorted(done.exits.items())]
     note(
-        f"{done.rows:,} rows labelled"
+        f"{done.rows - done.unanswered:,} rows labelled"
+        + (f", {done.unanswered:,} without an answer" if done.unanswered else "")
         + (f", {done.skipped:,} skipped" if done.skipped else "")
         + (f", left after layer {', '.join(shares)}" if shares else "")
         + (f"; in {done.spaced:,} tabs or line breaks became spaces" if done.spaced else "")
@@ -240,6 +252,9 @@ def evaluate(
     result |= {"rows_fitted_on": count_fitted([clf.bundle], task.hashes)}
     save(result, output)
     show(table(result))
+    for sentence in (result.get(name, {}).get("sentence") for name in ("drift", "abstain")):
+        if sentence:
+            note(sentence)
     note(f"written: {output} and {output.with_suffix('.png')}")
 
 
@@ -500,6 +515,14 @@ def thresholds(
             show_default=False,
         ),
     ] = None,
+    abstain: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the answers given that is to be right, an estimate: what is not certain "
+            "enough gets none.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
@@ -512,24 +535,38 @@ def thresholds(
     One of --max-drop, --budget, --budget-ms and --risk. Rows that fitted the bundle are left
     out; the rows used here are recorded, and no report should use them again. What is chosen holds
     for texts like those. A promise that these rows are too few to show gives full depth, or, of
-    wrong answers, nothing.
+    wrong answers, nothing. --abstain, alone or with one of these, chooses below which certainty a
+    text gets no answer.
     """
     from rich.console import Console
 
     from ejax.bundle import check_output
+    from ejax.calibration.abstain import check_accuracy
     from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.abstain import choose_abstain
     from ejax.evaluation.describe import show
     from ejax.evaluation.targets import Target, choose, targets_table
 
     check_split(split)
-    target = Target(max_drop, budget, budget_ms, risk, delta, loss)
+    given = (max_drop, budget, budget_ms, risk, delta, loss)
+    alone = abstain is not None and given == (None,) * len(given)
+    target = None if alone else Target(*given)
+    if abstain is not None:
+        check_accuracy(abstain)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     check_output(output or bundle)
     rows = rows_of(clf, data, split, text_column, label_column)
     with Console(stderr=True).status("tokenising") as status:
-        after, report = choose(clf, rows, target, progress=status.update)
-    show(targets_table(report))
-    save_chosen(after, bundle, output or bundle, report)
+        after, reports = clf.bundle, []
+        if target:
+            after, report = choose(clf, rows, target, progress=status.update)
+            reports.append(report)
+        if abstain is not None:
+            after, report = choose_abstain(clf, rows, abstain, bundle=after, progress=status.update)
+            reports.append(report)
+    if target:
+        show(targets_table(reports[0]))
+    save_chosen(after, bundle, output or bundle, *reports)
 
 
 @app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")

@@ -314,18 +314,21 @@ def in_its_type(after: Any, bundle: Path) -> Any:
     before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
     if promises_risk(before["provenance"]) and "target" not in after.provenance:
         note("The risk that its thresholds promised is gone: `ejax thresholds` chooses anew.")
+    if "abstain" in before and "abstain" not in after.provenance:
+        note("Every text gets an answer again: `ejax thresholds --abstain` chooses when none.")
     cfg = dataclasses.replace(after.cfg, dtype=before["dtype"])
     return dataclasses.replace(after, cfg=cfg)
 
 
-def save_chosen(after: Any, bundle: Path, output: Path, report: dict[str, Any]) -> None:
+def save_chosen(after: Any, bundle: Path, output: Path, *reports: dict[str, Any]) -> None:
     """Writes what was chosen on some rows, and says on which."""
     from ejax.bundle import save_bundle
 
     folder = save_bundle(in_its_type(after, bundle), output)
-    if report["rows_left_out"]:
-        note(f"{report['rows_left_out']} rows left out: they fitted this bundle.")
-    if report["differ"]:
-        note(f"{report['differ']} rows left at another exit when the engine ran.")
-    note(report["sentence"])
+    if left_out := reports[0]["rows_left_out"]:
+        note(f"{left_out} rows left out: they fitted this bundle.")
+    for report in reports:
+        if report.get("differ"):
+            note(f"{report['differ']} rows left at another exit when the engine ran.")
+        note(report["sentence"])
     note(f"written: {folder}")

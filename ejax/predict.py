@@ -37,6 +37,7 @@ class Summary(NamedTuple):
     exits: Counter[int]  # rows by the layer they left after
     skipped: int
     named: list[str]  # why, for the first `NAMED` rows skipped
+    unanswered: int  # rows that got no label
     spaced: int  # rows whose tabs or line breaks became spaces, in a tsv
 
 
@@ -47,6 +48,7 @@ def predict_file(
     *,
     threshold: float | None = None,
     top_k: int | None = 1,
+    abstain: float | None = None,
     text_columns: Sequence[str] = (),
     format: str = "",
     skip_bad_rows: bool = False,
@@ -59,6 +61,8 @@ def predict_file(
     {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that the
     first row has already gets the prefix "predicted_", as often as it takes.
 
+    Without an answer, see `abstain`, the label is empty (null in jsonl), whatever `top_k` lists.
+
     A tsv cannot hold tabs and line breaks: there they become spaces, and are counted.
 
     Args:
@@ -67,6 +71,7 @@ def predict_file(
         Without an ending: the format of the input, jsonl where that is txt or unknown.
       threshold: None means the bundle's; above 1 full depth.
       top_k: None means all labels.
+      abstain: rows whose certainty is below get no answer; None means the bundle's, 0 answers all.
       text_columns: () means those of the training, or else as many recognised ones.
       format: of `source`, where its ending does not say it.
       skip_bad_rows: leave out rows that cannot be read, instead of stopping.
@@ -78,7 +83,7 @@ def predict_file(
     kind = output_format(source, output, format)
     exits: Counter[int] = Counter()
     named: list[str] = []
-    skipped = spaced = done = 0
+    skipped = spaced = unanswered = done = 0
 
     def skip(sentence: str) -> None:
         nonlocal skipped
@@ -101,7 +106,7 @@ def predict_file(
 
     with writing(output) as file:
         write: Writer | None = None
-        for answer in clf.stream_chunks(texts(), threshold, top_k):
+        for answer in clf.stream_chunks(texts(), threshold, top_k, abstain):
             row, names = waiting.popleft()
             made = row | dict(zip(names, added(answer), strict=True))
             if write is None:
@@ -111,12 +116,13 @@ def predict_file(
             file.write(line)
             spaced += has_spaces
             exits[made[names[2]]] += 1
+            unanswered += made[names[0]] is None
             done += 1
             if done % PROGRESS_ROWS == 0:
                 progress(done)
         if write is None and header:  # no rows: a file that can still be read back
             file.write(Writer(kind, [*header, *free_names(added_names, header)]).header())
-    return Summary(done, exits, skipped, named, spaced)
+    return Summary(done, exits, skipped, named, unanswered, spaced)
 
 
 def output_format(source: str, output: str, format: str = "") -> str:
@@ -224,9 +230,11 @@ def _check_columns(
 def added(answer: Any) -> list[Any]:
     """The values of the added columns, from what the classifier says of a row."""
     top = answer if isinstance(answer, list) else [answer]
-    pairs = [{"label": one["label"], "score": round(one["score"], 6)} for one in top]
-    first = [pairs[0]["label"], pairs[0]["score"], top[0]["exit_layer"]]
-    return [*first, pairs] if isinstance(answer, list) else first
+    first = [top[0]["label"], round(top[0]["score"], 6), top[0]["exit_layer"]]
+    if not isinstance(answer, list):
+        return first
+    named = [one for one in top if one["label"] is not None]
+    return [*first, [{"label": one["label"], "score": round(one["score"], 6)} for one in named]]
 
 
 class Writer:

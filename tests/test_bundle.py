@@ -22,9 +22,12 @@ from ejax.models.weights import load_bert
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
-    first = load_bundle(tiny.trained()[0])
+    never = load_bundle(tiny.trained()[0])
+    assert never.abstain == 0
+    first = dataclasses.replace(never, abstain=0.625)
     save_bundle(first, tmp_path / "copy")
     second = load_bundle(tmp_path / "copy")
+    assert second.abstain == 0.625
     jax.tree.map(np.testing.assert_array_equal, first.variables, second.variables)
     for field in ("cfg", "exits", "labels", "temperatures", "thresholds", "max_length", "buckets"):
         assert getattr(first, field) == getattr(second, field), field
@@ -179,6 +182,7 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     [
         ("exits.json", {"provenance": None}, "exits.json is damaged"),
         ("exits.json", {"buckets": ["a"]}, "invalid literal for int"),
+        ("exits.json", {"abstain": 1.5}, "an abstain threshold from 0 to 1, or none. Got 1.5"),
         ("exits.json", {"max_length": 4096}, "max_length must be at most the 32 positions"),
         ("config.json", {"id2label": None}, "config.json: id2label must map 0, 1, … to the names"),
         ("config.json", {"vocab_size": 9}, "word"),

@@ -294,6 +294,58 @@ def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:
         list(clf.stream(texts))
 
 
+TWISTED = ["the film was great and the plot awful", "great awful"]
+
+
+def test_a_doubtful_text_gets_no_answer(clf: EarlyExitClassifier) -> None:
+    texts = ["the film was great", TWISTED[1], "the plot was awful"]
+    plain = clf(texts)
+    abstaining = EarlyExitClassifier(dataclasses.replace(clf.bundle, abstain=0.75))
+    found = abstaining(texts)
+    assert [row["label"] for row in found] == ["good", None, "bad"]
+    assert [row | {"label": None} for row in found] == [row | {"label": None} for row in plain]
+    assert abstaining(texts, abstain=0) == abstaining(texts, abstain=0.0) == plain
+    assert {row["label"] for row in clf(texts, abstain=1.0)} == {None}
+    assert list(abstaining.stream(texts)) == found
+    assert list(abstaining.stream(texts, abstain=0.0)) == plain
+    # The likeliest stay to be seen.
+    first, *both = abstaining(TWISTED[1:], top_k=None)[0]
+    assert first == found[1]
+    assert both == abstaining(TWISTED[1:], top_k=None, abstain=0)[0]
+    np.testing.assert_array_equal(abstaining.predict_proba(texts), clf.predict_proba(texts))
+    for wrong in (lambda: clf(texts, abstain=2), lambda: next(clf.stream(texts, abstain=-1))):
+        with pytest.raises(ValueError, match="abstain must be a number from 0"):
+            wrong()
+
+
+def test_texts_that_go_deeper_are_noticed(tmp_path: Path, monkeypatch) -> None:
+    clf = EarlyExitClassifier.from_pretrained(tiny.careful(tmp_path))
+    like = clf.drift(clf.decide(TEXTS))
+    assert (like.depth, like.depth_then, like.sentence) == (1, 1, "")
+    deep = clf.decide(TWISTED * 6)
+    found = clf.drift(deep)
+    assert (found.depth, found.depth_then) == (3, 1)
+    assert found.sentence.startswith("These texts leave later than those the thresholds are for")
+    assert found.p_value < 1e-6
+    assert clf.drift(np.repeat(deep.exit, 2)).p_value < found.p_value
+    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 5)  # no chunk alone is enough
+    with pytest.warns(UserWarning, match="These texts leave later than") as warned:
+        list(clf.stream(TWISTED * 6))
+    assert [one.filename for one in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clf(TWISTED * 6)  # a single call says nothing
+        list(clf.stream(TEXTS))
+        list(clf.stream(TWISTED))  # too few to tell
+        list(clf.stream(TWISTED * 6, threshold=0.8))  # not the bundle's own
+        other = EarlyExitClassifier(dataclasses.replace(clf.bundle, thresholds=(0.8, 0.0)))
+        list(other.stream(TWISTED * 6))
+    with pytest.raises(ValueError, match="does not know how deep the texts went"):
+        other.drift(deep)
+    with pytest.raises(ValueError, match="at least one text"):
+        clf.drift(clf.decide([]))
+
+
 def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:
     found = clf(["", "the film was great " * 60_000])
     assert [row["label"] in ("good", "bad") for row in found] == [True, True]

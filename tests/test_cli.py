@@ -383,6 +383,113 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     }  # fmt: skip
 
 
+def doubtful(path: Path) -> Path:
+    """30 rows that say it, and 10 of which nobody can tell, half of them labelled so."""
+    none = [(label, "great awful") for label in ("bad", "good") * 5]
+    return tiny.write_tsv(path, [*tiny.rows(30, 44), *none])
+
+
+@pytest.mark.filterwarnings("always:These texts leave:UserWarning")
+def test_no_answer_below_what_the_asked_share_takes(tmp_path):
+    data, folder = doubtful(tmp_path / "rows.tsv"), tmp_path / "sure"
+    ask = ("thresholds", tiny.trained()[0], "--data", data, "--output", folder)
+    both = ("--budget", 0.99, "--abstain", 1)
+    done = tiny.ejax(*ask, *both)
+    assert done.code == 0, done.err
+    said = " ".join(done.err.split())
+    assert "that spend at most 0.99" in said
+    assert "30 of 40 rows answered (75.0 %), 1.0000 of them right (0.8865 to 1.0000, 95 %)" in said
+    bundle = load_bundle(folder)
+    assert 0.66 < bundle.abstain < 0.84
+    assert bundle.provenance["target"]["target"] == {"budget": 0.99}
+    assert bundle.provenance["abstain"]["answered"] == 30
+    used = set(bundle.provenance["rows"]["thresholds"])
+    for shown in (tiny.ejax("info", folder).out, (folder / "README.md").read_text()):
+        assert "No answer below a certainty of" in " ".join(shown.split())
+    for kind in ("tsv", "jsonl"):
+        output = tmp_path / f"out.{kind}"
+        told = tiny.ejax("predict", folder, "--input", data, "--output", output, "--top-k", 2)
+        assert "30 rows labelled, 10 without an answer, left after layer" in told.err
+        rows = [row for _, row in read_rows(output)]
+        labels = [row["predicted_label"] for row in rows]
+        assert labels[30:] == [{"tsv": "", "jsonl": None}[kind]] * 10
+        assert labels[:30] == [row["label"] for row in rows[:30]]
+        best = rows[-1]["top_k"] if kind == "jsonl" else json.loads(rows[-1]["top_k"])
+        assert {one["label"] for one in best} == {"bad", "good"}
+        assert best[0]["score"] == float(rows[-1]["score"])
+    every = tiny.ejax("predict", folder, "--input", data, "--abstain", 0)
+    assert "40 rows labelled, left after" in every.err
+    assert "" not in {row["predicted_label"] for row in answers(every.out)}
+    assert "abstain must be a number" in tiny.refused("predict", folder, "--abstain", 7)
+    measured = tmp_path / "result.json"
+    args = ("--data", data, "--thresholds", "default", "--repeats", 1, "--output", measured)
+    assert "30 of 40 rows answered" in tiny.ejax("evaluate", folder, *args).err
+    assert json.loads(measured.read_text())["abstain"]["accuracy"] == 1
+    # Alone: the thresholds stay, and the rows of both are spent.
+    more = tiny.write_tsv(tmp_path / "more.tsv", tiny.rows(20, 45))
+    alone = tiny.ejax("thresholds", folder, "--data", more, "--abstain", 0.5)
+    assert "20 of 20 rows answered" in " ".join(alone.err.split())
+    after = load_bundle(folder)
+    assert after.thresholds == bundle.thresholds
+    assert after.abstain == 0
+    assert used < set(after.provenance["rows"]["thresholds"])
+    assert after.provenance["target"] == bundle.provenance["target"]
+
+
+def test_another_choice_of_thresholds_ends_the_one_of_no_answer(tmp_path):
+    data, folder = doubtful(tmp_path / "rows.tsv"), tiny.copy_of_bundle(tmp_path)
+    for command in (("thresholds", "--budget", 0.9), ("calibrate",)):
+        assert tiny.ejax("thresholds", folder, "--data", data, "--abstain", 1).code == 0
+        assert load_bundle(folder).abstain > 0
+        done = tiny.ejax(command[0], folder, "--data", tiny.file("test"), *command[1:])
+        assert "Every text gets an answer again: `ejax thresholds --abstain`" in done.err
+        after = load_bundle(folder)
+        assert after.abstain == 0
+        assert "abstain" not in after.provenance
+    ask = ("thresholds", folder, "--data", data)
+    assert "no threshold makes the answers right on 1 of" in tiny.refused(
+        "thresholds", folder, "--data", wrong_rows(tmp_path), "--abstain", 1
+    )
+    assert "a share of right answers" in tiny.refused(*ask, "--abstain", 97)
+    assert "a target must be one of" in tiny.refused(*ask, "--abstain", 0.9, "--delta", 0.1)
+
+
+def wrong_rows(folder: Path) -> Path:
+    other = {"bad": "good", "good": "bad"}
+    swapped = [(other[label], text) for label, text in tiny.rows(20, 46)]
+    return tiny.write_tsv(folder / "wrong.tsv", swapped)
+
+
+@pytest.mark.filterwarnings("always:These texts leave:UserWarning")
+def test_texts_that_go_deeper_are_said(tmp_path):
+    texts = [("good", "great awful"), ("bad", "the film was great and the plot awful")] * 8
+    data, folder = tiny.write_tsv(tmp_path / "deep.tsv", texts), tiny.careful(tmp_path)
+    trained = load_bundle(tiny.trained()[0]).provenance
+    dev_b, depth = trained["operating_points"]["dev_b"], trained["depth"]
+    assert (depth["rows"], depth["exit_share"]) == (20, dev_b["exit_share"])
+    alarm = "These texts leave later than those the thresholds are for: after 3.00 layers in the"
+    result = tmp_path / "result.json"
+    ask = ("evaluate", "--data", data, "--repeats", 1, "--output", result, "--thresholds")
+
+    def said(bundle: Path, *options: object) -> list[bool]:
+        args = ("predict", bundle, "--input", data, *options)
+        level = "0.8,full" if options else "default"
+        runs = tiny.ejax(*args), tiny.ejax(ask[0], bundle, *ask[1:], level)
+        return [alarm in run.err for run in runs]
+
+    assert said(folder) == [True, True]
+    assert json.loads(result.read_text())["drift"]["depth_then"] == 1
+    assert said(folder, "--threshold", 0.8) == [False, False]
+    assert alarm not in tiny.ejax("predict", folder, "--input", tiny.file("test")).err
+    # Thresholds of these very rows: they are what is like them then.
+    for command, name in ((("thresholds", "--budget", 1), "a"), (("calibrate",), "b")):
+        output = tmp_path / name
+        args = (folder, "--data", data, *command[1:], "--output", output)
+        assert tiny.ejax(command[0], *args).code == 0
+        assert load_bundle(output).provenance["depth"]["rows"] == 16
+        assert said(output) == [False, False]
+
+
 def test_a_risk_on_too_few_rows_keeps_full_depth(tmp_path):
     folder = tiny.copy_of_bundle(tmp_path)
     done = tiny.ejax("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.01)

@@ -137,6 +137,8 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     report = after.provenance["placed"]
     assert report["rows"] == 20
     assert report["differ"] == 0
+    depth = {"rows": 20, "exit_share": [1.0], "thresholds": list(after.thresholds)}
+    assert after.provenance["depth"] == depth
     names = [row_hash(row) for row in labelled_rows(before, str(tiny.file("dev")))]
     assert len(after.provenance["rows"]["placed"]) == 20
     assert set(after.provenance["rows"]["placed"]) <= set(names)

@@ -26,7 +26,7 @@ from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.training.checkpoint import Checkpoints, claim_workdir
-from ejax.training.finetune import finetune
+from ejax.training.finetune import check_not_changed, finetune
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place, shard
@@ -405,6 +405,13 @@ def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
             finetune(config, where, output=folder)
     assert not (tmp_path / "other").exists()
     assert (folder / "exits.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["calibrated", "target", "abstain"])
+def test_what_was_chosen_since_is_named(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "exits.json").write_text(json.dumps({"provenance": {changed: {}}}))
+    with pytest.raises(ValueError, match=rf"since its training \({changed} in its exits.json\)"):
+        check_not_changed(tmp_path)
 
 
 def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypatch) -> None:

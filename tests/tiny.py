@@ -4,6 +4,7 @@ One word decides the class, so that a few steps teach it.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -18,6 +19,8 @@ from typing import NamedTuple
 import jax
 from safetensors.numpy import save_file
 
+from ejax.bundle import load_bundle, save_bundle
+from ejax.calibration.drift import depth_of
 from ejax.cli import app
 from ejax.command import run
 from ejax.config import BertConfig, to_json
@@ -143,6 +146,15 @@ def trained() -> tuple[Path, Result]:
     result = ejax(*train_args(folder))
     assert result.code == 0, result.err
     return folder, result
+
+
+def careful(folder: Path) -> Path:
+    """A copy with a threshold of 0.75, at which all of 20 rows left after layer 1, saved there."""
+    bundle, thresholds = load_bundle(trained()[0]), (0.75, 0.0)
+    depth = depth_of({"rows": 20, "exit_share": [1.0, 0.0], "threshold": thresholds})
+    provenance = bundle.provenance | {"depth": depth}
+    changed = dataclasses.replace(bundle, thresholds=thresholds, provenance=provenance)
+    return save_bundle(changed, folder / "careful")
 
 
 def copy_of_bundle(folder: Path) -> Path:

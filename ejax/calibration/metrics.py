@@ -399,6 +399,12 @@ def paired_interval(
     return 100 * difference, 100 * low, 100 * high
 
 
+def wilson_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Of a share of which `hits` of `n` were seen (Wilson, 1927): low and high, in [0, 1]."""
+    down, up = _wilson_arms(hits, n, statistics.NormalDist().inv_cdf((1 + level) / 2))
+    return max(hits / n - down, 0.0), min(hits / n + up, 1.0)
+
+
 def _wilson_arms(hits: int, n: int, z: float) -> tuple[float, float]:
     """How far Wilson's score interval reaches below and above hits / n."""
     p = hits / n

@@ -34,6 +34,7 @@ def facts(bundle: Bundle) -> Table:
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
             "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
             "thresholds": f"{thresholds}. {p.get('thresholds_from', '')}".strip(),
+            "no answer": p.get("abstain", {}).get("sentence", ""),
             "tokens": f"at most {bundle.max_length}",
             "pooling, mix": f"{bundle.exits.pooling}, {bundle.exits.mix}",
             "numerics": f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}",

@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from ejax import storage
+from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier, Shape, Text
 from ejax.data.tokenizer import Encoded
@@ -67,7 +68,8 @@ def evaluate(
       where this machine has a profile, `predicted_seconds`. `exit_accuracy`: of every
       exit on all rows. With `texts` also `tokenising_seconds` and, of full depth and each
       threshold and rival, `from_text`: texts per second with tokenising; `rivals`: of each its
-      accuracy; `enough`: a sentence where one does as well as full depth, or "".
+      accuracy; `enough`: a sentence where one does as well as full depth, or "". Of the bundle's
+      own thresholds `drift` and, where it abstains, `abstain`, see `of_own`.
     """
     rows = len(encoded)
     if rows == 0:
@@ -151,11 +153,30 @@ def evaluate(
         "exit_accuracy": exit_accuracy(exit_logits, labels),
         "full": full,
         "thresholds": points,
+        **(of_own(clf, results[None], labels) if None in results else {}),
         **tokenising,
         **({"rivals": linear, "enough": enough(full_answers == labels, right)} if rivals else {}),
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
     }
+
+
+def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> dict[str, Any]:
+    """Of a decision at the bundle's own thresholds, what is known.
+
+    Returns:
+      `drift`, as `clf.drift` says it; and where the bundle abstains `abstain`: what is answered and
+      how much of that rightly; both with a `sentence`.
+    """
+    found: dict[str, Any] = {}
+    if clf.depth_record:
+        found["drift"] = clf.drift(decision)._asdict()
+    if clf.bundle.abstain:
+        right = decision.logits.argmax(axis=1) == labels
+        point = answered(clf.certainty(decision), right, clf.bundle.abstain)
+        sentence = f"With its threshold of an answer: {in_words(point)}."
+        found["abstain"] = point | {"sentence": sentence}
+    return found
 
 
 Pools = Sequence[tuple[np.ndarray, Shape]]

@@ -12,6 +12,7 @@ from rich.table import Table as Shown
 from rich.text import Text
 
 from ejax.bundle import Bundle, describe_threshold
+from ejax.calibration.drift import depth_of
 from ejax.calibration.placement import cheapest, check_count, place, point_of
 from ejax.calibration.thresholds import describe
 from ejax.classifier import EarlyExitClassifier
@@ -70,7 +71,7 @@ def place_exits(
             start = time.perf_counter()
             run.decide_encoded(task.encoded)
             seconds[name].append(time.perf_counter() - start)
-    simulated = table.leave(best.of_all(len(table.layers)))
+    after, simulated = taken["after"], table.leave(best.of_all(len(table.layers)))
     rows = len(task.labels)
     kept = ", ".join(map(str, placed.exits.layers))
     sentence = (
@@ -88,7 +89,7 @@ def place_exits(
         "measured": {
             name: 1000 * statistics.median(values) / rows for name, values in seconds.items()
         },
-        "differ": int((np.asarray(best.exits)[taken["after"]] != simulated).sum()),
+        "differ": int((np.asarray(best.exits)[after] != simulated).sum()),
         "dtype": bundle.cfg.dtype,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -108,10 +109,17 @@ def place_exits(
             if name not in used  # these report no more
         },
         "rows": rows_used(bundle, task, "placed"),
+        "depth": depth_of(
+            {
+                "rows": rows,
+                "exit_share": (np.bincount(after, minlength=len(best.exits)) / rows).tolist(),
+                "threshold": best.thresholds,
+            }
+        ),
     }
-    provenance = bundle.provenance | changed
-    provenance.pop("target", None)
-    return dataclasses.replace(placed, provenance=provenance), report
+    gone = ("target", "abstain")
+    provenance = {k: v for k, v in bundle.provenance.items() if k not in gone} | changed
+    return dataclasses.replace(placed, provenance=provenance, abstain=0.0), report
 
 
 def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
+from ejax.calibration.drift import depth_of
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.targets import trained_on
@@ -68,13 +69,16 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
             "max_drop": max_drop,
             "rows_left_out": len(part_of) - len(fit),
         },
+        "depth": depth_of(chosen["operating_points"]["calibration"]),
         "rows": {name: rows for name, rows in recorded.items() if name != "thresholds"}
         | {"calibration": sorted(before.union(task.hashes[i] for i in fit))},
     }
-    kept_on = {name: what for name, what in bundle.provenance.items() if name != "target"}
+    gone = ("target", "abstain")
+    kept_on = {name: what for name, what in bundle.provenance.items() if name not in gone}
     return dataclasses.replace(
         bundle,
         temperatures=tuple(chosen["temperatures"]),
         thresholds=tuple(chosen["thresholds"]),
         provenance=kept_on | changed,
+        abstain=0.0,
     )

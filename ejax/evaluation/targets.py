@@ -17,6 +17,7 @@ from rich.text import Text
 from ejax.bundle import FITTED, Bundle, describe_threshold, recorded_rows, unpacked
 from ejax.calibration import thresholds
 from ejax.calibration.calibrate import estimated
+from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.classifier import EarlyExitClassifier, promises_risk
 from ejax.data.batches import bucket_of
@@ -183,9 +184,11 @@ def choose(
         "target": report,
         "operating_points": {"thresholds": chosen},
         "rows": rows_used(bundle, task, "thresholds"),
+        "depth": depth_of(chosen),
     }
+    provenance.pop("abstain", None)  # of answers at other thresholds
     changed = dataclasses.replace(
-        bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance
+        bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance, abstain=0.0
     )
     return changed, report
 

@@ -34,6 +34,7 @@ from ejax.bundle import (
     unpacked,
 )
 from ejax.calibration.calibrate import Answers, calibrate
+from ejax.calibration.drift import depth_of
 from ejax.calibration.metrics import accuracy
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of, to_json
 from ejax.data import sources
@@ -251,6 +252,7 @@ def finetune(
             "teacher": short_path(config.teacher),
             "data": "; ".join(f"{name}: {origin}" for name, origin in origins.items()),
             "best_step": best,
+            "depth": depth_of(chosen["operating_points"]["dev_b"]),  # dev-B chose nothing
             "text_columns": list(splits["train"].text_columns),
             "label_column": splits["train"].label_column,
             "config": to_json(public(config)),
@@ -357,7 +359,7 @@ def check_not_changed(bundle: Path) -> None:
         text = (bundle / "exits.json").read_text()
     try:
         provenance = json.loads(text)["provenance"]
-        since = [name for name in ("calibrated", "target") if name in provenance]
+        since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
     except (ValueError, LookupError, TypeError):  # damaged: the run makes its bundle anew
         since = []
     if since:
