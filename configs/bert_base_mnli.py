@@ -19,5 +19,6 @@ config = TrainConfig(
     epochs=2,
     batch_size=72,
     learning_rate=2e-5,
+    train_embeddings=True,
 )
 pod = dataclasses.replace(config, batch_size=2304, learning_rate=1.1e-4)

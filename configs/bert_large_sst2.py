@@ -19,6 +19,7 @@ config = TrainConfig(
     epochs=2,
     batch_size=36,
     learning_rate=2e-5,
+    train_embeddings=True,
     remat=True,
 )
 pod = dataclasses.replace(config, batch_size=1152, learning_rate=1.1e-4)

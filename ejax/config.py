@@ -258,12 +258,12 @@ class TrainConfig:
     patience: int = 3  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 5e-5  # the highest rate: it rises to this, then falls to 0
-    head_learning_rate: float = 1e-3  # of the exits' heads, which start from nothing
+    head_learning_rate: float = 2e-4  # of the exits' heads
     warmup_fraction: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
     clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
     dropout: float = 0.1  # share dropped, in the encoder and before each head
-    train_embeddings: bool = True  # False: the embeddings stay as they are
+    train_embeddings: bool = False  # False: the embeddings stay as they are
     train_encoder: bool = True  # False: the exits' heads learn, on the encoder as it is
     average_decay: float = 0.0  # of a running mean of the weights, which is what is kept; 0 = none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; auto = the fastest here

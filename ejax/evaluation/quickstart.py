@@ -55,8 +55,7 @@ def quickstart(
     console = console or Console(stderr=True)
     started = time.time()
     config = TrainConfig(
-        model=model, data=data_config(data, workdir, console), epochs=2, learning_rate=1e-4,
-        batch_size=16, train_embeddings=False,
+        model=model, data=data_config(data, workdir, console), epochs=5, batch_size=16,
     )  # fmt: skip
     config = override(smoke(config) if small else config, fields)
     folder = finetune(config, workdir / "train", output=workdir / "bundle", console=console)
