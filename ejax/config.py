@@ -255,11 +255,11 @@ class TrainConfig:
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 0  # passes over train; 0 = chosen by the number of its rows
-    patience: int = 3  # evaluations on dev-A without a better one before the end; 0 = never stop
+    patience: int = 4  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 5e-5  # the highest rate: it rises to this, then falls to 0
     head_learning_rate: float = 2e-4  # of the exits' heads
-    warmup_fraction: float = 0.1  # share of the steps in which the rate rises
+    warmup_fraction: float = 0.2  # share of the steps in which the rate rises
     weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
     clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
     dropout: float = 0.1  # share dropped, in the encoder and before each head
@@ -313,7 +313,7 @@ def epochs_of(config: TrainConfig, rows: int) -> int:
     """Passes over train: as asked, or so many that few rows are seen often and many at least twice.
 
     >>> [epochs_of(TrainConfig(), rows) for rows in (500, 3_000, 10_000, 100_000)]
-    [20, 7, 3, 2]
+    [20, 7, 2, 2]
     """
     return config.epochs or min(max(-(-20_000 // rows), FEWEST_EPOCHS), MOST_EPOCHS)
 

@@ -207,7 +207,7 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
     zero = {}
     if exits.has_zero:
         table = normal(exits.buckets, exits.rank + 1)
-        table[:, -1] **= 2
+        table[:, -1] = 0.1 + table[:, -1] ** 2  # of a weight; all known
         zero = {"ngrams": {"table": table, "bias": normal(c, std=0.1)}}
         if exits.rank != c:
             zero["ngrams"]["kernel"] = normal(exits.rank, c)

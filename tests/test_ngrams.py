@@ -119,7 +119,7 @@ def corpus(rows: int, labels: int, seed: int = 0):
 def test_it_is_the_logistic_regression_of_its_features() -> None:
     encoded, labels = corpus(400, 3)
     exits = ExitConfig((0, 1), 3, buckets=4096)
-    params = fit_ngrams(encoded, labels, exits)
+    params = fit_ngrams(encoded, np.eye(exits.num_labels)[labels], exits)
     counts: csr_array = ragged_grams(encoded.ids, encoded.types, encoded.offsets, 4096)
     counts.sum_duplicates()
     rows_with = (counts > 0).sum(axis=0)
@@ -136,7 +136,7 @@ def test_it_is_the_logistic_regression_of_its_features() -> None:
 def test_many_classes_share_a_low_rank() -> None:
     encoded, labels = corpus(3000, 40)
     exits = ExitConfig((0, 1), 40, buckets=1 << 13)
-    params = fit_ngrams(encoded, labels, exits)
+    params = fit_ngrams(encoded, np.eye(exits.num_labels)[labels], exits)
     assert params["table"].shape == (1 << 13, 33)
     fresh, truth = corpus(500, 40, seed=1)
     assert (logits_of(params, fresh).argmax(axis=1) == truth).mean() > 0.85  # at most 0.9
@@ -144,7 +144,7 @@ def test_many_classes_share_a_low_rank() -> None:
 
 def test_the_table_does_not_hold_what_few_rows_hold() -> None:
     rows = [[101, 5, 6, 102]] * 2 + [[101, 7, 8, 102]] * 3 + [[101, 9, 102]] * 4
-    params = fit_ngrams(flat(rows), np.array([0, 1, 0, 1, 0, 1, 0, 1, 1]), ExitConfig((0, 1), 2))
+    params = fit_ngrams(flat(rows), np.eye(2)[[0, 1, 0, 1, 0, 1, 0, 1, 1]], ExitConfig((0, 1), 2))
     one, two = hashed(*(np.array(x, np.int32) for x in ([5, 7], [6, 8], [0, 0])), 1 << 18)
     held = params["table"].any(axis=1)
     assert held[one].tolist() == held[two].tolist() == [False, True]
@@ -174,7 +174,9 @@ def bundle():
     exits = dataclasses.replace(trained.exits, layers=(0, *trained.exits.layers))
     encoded = trained.tokenizer.encode([text for _, text in rows], 16)
     labels = np.array([trained.labels.index(label) for label, _ in rows])
-    params = trained.variables["params"] | {"ngrams": fit_ngrams(encoded, labels, exits)}
+    params = trained.variables["params"] | {
+        "ngrams": fit_ngrams(encoded, np.eye(exits.num_labels)[labels], exits)
+    }
     return dataclasses.replace(
         trained, exits=exits, variables={"params": params}, thresholds=(0.9, 0.8, 0.0),
         temperatures=(0.7, *trained.temperatures),

@@ -40,7 +40,10 @@ CFG = BertConfig(
 )  # fmt: skip
 EXITS = ExitConfig(layers=(1, 3), num_labels=4)
 MODEL = EarlyExitBert(CFG, EXITS)
-CONFIG = TrainConfig(layers=(1, 3), learning_rate=0.01, warmup_fraction=0.0, dropout=0.2, seed=5)
+CONFIG = TrainConfig(
+    layers=(1, 3), learning_rate=0.01, head_learning_rate=0.01, warmup_fraction=0.0, dropout=0.2,
+    train_embeddings=True, seed=5,
+)  # fmt: skip
 
 
 def labelled(rows: int = 11, length: int = 7, seed: int = 0, padding: int = 3) -> Rows:

@@ -145,11 +145,11 @@ def worth_compiling(
     Of all subsets that hold the longest row, the one with the least tokens padded, programs
     counted as `PROGRAM_TOKENS` each.
 
-    >>> lengths = np.repeat([10, 30, 100], [900, 50, 50])
+    >>> lengths = np.repeat([10, 30, 100], [400, 50, 50])
     >>> worth_compiling(lengths, (12, 32, 48, 112), 128, epochs=1)
     (112,)
     >>> worth_compiling(lengths, (12, 32, 48, 112), 128, epochs=20)
-    (12, 112)
+    (12, 32, 112)
     """
     edges, rows = np.unique(bucket_of(lengths, buckets, max_length), return_counts=True)
     before = np.concatenate([[0], np.cumsum(rows)]) * epochs

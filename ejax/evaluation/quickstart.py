@@ -54,9 +54,7 @@ def quickstart(
     """
     console = console or Console(stderr=True)
     started = time.time()
-    config = TrainConfig(
-        model=model, data=data_config(data, workdir, console), epochs=5, batch_size=16,
-    )  # fmt: skip
+    config = TrainConfig(model=model, data=data_config(data, workdir, console), epochs=8)
     config = override(smoke(config) if small else config, fields)
     folder = finetune(config, workdir / "train", output=workdir / "bundle", console=console)
     clf = EarlyExitClassifier.from_pretrained(folder)

@@ -115,8 +115,8 @@ class Profile:
     single_dtype: Dtype  # and for one row alone
     tile: dict[int, int]  # T -> the fastest B
     seconds: dict[tuple[int, int], Seconds]  # (B, T)
-    zero: float = 0.0  # seconds per token of exit 0
     whole: float = 1.0  # what the engine takes over the sum of these parts, each timed alone
+    zero: float = 0.0  # seconds per token of exit 0
 
     def beside(self, older: "Profile | None") -> "Profile":
         """With the lengths that were measured before, in the same types, and not again."""

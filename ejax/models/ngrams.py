@@ -139,4 +139,4 @@ class NGramExit(nn.Module):
         if r != c:
             kernel = self.param("kernel", zeros, (r, c), jnp.float32)
             vectors = jnp.einsum("br,rc->bc", vectors, kernel, precision="highest")
-        return vectors + bias
+        return vectors + bias[None]

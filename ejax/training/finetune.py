@@ -616,6 +616,7 @@ def train(
             best_score = scores[METRIC]
             log.write(0, "dev_a", scores)
             show(0, scores)
+            log.sync()
             checkpoints.save(0, state, scores)
         last = first
         held: list[tuple[int, Step, dict[str, Any]]] = []
