@@ -443,7 +443,10 @@ def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
         module, "train_plan", lambda *a, **k: planned.append(k["epoch"]) or plans(*a, **k)
     )
     monkeypatch.setattr(module, "EarlyExitBert", lambda *a: made.append(models(*a)) or made[-1])
-    config = tiny_config(epochs=3, gradient_stop=0.5, average_decay=0.9, exit_weights=(0.0, 1.0))
+    config = tiny_config(
+        epochs=3, gradient_stop=0.5, average_decay=0.9, exit_weights=(0.0, 1.0),
+        train_embeddings=True,
+    )  # fmt: skip
     folder = finetune(config, tmp_path)
     assert planned == [0, 1, 2]
     assert {model.gradient_stop for model in made} == {0.5}

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_thresholds
+from ejax.bundle import Bundle, describe_thresholds, exits_in_words
 from ejax.config import BertConfig
 
 PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
@@ -30,7 +30,7 @@ def facts(bundle: Bundle) -> Table:
         {
             "encoder": shape(bundle.cfg),
             "parameters": f"{count(bundle.variables):,}",
-            "exits": "after layers " + ", ".join(map(str, bundle.exits.layers)),
+            "exits": exits_in_words(bundle.exits),
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
             "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
             "thresholds": f"{thresholds}. {p.get('thresholds_from', '')}".strip(),

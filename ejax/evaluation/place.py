@@ -75,7 +75,7 @@ def place_exits(
     rows = len(task.labels)
     kept = ", ".join(map(str, placed.exits.layers))
     sentence = (
-        f"Exits after layers {kept} of {', '.join(map(str, bundle.exits.layers))}: the cheapest "
+        f"Exits at layers {kept} of {', '.join(map(str, bundle.exits.layers))}: the cheapest "
         f"here of at most {count} exits that lose at most {max_drop:g} points, estimated on {rows} "
         f"rows of {split.origin}. It holds for texts like those."
     )
