@@ -148,7 +148,7 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert set(before.provenance["metrics"]) - set(kept) == {"test"}
     shown = tiny.ejax("info", folder)
     assert shown.code == 0
-    assert "Exits after layers 1 of 1, 3" in " ".join(shown.out.split())
+    assert "Exits at layers 1 of 1, 3" in " ".join(shown.out.split())
     # Rows that chose the exits are spent: no guarantee can be had from them.
     page = tmp_path / "page.html"
     again = ("report", folder, "--data", tiny.file("dev"), "--output", page)
