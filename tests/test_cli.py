@@ -105,7 +105,7 @@ def test_train_says_what_it_made():
     bundle = load_bundle(folder)
     assert bundle.exits.layers == (1, 3)
     assert bundle.labels == ("bad", "good")
-    assert bundle.provenance["config"]["epochs"] == 4  # a field=value
+    assert bundle.provenance["config"]["epochs"] == 12  # a field=value
     assert Path(f"{folder}.work", "result.json").exists()
 
 
@@ -723,7 +723,7 @@ def test_python_m_train_resumes_and_gives_the_same_bundle(tmp_path):
         capture_output=True, text=True, cwd=REPOSITORY, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "from step 24 of 24" in " ".join(done.stderr.split())
+    assert "from step 72 of 72" in " ".join(done.stderr.split())
     assert "dev-B, 20 rows" in done.stdout
     names = ("model.safetensors", "exits.json")
     mine, theirs = (

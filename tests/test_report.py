@@ -54,7 +54,7 @@ def made(tmp_path_factory):
 def table(source):
     """Of the rows that chose nothing."""
     clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
-    task = encode(labelled_rows(clf.bundle, str(source)), clf.bundle.tokenizer, 16)
+    task = encode(labelled_rows(clf.bundle, str(source)), clf.bundle.encode)
     seen = chosen_on(clf.bundle)
     return table_of(clf, task.take(np.flatnonzero([name not in seen for name in task.hashes])))
 
