@@ -61,6 +61,7 @@ from ejax.training.warm import warm_heads
 
 LOG_STEPS = 20
 WARM_ROWS = 10_000  # of train, whose vectors the heads start on
+EMBEDDED_ROWS = 32  # of these at a time
 MOST_NAMED = 20  # labels
 ZERO_SAVES = 0.02  # of the layers run on dev-A, for exit 0 to be kept
 
@@ -216,7 +217,7 @@ def finetune(
 
     def warm_start() -> Any:
         params = initial_params(model, bert, config)
-        return warmed(model, params, tasks["train"], plan_of, config, console)
+        return warmed(model, params, tasks["train"], buckets, max_length, config, console)
 
     params, best, first, last = train(
         config, model, warm_start, tasks["train"], buckets, max_length, workdir, dev_a, console
@@ -534,17 +535,24 @@ def warmed(
     model: EarlyExitBert,
     params: Any,
     task: Task,
-    plan_of: Callable[[Task], list[Step]],
+    buckets: Sequence[int],
+    max_length: int,
     config: TrainConfig,
     console: Console,
 ) -> Any:
-    """The parameters with heads that fit the encoder as it is; the same on every host."""
+    """The parameters with heads that fit the encoder as it is; the same on every host.
+
+    Each host's first device runs batches of one size, so that the vectors have the same bits
+    however many devices there are: heads are trained far enough to tell.
+    """
     task = task.teaching()
     order = np.random.default_rng([config.seed, 2]).permutation(len(task.labels))
     some = task.take(np.sort(order[:WARM_ROWS]))
+    lengths, device = some.encoded.lengths, jax.local_devices()[:1]
+    plan = eval_plan(lengths, buckets=buckets, max_length=max_length, batch_size=EMBEDDED_ROWS)
     with console.status("the heads, on the encoder as it is"):
-        vectors = make_all_logits(model, method="layer_vectors")(
-            {"params": params}, some.encoded, plan_of(some)
+        vectors = make_all_logits(model, device, method="layer_vectors")(
+            {"params": params}, some.encoded, plan
         )
         heads = warm_heads(model, params["heads"], vectors, some.labels, config, some.teacher)
         if jax.process_count() > 1:
