@@ -539,11 +539,12 @@ def test_a_drop_is_estimated_or_promised(tmp_path):
 def test_wrong_answers_are_promised_or_refused(tmp_path):
     folder = tiny.copy_of_bundle(tmp_path)
     before = (folder / "exits.json").read_bytes()
-    data = tiny.write_tsv(tmp_path / "more.tsv", tiny.rows(120, 71))
+    asked = tiny.rows(120, 71, wrong=7)
+    data = tiny.write_tsv(tmp_path / "more.tsv", asked)
     right = [label == said["label"] for (label, _), said in zip(
-        tiny.rows(120, 71),
+        asked,
         EarlyExitClassifier.from_pretrained(folder)(
-            [text for _, text in tiny.rows(120, 71)], threshold=2.0
+            [text for _, text in asked], threshold=2.0
         ),
         strict=True,
     )]  # fmt: skip

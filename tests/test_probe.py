@@ -46,7 +46,7 @@ def test_a_head_that_is_not_trained_is_named(untrained, tmp_path, capsys):
     assert (found["rows"], found["fitted_rows"], found["dev_rows"]) == (30, 96, 41)
     assert "The head after layer 3 is under-trained: it is right on" in said
     assert "layer 1 is" not in said
-    assert found["config"]["epochs"] == 4
+    assert found["config"]["epochs"] == 12
     assert found["c_from"].endswith("dev.tsv")
 
 
