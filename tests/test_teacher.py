@@ -267,8 +267,12 @@ def test_a_run_that_resumes_asks_no_teacher_again(tmp_path: Path) -> None:
     for process in runs.start_two(config, two):
         runs.finish(process)
     for key, value in runs.weights(whole).items():
-        limit = 2e-2 if "mix" in key else 5e-4
-        np.testing.assert_allclose(runs.weights(two)[key], value, atol=limit, err_msg=key)
+        if not key.endswith("key.bias"):  # softmax cancels it: Adam makes steps of its rounding
+            limit = 2e-2 if "mix" in key else 5e-4
+            np.testing.assert_allclose(runs.weights(two)[key], value, atol=limit, err_msg=key)
+    one, other = (EarlyExitClassifier.from_pretrained(run / "bundle") for run in (whole, two))
+    texts = one.encode(TEXTS)
+    np.testing.assert_allclose(other.exit_logits(texts), one.exit_logits(texts), atol=1e-3)
 
 
 def test_the_teachers_answers_are_its_full_depth_calibrated() -> None:
