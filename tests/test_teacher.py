@@ -270,9 +270,12 @@ def test_a_run_that_resumes_asks_no_teacher_again(tmp_path: Path) -> None:
         if not key.endswith("key.bias"):  # softmax cancels it: Adam makes steps of its rounding
             limit = 2e-2 if "mix" in key else 5e-4
             np.testing.assert_allclose(runs.weights(two)[key], value, atol=limit, err_msg=key)
-    one, other = (EarlyExitClassifier.from_pretrained(run / "bundle") for run in (whole, two))
+    one, other = (
+        EarlyExitClassifier(load_bundle(run / "bundle", dtype="float32")) for run in (whole, two)
+    )
     texts = one.encode(TEXTS)
-    np.testing.assert_allclose(other.exit_logits(texts), one.exit_logits(texts), atol=1e-3)
+    worst = np.abs(other.exit_logits(texts) - one.exit_logits(texts)).max(axis=(1, 2))
+    assert (worst < 1e-3).all(), worst
 
 
 def test_the_teachers_answers_are_its_full_depth_calibrated() -> None:
