@@ -203,6 +203,8 @@ def test_a_classifier_answers_as_all_exits_say(bundle) -> None:
     answers = clf(TEXTS)
     assert {answer["exit_layer"] for answer in answers} == {0, 1, 3}
     assert list(clf.stream(TEXTS)) == answers
+    assert clf([]) == []
+    assert clf(TEXTS[3]) == [answers[3]]
 
 
 def test_the_compiled_program_answers_as_the_classifier_on_texts_that_fit(bundle) -> None:

@@ -65,9 +65,11 @@ def ragged_grams(ids: Any, types: Any, offsets: Any, buckets: int) -> Any:
     from scipy.sparse import csr_array
 
     ids, types = ids.astype(np.int32, copy=False), types.astype(np.int32)
-    token, pair = hashed(ids, np.append(ids[1:], np.int32(0)), types, buckets)
-    within = np.append(types[1:] == types[:-1], False)  # the token that follows is of this text
+    following, within = np.zeros_like(ids), np.zeros(len(ids), bool)
+    following[:-1] = ids[1:]
+    within[:-1] = types[1:] == types[:-1]  # the token that follows is of this text
     within[offsets[1:] - 1] = False
+    token, pair = hashed(ids, following, types, buckets)
     held = np.stack([np.ones_like(within), within], axis=1).ravel()
     grams = np.stack([token, pair], axis=1).ravel()[held]
     starts = np.concatenate([[0], np.cumsum(held)])[2 * offsets]
