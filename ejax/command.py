@@ -313,7 +313,7 @@ def in_its_type(after: Any, bundle: Path) -> Any:
 
     before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
     if promises_risk(before["provenance"]) and "target" not in after.provenance:
-        note("The risk that its thresholds promised is gone: `ejax thresholds` chooses anew.")
+        note("What its thresholds promised is gone: `ejax thresholds` chooses anew.")
     if "abstain" in before and "abstain" not in after.provenance:
         note("Every text gets an answer again: `ejax thresholds --abstain` chooses when none.")
     cfg = dataclasses.replace(after.cfg, dtype=before["dtype"])

@@ -511,7 +511,7 @@ def test_a_risk_on_too_few_rows_keeps_full_depth(tmp_path):
     assert load_bundle(folder).thresholds[0] <= 1
     # New temperatures end the promise, and say so.
     done = tiny.ejax("calibrate", folder, "--data", tiny.data())
-    assert "The risk that its thresholds promised is gone" in " ".join(done.err.split())
+    assert "What its thresholds promised is gone" in " ".join(done.err.split())
     assert load_bundle(folder).provenance["calibrated"]["max_drop"] == 0.5  # as in training
 
 
