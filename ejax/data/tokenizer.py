@@ -158,6 +158,10 @@ class Tokenizer:
         short, *longer = (_joined([chunk[i] for chunk in chunks]) for i in range(len(limits)))
         return dataclasses.replace(short, whole=longer[0]) if longer else short
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids int [T], without [CLS] and [SEP]; for BERT's uncased, lower case."""
+        return self._backend.decode(list(ids))
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, without settings for truncation and padding."""
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,60 @@
+"""The table of data sets on a tiny model: what a cell holds, that it is run once."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+from ejax.command import run
+from train import sets
+
+pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty rows are few
+
+
+def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sets, "CELLS", {"sst2": (sets.ALL, 40), "trec6": (40,)})
+    monkeypatch.setattr(sets, "MODEL", str(tiny.model()))
+    folder = shutil.copytree(tiny.data(), tmp_path / "data/sst2")
+    test = folder / "test.tsv"
+    dev = (folder / "dev.tsv").read_text().splitlines(keepends=True)[1:]
+    own = test.read_text().splitlines(keepends=True)[1:]
+    test.write_text("label\ttext\n" + "".join(own + dev))
+    results = tmp_path / "results"
+    args = [
+        *("--data", tmp_path / "data", "--results", results, "--workdir", tmp_path / "runs"),
+        *("--cells", "sst2-*"),
+    ]
+    args = list(map(str, args))
+    assert run(sets.app, "train.sets", [*args, "--train-only"]) == 0
+    assert not results.exists()
+    assert (tmp_path / "runs/sst2-40/bundle/config.json").exists()
+    assert run(sets.app, "train.sets", args) == 0
+    assert {path.name for path in results.iterdir()} == {"sst2-all.json", "sst2-40.json"}
+    of = json.loads((results / "sst2-all.json").read_text())
+    assert of["config"]["layers"] == []  # the defaults of `ejax train`
+    assert of["rows"] <= len(own)  # no row of dev is reported on
+    points = of["thresholds"]
+    assert points["first exit"]["exit_share"][0] == 1
+    assert points["first exit"]["accuracy"] == of["exit_accuracy"][0]
+    depths = [points[name]["mean_depth"] for name in sets.POINTS]
+    assert depths == sorted(depths, reverse=True)  # the more may be lost, the sooner
+    shown = capsys.readouterr().out
+    assert "| sst2 | all |" in shown
+    assert "| sst2 | 40 |" in shown
+    assert f"{of['full']['accuracy']:.3f}" in shown
+    before = {path: path.read_bytes() for path in results.iterdir()}
+    assert run(sets.app, "train.sets", args) == 0
+    assert before == {path: path.read_bytes() for path in results.iterdir()}
+    assert run(sets.app, "train.sets", [*args[:-1], "trec6-*"]) == 2
+    assert "must hold a folder trec6. There is none." in capsys.readouterr().err
+
+
+def test_the_gain_is_over_the_best_linear_model_on_the_same_text() -> None:
+    better = {"TF-IDF, linear": 3.0, sets.CUT: 4.0, sets.FROZEN: 5.0}
+    of = {
+        "layers": [0, 2],
+        "linear": {"TF-IDF, linear": 0.9, sets.CUT: 0.8, sets.FROZEN: 0.7},
+        "better_than": {name: {"2": [gain, -1.0, 9.0]} for name, gain in better.items()},
+    }
+    assert sets.least_gain(of) == "4.0 (-1.0 to 9.0)"
