@@ -119,7 +119,8 @@ def model_logits(variables, cfg: BertConfig, exits: ExitConfig, ids, mask, types
     logits = exit_logits(params["heads"], exits.encoder, hidden, mask)
     if not exits.has_zero:
         return logits
-    return np.concatenate([zero_logits(params["ngrams"], exits, ids, mask, types)[None], logits])
+    zero = zero_logits(params["ngrams"], exits, ids, mask, types)[None]
+    return np.concatenate([zero, logits + f64(params["ngrams"]["evidence"])[:, None, None] * zero])
 
 
 def gram_buckets(ids, types, buckets):
@@ -209,6 +210,7 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
         table = normal(exits.buckets, exits.rank + 1)
         table[:, -1] = 0.1 + table[:, -1] ** 2  # of a weight; all known
         zero = {"ngrams": {"table": table, "bias": normal(c, std=0.1)}}
+        zero["ngrams"]["evidence"] = np.abs(normal(e, std=1))
         if exits.rank != c:
             zero["ngrams"]["kernel"] = normal(exits.rank, c)
     return {"params": {"bert": bert, "heads": heads, **zero}}

@@ -27,7 +27,8 @@ def cut(cfg: BertConfig, exits: ExitConfig) -> BertConfig:
 class EarlyExitBert(nn.Module):
     """BERT with a classifier after some layers; variables {"params": {"bert": …, "heads": …}}.
 
-    With an exit 0 there are also {"ngrams": …}, see `ejax.models.ngrams`: no gradient reaches them.
+    With an exit 0 there are also {"ngrams": …}, see `ejax.models.ngrams`: no gradient reaches them,
+    and later exits add its logits to their own.
 
     With one exit, mix "last" and pooling "cls" this is the standard BERT classifier,
     or a cut one; with several it is the model of Schwartz et al. (ACL 2020). `gradient_stop`
@@ -62,7 +63,8 @@ class EarlyExitBert(nn.Module):
         """
         logits = self.heads(self.mixes(batch, keys=keys), keys)
         if self.exits.has_zero:
-            zero = jax.lax.stop_gradient(self.ngrams(batch.arrays()))
+            zero, evidence = jax.lax.stop_gradient(self.ngrams(batch.arrays()))
+            logits = logits + evidence[:, None, None] * zero[None]
             logits = jnp.concatenate([zero[None], logits])
         return logits
 

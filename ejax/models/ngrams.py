@@ -7,10 +7,12 @@ the sum is divided by the norm of a text's weights, so that long texts are not s
 ones. Both stand in the table: a row holds its weight times a vector of R numbers, and its
 squared weight. N-grams that are not known are rows of zeros.
 
+Later exits add these logits to their own, each with a weight (`ejax.calibration.evidence`).
+
 N-grams are single tokens and pairs of neighbours within one text; of a pair of texts, those of
 the second are marked as such by its token type.
 
-Axes: B batch, T tokens, N rows, G buckets, R rank, C classes.
+Axes: B batch, T tokens, N rows, G buckets, R rank, C classes, E exits.
 """
 
 from typing import Any
@@ -102,7 +104,9 @@ def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str,
       ValueError: naming what is missing or of another shape.
     """
     known, c, r = saved.get("known", np.zeros(0, np.int32)), exits.num_labels, exits.rank
+    saved = {"evidence": np.zeros(exits_after(exits), np.float32)} | saved  # older: none
     shapes = {"known": known.shape, "table": (known.size, r + 1), "bias": (c,)}
+    shapes |= {"evidence": (exits_after(exits),)}
     shapes |= {"kernel": (r, c)} if r != c else {}
     wrong = [name for name in shapes if getattr(saved.get(name), "shape", None) != shapes[name]]
     if known.size and not 0 <= known.min() <= known.max() < exits.buckets:
@@ -116,20 +120,27 @@ def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str,
     return {name: saved[name] for name in shapes if name != "known"} | {"table": table}
 
 
-class NGramExit(nn.Module):
-    """Logits float32 [B, C] of a batch, from its tokens alone.
+def exits_after(exits: ExitConfig) -> int:
+    """How many exits come after layers."""
+    return len(exits.encoder.layers)
 
-    Parameters: `table` [G, R + 1], `bias` [C] and, where R is not C, `kernel` [R, C].
+
+class NGramExit(nn.Module):
+    """Logits float32 [B, C] of a batch, from its tokens alone, and their weights [E - 1].
+
+    Parameters: `table` [G, R + 1], `bias` [C], `evidence` [E - 1], the weights of these logits in
+    the later exits, and, where R is not C, `kernel` [R, C].
     """
 
     exits: ExitConfig
 
     @nn.compact
-    def __call__(self, batch: Batch) -> Array:
+    def __call__(self, batch: Batch) -> tuple[Array, Array]:
         g, r, c = self.exits.buckets, self.exits.rank, self.exits.num_labels
         zeros = nn.initializers.zeros
         table = self.param("table", zeros, (g, r + 1), jnp.float32)
         bias = self.param("bias", zeros, (c,), jnp.float32)
+        evidence = self.param("evidence", zeros, (exits_after(self.exits),), jnp.float32)
         following, real = jnp.roll(batch.ids, -1, axis=1), batch.mask > 0
         same = (
             real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
@@ -141,4 +152,4 @@ class NGramExit(nn.Module):
         if r != c:
             kernel = self.param("kernel", zeros, (r, c), jnp.float32)
             vectors = jnp.einsum("br,rc->bc", vectors, kernel, precision="highest")
-        return vectors + bias[None]
+        return vectors + bias[None], evidence

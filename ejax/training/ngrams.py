@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from ejax.config import ExitConfig
 from ejax.data.tokenizer import Encoded
-from ejax.models.ngrams import TINY, ragged_grams
+from ejax.models.ngrams import TINY, exits_after, ragged_grams
 
 FEWEST_ROWS = 3  # of train that hold an n-gram: a table must not remember single texts
 PENALTY = 0.2  # of squared weights, over N: C = 5 of scikit-learn's logistic regression
@@ -29,6 +29,8 @@ def fit_ngrams(
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """The parameters of `ejax.models.ngrams.NGramExit`, trained to convergence by L-BFGS.
+
+    But for `evidence`, which stays 0: `ejax.calibration.evidence` fits it, on other rows.
 
     The mean cross-entropy of the targets plus a penalty on squared weights. N-grams in fewer than
     `FEWEST_ROWS` of the rows are left out. With R = C the problem is convex; with a low rank
@@ -58,7 +60,7 @@ def fit_ngrams(
     table[known, :-1] = solution["table"] * weight[:, None]
     table[known, -1] = weight**2
     kept = {name: solution[name].astype(np.float32) for name in ("bias", "kernel")[: 1 + (r != c)]}
-    return {"table": table} | kept
+    return {"table": table, "evidence": np.zeros(exits_after(exits), np.float32)} | kept
 
 
 def _fit(x: Any, targets: np.ndarray, r: int, seed: int) -> dict[str, np.ndarray]:
