@@ -230,9 +230,9 @@ def evaluate(
     from rich.console import Console
 
     from ejax.classifier import EarlyExitClassifier
+    from ejax.data.rows import encode
     from ejax.evaluation.describe import show
     from ejax.evaluation.evaluate import LADDER, evaluate, save, table
-    from ejax.training.finetune import encode
 
     check_json(output)
     levels = [

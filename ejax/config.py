@@ -253,7 +253,6 @@ class TrainConfig:
     teacher: str = ""  # a bundle, from whose full depth all exits learn; "" = from the last exit
     distillation: float = 1.0  # loss weight of KL(teacher, or last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
-    alternate: bool = False  # every other step teaches the last exit alone
     epochs: int = 0  # passes over train; 0 = chosen by the number of its rows
     patience: int = 4  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices

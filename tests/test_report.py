@@ -15,6 +15,7 @@ from ejax.bundle import load_bundle
 from ejax.calibration.metrics import macro_f1
 from ejax.calibration.thresholds import operating_point, oracle
 from ejax.classifier import EarlyExitClassifier
+from ejax.data.rows import encode
 from ejax.data.sources import row_hash
 from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
@@ -22,7 +23,6 @@ from ejax.evaluation.page import draw_time
 from ejax.evaluation.report import shown, slices, weighted_f1
 from ejax.evaluation.targets import chosen_on, table_of
 from ejax.inference.cost import exit_flops, full_flops
-from ejax.training.finetune import encode
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BROWSER = (

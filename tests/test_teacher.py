@@ -21,14 +21,15 @@ from ejax.bundle import load_bundle, packed
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import run
 from ejax.config import DataConfig, ExitConfig, TrainConfig
+from ejax.data.rows import TokenizedSplit
 from ejax.data.sources import Example, load, row_hash
 from ejax.data.tokenizer import load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
 from ejax.models.ngrams import ragged_logits
-from ejax.training.finetune import Task, with_unlabelled
 from ejax.training.losses import joint_loss
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import MIX_RATE
+from ejax.training.setup import with_unlabelled
 from ejax.training.step import Rows
 from ejax.training.teacher import probabilities
 from ejax.training.warm import warm_heads
@@ -125,12 +126,14 @@ def test_accuracy_and_loss_per_exit_are_of_the_rows_with_a_label() -> None:
 GRAMS = ExitConfig(layers=(0, 1), num_labels=2, buckets=1 << 10)
 
 
-def task_of(texts: list[str], labels: list[int], teacher: np.ndarray | None = None) -> Task:
+def task_of(
+    texts: list[str], labels: list[int], teacher: np.ndarray | None = None
+) -> TokenizedSplit:
     encoded = load_tokenizer(tiny.model()).encode(texts, 16, whole=64)
-    return Task(encoded, np.array(labels, np.int32), texts, teacher)
+    return TokenizedSplit(encoded, np.array(labels, np.int32), texts, teacher)
 
 
-def says(task: Task, text: str, **settings) -> np.ndarray:
+def says(task: TokenizedSplit, text: str, **settings) -> np.ndarray:
     """The probabilities of exit 0 for a text, once trained."""
     rows = task.teaching()
     table = fit_ngrams(rows.encoded.whole, rows.targets(2, 1.0), GRAMS, **settings)

@@ -25,8 +25,9 @@ from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig, to_json
 from ejax.inference.engine import replicate
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.training import loop, setup, warm
 from ejax.training.checkpoint import Checkpoints, claim_workdir
-from ejax.training.finetune import check_not_changed, finetune
+from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place, shard
@@ -254,27 +255,6 @@ def test_the_encoder_can_stay_as_it_is() -> None:
     assert all(jax.tree.leaves(moved["heads"]["exits"]))
 
 
-def test_every_other_step_can_teach_the_last_exit_alone() -> None:
-    config = dataclasses.replace(CONFIG, alternate=True, weight_decay=0.0)
-    states = [fresh_state(config)[0], *(take_steps(1, n, config)[0] for n in (1, 2))]
-    first, last = (
-        [state.params["heads"]["exits"]["classifier"]["bias"][i] for state in states]
-        for i in (0, -1)
-    )
-    assert (first[0] != first[1]).any()
-    assert (last[1] != last[2]).any()
-    # Adam goes on by what it remembers, but nothing new was learned by the first exit.
-    earlier, later = (
-        next(
-            leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-            if all(word in str(path) for word in ("mu", "classifier", "bias"))
-        )
-        for state in states[1:]
-    )
-    np.testing.assert_allclose(later[0], 0.9 * earlier[0], rtol=1e-5)
-
-
 def test_the_mean_of_the_weights_is_kept() -> None:
     """Early on over few steps: after step t the new weights count 9 / (10 + t), from t = 0."""
     config = dataclasses.replace(CONFIG, average_decay=0.15)
@@ -380,9 +360,14 @@ def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
     # A run of before a field was there had its default.
     path = tmp_path / "run" / "config.json"
     older = json.loads(path.read_text())
-    del older["alternate"], older["train_encoder"], older["data"]["dev_fraction"]
-    path.write_text(json.dumps(older))
-    claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+    del older["train_encoder"], older["data"]["dev_fraction"]
+    # A field that is gone changed nothing where it was off.
+    path.write_text(json.dumps(older | {"alternate": True}))
+    with pytest.raises(ValueError, match=r"differs in alternate\)"):
+        claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
+    for gone in ({}, {"alternate": False}):
+        path.write_text(json.dumps(older | gone))
+        claim_workdir(tmp_path / "run", TrainConfig(seed=1), {"train": "a1"})
     with pytest.raises(ValueError, match=r"differs in train_encoder"):
         claim_workdir(tmp_path / "run", TrainConfig(seed=1, train_encoder=False), {"train": "a1"})
     for half in ("", "{", "[1]"):
@@ -414,21 +399,21 @@ def test_thresholds_chosen_since_are_not_lost(tmp_path: Path) -> None:
 def test_what_was_chosen_since_is_named(tmp_path: Path, changed: str) -> None:
     (tmp_path / "exits.json").write_text(json.dumps({"provenance": {changed: {}}}))
     with pytest.raises(ValueError, match=rf"since its training \({changed} in its exits.json\)"):
-        check_not_changed(tmp_path)
+        setup.check_not_changed(tmp_path)
 
 
 def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypatch) -> None:
     """Its batches are in proportion to the rows that a device trains on at once."""
-    module = sys.modules["ejax.training.finetune"]
-    plans, taken = module.eval_plan, []
-    monkeypatch.setattr(
-        module, "eval_plan", lambda *a, **k: taken.append(k["batch_size"]) or plans(*a, **k)
-    )
+    plans, taken = loop.eval_plan, []
+    for module in (loop, warm):
+        monkeypatch.setattr(
+            module, "eval_plan", lambda *a, **k: taken.append(k["batch_size"]) or plans(*a, **k)
+        )
     rows = 2 * jax.device_count()
     config = tiny_config(epochs=1, accumulate=2, batch_size=rows)
     data, said = dataclasses.replace(config.data, max_length=8), io.StringIO()
     finetune(dataclasses.replace(config, data=data), tmp_path, console=Console(file=said))
-    assert set(taken) == {4 * rows // 2, module.EMBEDDED_ROWS}
+    assert set(taken) == {4 * rows // 2, warm.EMBEDDED_ROWS}
     assert "% of train fill or pass 8 tokens, where texts are cut" in " ".join(
         said.getvalue().split()
     )
@@ -437,12 +422,11 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path: Path, monkeypat
 @pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # the exit without weight knows nothing
 def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
     """Every epoch has an order of its own, the gradient stops where asked, the mean is kept."""
-    module = sys.modules["ejax.training.finetune"]
-    plans, models, planned, made = module.train_plan, module.EarlyExitBert, [], []
+    plans, models, planned, made = loop.train_plan, setup.EarlyExitBert, [], []
     monkeypatch.setattr(
-        module, "train_plan", lambda *a, **k: planned.append(k["epoch"]) or plans(*a, **k)
+        loop, "train_plan", lambda *a, **k: planned.append(k["epoch"]) or plans(*a, **k)
     )
-    monkeypatch.setattr(module, "EarlyExitBert", lambda *a: made.append(models(*a)) or made[-1])
+    monkeypatch.setattr(setup, "EarlyExitBert", lambda *a: made.append(models(*a)) or made[-1])
     config = tiny_config(
         epochs=3, gradient_stop=0.5, average_decay=0.9, exit_weights=(0.0, 1.0),
         train_embeddings=True,

@@ -15,18 +15,19 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from ejax import assets
-from ejax.config import BertConfig, ExitConfig, TrainConfig
+from ejax.config import BertConfig, TrainConfig
 from ejax.data.named import TFDS
 from ejax.inference.cost import head_flops, layer_flops
 from ejax.inference.engine import prepare, run_head, run_layer, run_pool
 from ejax.models.bert import Batch, BertModel, EncoderLayer
-from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.early_exit import EarlyExitBert
 from ejax.models.heads import ExitHeads, mix_in
 from ejax.models.weights import read_config
-from ejax.training.finetune import check_weights
 from ejax.training.losses import joint_loss
 from ejax.training.optim import make_optimizer
-from ejax.training.step import AXIS, Rows, first_state, make_train_step
+from ejax.training.parallel import mapped_step
+from ejax.training.setup import build, exits_of, numerics, shapes_of
+from ejax.training.step import Rows, first_state, make_train_step
 from train.roofline import Chip, Cost, DoesNotFit, collectives, compiled, cost, memory, size
 
 # Shapes of the encoders that configs/ names by hub id: no weights are needed here.
@@ -57,25 +58,8 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
             'dtype must be "bfloat16" or "auto": the peaks it is measured against are of bfloat16. '
             "Got 'float32'."
         )
-    cfg = dataclasses.replace(
-        cfg,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        dtype="bfloat16",
-        residual_dtype=config.residual_dtype,
-    )
-    exits = ExitConfig(
-        config.layers or tuple(range(1, cfg.num_hidden_layers + 1)),
-        classes,
-        config.pooling,
-        config.mix,
-    )
-    check_weights(config, exits)
-    return EarlyExitBert(cut(cfg, exits), exits, config.remat, config.gradient_stop)
-
-
-def shapes_of(model: EarlyExitBert) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), Batch([[0, 0]]))["params"]
+    cfg = dataclasses.replace(cfg, **numerics(config, "bfloat16"))
+    return build(config, cfg, exits_of(config, cfg, classes))
 
 
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -89,18 +73,16 @@ def floats(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 def step_program(
     config: TrainConfig, model: EarlyExitBert, devices: list[jax.Device], rows: int, length: int
 ) -> tuple[Any, Any]:
-    """(the compiled step on all chips, its abstract state)."""
+    """(the compiled step of a training on all chips, its abstract state)."""
     optimizer = make_optimizer(config, STEPS)
     params = shapes_of(model)
     state = jax.eval_shape(lambda params: first_state_like(params, optimizer, config), params)
-    n = len(devices)
-    batch = Batch(*(ints(n, rows, length) for _ in range(3)))
-    given = Rows(batch, ints(n, rows), floats(n, rows), ints(n, rows))
-    step = make_train_step(model, optimizer, config)
-    mapped = jax.pmap(
-        step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
-    )
-    return compiled(mapped.lower(state, given)), state
+    step = mapped_step(make_train_step(model, optimizer, config), devices, config.parallel)
+    n = (len(devices), rows) if config.parallel == "pmap" else (len(devices) * rows,)
+    batch = Batch(*(ints(*n, length) for _ in range(3)))
+    teacher = floats(*n, model.exits.num_labels) if config.teacher else None
+    given = Rows(batch, ints(*n), floats(*n), ints(*n), teacher)
+    return compiled(step.lower(state, given)), state
 
 
 def first_state_like(params: Any, optimizer: Any, config: TrainConfig) -> Any:

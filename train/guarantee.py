@@ -34,11 +34,13 @@ from ejax.calibration.thresholds import (
 )
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, check_json, check_split, run
+from ejax.data.rows import encode
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of
 from ejax.hardware import environment
-from ejax.training.finetune import encode, progress_bar, short_path
+from ejax.training.loop import progress_bar
+from ejax.training.outcome import short_path
 
 CASES = {
     "drop": ("0.5,0.05,2000", "1,0.05,500", "1,0.05,2000", "2,0.1,500"),

@@ -20,20 +20,15 @@ from ejax.command import check_json, run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan
+from ejax.data.rows import encode
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import environment
-from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.training.finetune import (
-    check_weights,
-    encode,
-    initial_params,
-    load_model,
-    progress_bar,
-    public,
-)
+from ejax.training.loop import progress_bar
 from ejax.training.optim import make_optimizer
+from ejax.training.outcome import public
 from ejax.training.parallel import parallel_step, place
+from ejax.training.setup import build, exits_of, initial_params, load_encoder
 from ejax.training.step import Rows, first_state, make_train_step
 from train.__main__ import load_config
 
@@ -75,17 +70,16 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
       ValueError: as `finetune`, and for a config with one exit.
     """
     split = sources.load(config.data, seed=config.seed)["train"]
-    cfg, bert, tokenizer = load_model(config)
-    layers = config.layers or tuple(range(1, cfg.num_hidden_layers + 1))
+    cfg, bert, tokenizer = load_encoder(config)
+    exits = exits_of(config, cfg, len(split.labels)).encoder
+    layers = exits.layers
     if len(layers) < 2:
         raise ValueError(f"{config.model}: layers must name two exits or more. Got {layers}.")
-    exits = ExitConfig(layers, len(split.labels), config.pooling, config.mix).encoder
-    check_weights(config, exits)
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
-        task = encode(split, lambda texts: tokenizer.encode(texts, max_length))
+        rows = encode(split, lambda texts: tokenizer.encode(texts, max_length))
     plan = train_plan(
-        task.encoded.lengths,
+        rows.encoded.lengths,
         buckets=config.data.buckets,
         max_length=max_length,
         batch_size=config.batch_size,
@@ -94,13 +88,13 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     )
     plan = [plan[i] for i in spread(len(plan), steps)]
     batches = [
-        Rows(*take(task.encoded, task.labels, step), np.maximum(step.rows, 0).astype(np.int32))
+        Rows(*take(rows.encoded, rows.labels, step), np.maximum(step.rows, 0).astype(np.int32))
         for step in plan
     ]
 
     def start(exits: ExitConfig, config: TrainConfig) -> list[Any]:
         """[step function, state]; the state moves on with every step."""
-        model = EarlyExitBert(cut(cfg, exits), exits, config.remat, config.gradient_stop)
+        model = build(config, cfg, exits)
         optimizer = make_optimizer(config, len(plan) * (repeats + 1))
         state = first_state(initial_params(model, bert, config), optimizer, config)
         step = make_train_step(model, optimizer, config)
@@ -116,10 +110,10 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     def once() -> dict[str, float]:
         """Mean milliseconds per step, the two in turns."""
         taken = dict.fromkeys(runs, 0.0)
-        for rows in batches:
+        for batch in batches:
             for name, pair in runs.items():
                 began = time.perf_counter()
-                pair[1], _ = jax.block_until_ready(pair[0](pair[1], rows))
+                pair[1], _ = jax.block_until_ready(pair[0](pair[1], batch))
                 taken[name] += time.perf_counter() - began
         return {name: 1000 * seconds / len(batches) for name, seconds in taken.items()}
 
@@ -133,7 +127,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
         "last": {"layers": layers[-1:], "milliseconds": [taken["last"] for taken in passes]},
         "ratio": float(np.median(ratios)),
         "ratios": ratios,
-        "batches": [list(rows.batch.ids.shape) for rows in batches],
+        "batches": [list(batch.batch.ids.shape) for batch in batches],
         "config": to_json(public(config)),
         **environment(),
     }

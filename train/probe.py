@@ -19,6 +19,7 @@ from rich.text import Text
 from ejax.calibration.metrics import accuracy, paired_interval
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, LabelColumn, TextColumns, check_json, check_split, run
+from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import write_json
@@ -26,7 +27,7 @@ from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import chosen_on, trained_on
 from ejax.hardware import environment
 from ejax.rivals import draw, make_mixes, regression
-from ejax.training.finetune import Task, encode, short_path
+from ejax.training.outcome import short_path
 
 LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of C
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -128,7 +129,7 @@ def probe(
     logits = clf.exit_logits(test.encoded)
     run = make_mixes(bundle.model, bundle.variables, bundle.max_length, bundle.buckets)
 
-    def mixes(task: Task, part: str) -> np.ndarray:
+    def mixes(task: TokenizedSplit, part: str) -> np.ndarray:
         progress(f"vectors of {len(task.labels)} {part} rows")
         return run(task.encoded)
 

@@ -25,13 +25,15 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.command import keep_programs, run
 from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data import sources
+from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded, Tokenizer
 from ejax.evaluation.evaluate import evaluate, write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.quickstart import data_config
 from ejax.evaluation.targets import chosen_on, rows_for_thresholds, table_of
 from ejax.rivals import FROZEN, TFIDF, draw, fit_rivals, fit_tfidf
-from ejax.training.finetune import encode, finetune, public
+from ejax.training.finetune import finetune
+from ejax.training.outcome import public
 
 MODEL = "all-MiniLM-L6-v2"
 ALL = 0

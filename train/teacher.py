@@ -22,7 +22,8 @@ from ejax.config import DataConfig, TrainConfig, epochs_of, override, to_json
 from ejax.data import sources
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import environment
-from ejax.training.finetune import finetune, public
+from ejax.training.finetune import finetune
+from ejax.training.outcome import public
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

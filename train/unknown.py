@@ -21,13 +21,14 @@ from sklearn.metrics import roc_auc_score
 from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, TextColumns, check_json, check_split, count_fitted, run
+from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.hardware import environment
 from ejax.inference.policy import Decision
 from ejax.predict import read_texts
-from ejax.training.finetune import encode, short_path
+from ejax.training.outcome import short_path
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

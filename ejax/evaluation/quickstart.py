@@ -15,12 +15,13 @@ from ejax.bundle import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources
+from ejax.data.rows import encode
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save
 from ejax.evaluation.targets import chosen_on
 from ejax.rivals import fit_rivals
 from ejax.training.checks import no_better_than_chance
-from ejax.training.finetune import encode, finetune
+from ejax.training.finetune import finetune
 
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 

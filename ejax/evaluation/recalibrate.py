@@ -10,9 +10,9 @@ from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.drift import depth_of
 from ejax.classifier import EarlyExitClassifier
+from ejax.data.rows import encode
 from ejax.data.sources import Split
 from ejax.evaluation.targets import trained_on
-from ejax.training.finetune import encode
 
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 

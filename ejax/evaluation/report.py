@@ -24,6 +24,7 @@ from ejax.calibration.thresholds import (
     totals,
 )
 from ejax.classifier import EarlyExitClassifier, Text
+from ejax.data.rows import encode
 from ejax.data.sources import Example, Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
@@ -31,7 +32,6 @@ from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.rivals import fit_rivals
-from ejax.training.finetune import encode
 
 POINTS = 40  # of a curve
 RESAMPLES = 200  # of the rows, for a band of 95 %

@@ -21,13 +21,13 @@ from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.classifier import EarlyExitClassifier, promises_risk
 from ejax.data.batches import bucket_of
+from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
-from ejax.training.finetune import Task, encode
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
 FAMILIES: tuple[Family, ...] = ("per exit", "one number")
@@ -193,7 +193,7 @@ def choose(
     return changed, report
 
 
-def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
+def rows_for_thresholds(bundle: Bundle, split: Split) -> TokenizedSplit:
     """The rows that had no part in the bundle but its thresholds, tokenised.
 
     Raises:
@@ -204,7 +204,7 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> Task:
     return task.take(task.without(fitted_on(bundle), refusal))
 
 
-def rows_used(bundle: Bundle, task: Task, name: str) -> dict[str, Any]:
+def rows_used(bundle: Bundle, task: TokenizedSplit, name: str) -> dict[str, Any]:
     """The bundle's record of rows, once these have chosen its thresholds, or its exits."""
     kept = {k: v for k, v in bundle.provenance.get("rows", {}).items() if k != "thresholds"}
     return kept | {name: sorted({*kept.get(name, ()), *task.hashes})}
@@ -228,7 +228,7 @@ def chosen_on(bundle: Bundle) -> set[str]:
     return fitted_on(bundle) | set(bundle.provenance.get("rows", {}).get("thresholds", ()))
 
 
-def table_of(clf: EarlyExitClassifier, task: Task) -> Table:
+def table_of(clf: EarlyExitClassifier, task: TokenizedSplit) -> Table:
     """Every exit's answers, as the engine gives them."""
     return thresholds.make_table(
         clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,

@@ -32,6 +32,8 @@ CARRIED = (
     "data.train", "data.dev", "data.test", "data.unlabelled",
 )  # fmt: skip
 
+GONE = {"alternate": False}  # fields that older configs hold, with the value that changed nothing
+
 
 class Checkpoints:
     """What a run saves under `workdir/checkpoints`; use as a context manager.
@@ -307,7 +309,7 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
         raise ValueError(
             f"{path} is damaged ({error}): restore it, or choose a new workdir."
         ) from error
-    asked, was = _flat(mine), _flat(default) | theirs  # a field may be newer
+    asked, was = GONE | _flat(mine), GONE | _flat(default) | theirs  # a field may be newer
     differ = [key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)]
     if differ:
         raise ValueError(

@@ -12,19 +12,6 @@ import optax
 Array = jax.Array
 
 
-def alternating_weights(weights: Array, step: Array) -> Array:
-    """The last exit alone at odd steps, all of them at even ones.
-
-    Xin et al., "BERxiT" (EACL 2021), section 3.2.
-
-    Args:
-      weights: float32 [E].
-      step: int32 scalar.
-    """
-    last = jnp.arange(weights.size) == weights.size - 1
-    return jnp.where((step % 2 == 1) & ~last, 0.0, weights)
-
-
 def joint_loss(
     logits: Array,
     labels: Array,

@@ -7,17 +7,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from scipy.optimize import minimize
 from scipy.sparse import csr_array, diags_array
 from scipy.special import log_softmax
 
-from ejax.config import ExitConfig
+from ejax.config import ExitConfig, TrainConfig
+from ejax.data.rows import TokenizedSplit
 from ejax.data.tokenizer import Encoded
-from ejax.models.ngrams import TINY, exits_after, ragged_grams
+from ejax.models.ngrams import TINY, exits_after, packed_table, ragged_grams, unpacked_table
+from ejax.training.processes import made_by_first
 
 FEWEST_ROWS = 3  # of train that hold an n-gram: a table must not remember single texts
 PENALTY = 0.2  # of squared weights, over N: C = 5 of scikit-learn's logistic regression
 MOST_STEPS = 300
+
+
+def trained_zero(
+    train: TokenizedSplit, exits: ExitConfig, config: TrainConfig, workdir: Any, console: Console
+) -> dict[str, np.ndarray]:
+    """Exit 0's parameters, {} where there is none; trained once, see `made_by_first`."""
+    if not exits.has_zero:
+        return {}
+
+    def fitted() -> dict[str, np.ndarray]:
+        rows = train.teaching()
+        assert rows.encoded.whole is not None
+        params = fit_ngrams(
+            rows.encoded.whole, rows.targets(exits.num_labels, config.distillation), exits,
+            class_weights=config.class_weights, seed=config.seed,
+        )  # fmt: skip
+        return packed_table(params)
+
+    with console.status("exit 0, on n-grams"):
+        saved = made_by_first(workdir / "ngrams.safetensors", fitted)
+    return unpacked_table(saved, exits)
 
 
 def fit_ngrams(

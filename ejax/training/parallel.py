@@ -55,32 +55,18 @@ def parallel_step(
     count = len(devices or jax.devices())
     local = len(devices or jax.local_devices())
     first = 0 if devices else jax.process_index() * local
+    mapped = mapped_step(step, devices, parallel)
+    program = mapped if devices else compiled_together(mapped)
 
     def mine(rows: Rows) -> Rows:
         shares = shard(rows, count, accumulate)
         return jax.tree.map(lambda leaf: leaf[first : first + local], shares)
 
     if parallel == "pmap":
-        mapped = jax.pmap(
-            step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
-        )
-        program = mapped if devices else compiled_together(mapped)
         return lambda state, rows: program(state, mine(rows))
 
     mesh = Mesh(np.asarray(devices or jax.devices()), (AXIS,))
     by_row = NamedSharding(mesh, PartitionSpec(AXIS))
-    jitted = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        ),
-        donate_argnums=0,
-    )
-
-    program = jitted if devices else compiled_together(jitted)
 
     def run(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), mine(rows))
@@ -90,6 +76,28 @@ def parallel_step(
         return program(state, placed)
 
     return run
+
+
+def mapped_step(step: Any, devices: list[jax.Device] | None, parallel: Parallel) -> Any:
+    """The program of all devices, to call or to lower: (state, rows) -> (state, metrics).
+
+    Args:
+      step: as `make_train_step` gives it.
+      devices: None means all of all hosts.
+      parallel: with "pmap" the rows are [devices, b, ...], with "shard_map" [devices * b, ...].
+    """
+    if parallel == "pmap":
+        return jax.pmap(
+            step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0
+        )
+    mapped = jax.shard_map(
+        step,
+        mesh=Mesh(np.asarray(devices or jax.devices()), (AXIS,)),
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0)
 
 
 def compiled_together(jitted: Any) -> Callable[[TrainState, Rows], Any]:

@@ -14,7 +14,7 @@ import optax
 from ejax.config import TrainConfig
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
-from ejax.training.losses import alternating_weights, joint_loss
+from ejax.training.losses import joint_loss
 
 Array = jax.Array
 AXIS = "devices"
@@ -59,7 +59,7 @@ def make_train_step(
     not depend on how rows and padding fall on the devices, nor on the number of
     micro-batches (`accumulate`). Dropout keys are
     `fold_in(fold_in(root, step), row)`. With `average_decay` the running mean of the weights
-    is kept beside them (Polyak and Juditsky, 1992; Izmailov et al., UAI 2018).
+    is kept too (Polyak and Juditsky, 1992; Izmailov et al., UAI 2018).
 
     Returns:
       A function (state, rows) -> (state, metrics), with metrics `loss` (joint, mean
@@ -80,15 +80,11 @@ def make_train_step(
                 embeddings = {"embeddings": still["embeddings"]}
                 params = params | {"bert": params["bert"] | embeddings}
             logits: Any = model.apply({"params": params}, rows.batch, keys=keys)
-            exit_weights: Any = config.exit_weights
-            if config.alternate:
-                each = jnp.asarray(exit_weights or (1.0,) * logits.shape[0], jnp.float32)
-                exit_weights = alternating_weights(each, step)
             loss, count = joint_loss(
                 logits,
                 rows.labels,
                 rows.weights,
-                exit_weights=exit_weights,
+                exit_weights=config.exit_weights,
                 class_weights=config.class_weights,
                 distillation=config.distillation,
                 teacher=rows.teacher,

@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from rich.console import Console
 
 from ejax.config import TrainConfig
+from ejax.data.batches import eval_plan
 from ejax.models.early_exit import EarlyExitBert
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, decayed, is_mix
+from ejax.training.parallel import make_all_logits
+from ejax.training.processes import barrier
+from ejax.training.setup import Setup, initial_params
 
 Array = jax.Array
 
@@ -31,6 +37,35 @@ DECAY = 1.0
 # encoder gradients of noise, which Adam makes steps of full size.
 HELD_OUT, LOOKS = 0.1, 30
 RATE, MIX = 1e-3, 5e-5 * MIX_RATE  # where the learning rates start
+WARM_ROWS = 10_000  # of train, whose vectors the heads start on
+EMBEDDED_ROWS = 32  # of these at a time
+
+
+def warm_start(setup: Setup, console: Console) -> Any:
+    """The pretrained encoder under heads that fit it as it is; the same on every host.
+
+    Each host's first device runs batches of one size, so that the vectors have the same bits
+    however many devices there are: heads are trained far enough to tell.
+    """
+    model, config, split = setup.model, setup.config, setup.train.teaching()
+    params = initial_params(model, setup.bert, config)
+    order = np.random.default_rng([config.seed, 2]).permutation(len(split.labels))
+    some = split.take(np.sort(order[:WARM_ROWS]))
+    plan = eval_plan(
+        some.encoded.lengths,
+        buckets=setup.buckets,
+        max_length=setup.max_length,
+        batch_size=EMBEDDED_ROWS,
+    )
+    with console.status("the heads, on the encoder as it is"):
+        vectors = make_all_logits(model, jax.local_devices()[:1], method="layer_vectors")(
+            {"params": params}, some.encoded, plan
+        )
+        heads = warm_heads(model, params["heads"], vectors, some.labels, config, some.teacher)
+        if jax.process_count() > 1:
+            barrier("warmed")
+            heads = multihost_utils.broadcast_one_to_all(heads)
+    return params | {"heads": jax.tree.map(np.asarray, heads)}
 
 
 def warm_heads(

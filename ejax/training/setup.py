@@ -1,0 +1,329 @@
+"""From a config to the model, its first parameters and the rows: the one way there.
+
+`load_encoder`, `exits_of` and `build` are the path to the model, for a training, for `train.joint`
+and, from shapes alone, for `train.aot`; `set_up` adds the rows of a training.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from ejax import assets, storage
+from ejax.bundle import (
+    FITTED,
+    WHOLE_TOKENS,
+    Bundle,
+    check_output,
+    exits_in_words,
+    recorded_rows,
+    rows_that_picked,
+    trained_rows_of,
+    unpacked,
+)
+from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
+from ejax.data import sources
+from ejax.data.batches import worth_compiling
+from ejax.data.rows import TokenizedSplit, encode
+from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.data.unlabelled import read_unlabelled
+from ejax.hardware import fastest_dtype
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.weights import load_bert, with_pretrained
+from ejax.training.checkpoint import claim_workdir
+from ejax.training.checks import unknown_words, warn
+from ejax.training.processes import made_by_first
+from ejax.training.teacher import load_teacher, probabilities
+
+MOST_NAMED = 20  # labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that a training starts from."""
+
+    config: TrainConfig
+    splits: dict[str, sources.Split]  # as read: "train", "dev", and "test" where there is one
+    labels: tuple[str, ...]
+    whole_cfg: BertConfig  # of the pretrained encoder
+    cfg: BertConfig  # of the layers kept
+    bert: Any  # the pretrained parameters
+    tokenizer: Tokenizer
+    exits: ExitConfig
+    model: EarlyExitBert  # its exits after layers
+    max_length: int
+    buckets: tuple[int, ...]  # of the batches of this training
+    train: TokenizedSplit
+    held_out: dict[str, TokenizedSplit]  # "dev_a", "dev_b", and "test" where there is one
+    rows_trained_before: np.ndarray  # packed hashes, of the model's and the teacher's rows
+    rows_that_picked: list[str]  # hashes, of rows that picked the model's or teacher's weights
+
+
+def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
+    """Reads, checks and tokenises all that a training needs, and claims the workdir for it.
+
+    Raises:
+      ValueError: on bad data, a bad config, or a workdir of another config. Nothing is written
+        before all is checked.
+    """
+    splits = sources.load(config.data, seed=config.seed)
+    labels = splits["train"].labels
+    whole_cfg, bert, tokenizer = load_encoder(config)
+    start = assets.resolve(config.model)
+    trained_before, picked = trained_rows_of(start), rows_that_picked(start)
+    teacher = None
+    if config.teacher:
+        teacher = load_teacher(config.teacher, splits["train"], whole_cfg.dtype)
+        trained_before = np.union1d(trained_before, teacher.trained_rows)
+        picked = sorted({*picked, *recorded_rows(teacher.provenance, FITTED)})
+    train_rows = with_unlabelled(splits["train"], config, console)
+    exits = exits_of(config, whole_cfg, len(labels))
+    model = build(config, whole_cfg, exits)
+    check_teaching(config, exits)
+    max_length = min(config.data.max_length, whole_cfg.max_position_embeddings)
+    with console.status("tokenising"):
+        whole = WHOLE_TOKENS if exits.has_zero else 0
+
+        def tokenised(texts: Sequence[Any]) -> Encoded:
+            return tokenizer.encode(texts, max_length, whole=whole)
+
+        every_row: dict[str, Iterable[sources.Example]] = {**splits, "train": train_rows}
+        tokens = {name: encode(rows, tokenised) for name, rows in every_row.items()}
+    train = tokens["train"]
+    check_ids(config.model, tokenizer, train.encoded, model.cfg)
+    warn(unknown_words(tokenizer, train.encoded, train_rows))
+    trained = {*unpacked(trained_before), *train.hashes}
+    held_out = held_out_parts(tokens, config, trained, picked, console=console)
+    claim_workdir(workdir, config, {name: split.fingerprint() for name, split in tokens.items()})
+    console.print(in_words(splits, exits, train, max_length), markup=False)  # of [brackets]
+    if teacher:
+        train = taught(train, train_rows, teacher, labels, workdir, console)
+    buckets = worth_compiling(
+        train.encoded.lengths, config.data.buckets, max_length,
+        epochs_of(config, len(train.labels)),
+    )  # fmt: skip
+    return Setup(
+        config, splits, labels, whole_cfg, model.cfg, bert, tokenizer, exits, model, max_length,
+        buckets, train, held_out, trained_before, picked,
+    )  # fmt: skip
+
+
+# From a config to the model
+
+
+def numerics(config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """The fields of `BertConfig` that a run sets; `dtype` is what "auto" stands for."""
+    return {
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "dtype": dtype if config.dtype == "auto" else config.dtype,
+        "residual_dtype": config.residual_dtype,
+    }
+
+
+def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
+    """The pretrained encoder with the run's dropout and numerics, and its tokenizer."""
+    if not config.model:
+        raise ValueError("model must be a Hugging Face folder, a hub id or a known name. Got ''.")
+    cfg, bert = load_bert(config.model, **numerics(config, fastest_dtype()))
+    return cfg, bert, load_tokenizer(assets.resolve(config.model))
+
+
+def exits_of(config: TrainConfig, cfg: BertConfig, classes: int) -> ExitConfig:
+    """The exits of a run; where none are asked for, before the first layer and after each.
+
+    Raises:
+      ValueError: on weights of another number than the exits or classes.
+    """
+    layers = config.layers or tuple(range(cfg.num_hidden_layers + 1))
+    exits = ExitConfig(layers, classes, config.pooling, config.mix)
+    for name, weights, count in (
+        ("exit_weights", config.exit_weights, len(exits.encoder.layers)),
+        ("class_weights", config.class_weights, classes),
+    ):
+        if weights and len(weights) != count:
+            raise ValueError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
+    return exits
+
+
+def build(config: TrainConfig, cfg: BertConfig, exits: ExitConfig) -> EarlyExitBert:
+    """The model that the steps train: the layers up to the last exit, without exit 0."""
+    return EarlyExitBert(cut(cfg, exits), exits.encoder, config.remat, config.gradient_stop)
+
+
+def initial_params(model: EarlyExitBert, bert: Any, config: TrainConfig) -> Any:
+    """The pretrained encoder under fresh heads; with pooling "cls" they start from its pooler."""
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, Batch([[0, 0]]))["params"]
+
+    key = jax.random.key(config.seed)
+    encoder = jax.eval_shape(init, key)["bert"]  # its numbers come from `bert`
+    heads = jax.jit(lambda key: init(key)["heads"])(key)
+    variables = {"params": {"bert": encoder, "heads": heads}}
+    return with_pretrained(variables, bert, pooler=config.pooling == "cls")["params"]
+
+
+def shapes_of(model: EarlyExitBert) -> Any:
+    """The parameters as shapes and types."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), Batch([[0, 0]]))["params"])
+
+
+def blank_params(model: EarlyExitBert) -> Any:
+    """Zeros of the shapes of the parameters, for a checkpoint to be read into."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes_of(model))
+
+
+# The rows
+
+
+def with_unlabelled(
+    train: sources.Split, config: TrainConfig, console: Console
+) -> list[sources.Example]:
+    """All rows to learn from: those of train, and after them those without a label."""
+    rows = list(train)
+    if config.data.unlabelled:
+        more, ignored = read_unlabelled(config.data, train)
+        unread = f" (its column {', '.join(ignored)} is not read)" if ignored else ""
+        console.print(
+            f"{len(more)} unlabelled rows: {config.data.unlabelled}{unread}", markup=False
+        )
+        rows += more
+    return rows
+
+
+def taught(
+    train: TokenizedSplit,
+    rows: Sequence[sources.Example],
+    teacher: Bundle,
+    labels: Sequence[str],
+    workdir: Any,
+    console: Console,
+) -> TokenizedSplit:
+    """Train with what the teacher says of its rows; asked once, see `made_by_first`."""
+    with console.status(f"the teacher, on {len(rows)} rows"):
+        said = made_by_first(
+            workdir / "teacher.safetensors",
+            lambda: {"probabilities": probabilities(teacher, [row.inputs for row in rows], labels)},
+        )
+    return dataclasses.replace(train, teacher=said["probabilities"])
+
+
+def held_out_parts(
+    tokens: dict[str, TokenizedSplit],
+    config: TrainConfig,
+    trained: set[str],
+    picked: Iterable[str],
+    *,
+    console: Console,
+) -> dict[str, TokenizedSplit]:
+    """dev_a less the rows that trained, dev_b and test less those that picked the weights too."""
+    given = "train or unlabelled" if config.data.unlabelled else "train"
+    models = f"{config.model} or {config.teacher}" if config.teacher else config.model
+
+    def unseen(shown: str, split: TokenizedSplit, seen: set[str], why: str) -> TokenizedSplit:
+        rows = split.without(seen, f"every row of {shown} is {why}: give other rows.")
+        if left_out := len(split.labels) - len(rows):
+            console.print(f"{left_out} rows of {shown} are left out: they are {why}", markup=False)
+        return split.take(rows)
+
+    dev = tokens["dev"]
+    half_a, half_b = sources.split_dev(len(dev.labels), config.seed)
+    dev_a = unseen("dev-A", dev.take(half_a), trained, f"in {given}, or trained {models}")
+    seen = trained.union(picked, dev_a.hashes)
+    why = f"in {given} or dev-A, or trained or picked {models}"
+    parts = {"dev_a": dev_a, "dev_b": unseen("dev-B", dev.take(half_b), seen, why)}
+    if "test" in tokens:
+        parts["test"] = unseen("test", tokens["test"], seen, why)
+    return parts
+
+
+def in_words(
+    splits: dict[str, sources.Split], exits: ExitConfig, train: TokenizedSplit, max_length: int
+) -> str:
+    """What is trained on what, for people; of many labels the first ones and their number."""
+    rows = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    labels = splits["train"].labels
+    names = ", ".join(labels[:MOST_NAMED])
+    more = "" if len(labels) <= MOST_NAMED else f", … ({len(labels)})"
+    filled = (train.encoded.lengths == max_length).mean()
+    cut_off = (
+        f"; {filled:.0%} of train fill or pass {max_length} tokens, where texts are cut"
+        if filled > 0
+        else ""
+    )
+    return f"{rows} rows; labels: {names}{more}; exits {exits_in_words(exits)}{cut_off}"
+
+
+# What is refused
+
+
+def places(workdir: str | Path, output: str | Path | None) -> tuple[Any, Path]:
+    """The workdir and the bundle's folder, `workdir/bundle` where none is given.
+
+    Raises:
+      ValueError: where they cannot be that, or thresholds chosen since would be lost.
+    """
+    workdir = storage.path_of(workdir)
+    bundle = check_output(output or workdir / "bundle")
+    check_apart(bundle, workdir)
+    check_not_changed(bundle)
+    return workdir, bundle
+
+
+def check_apart(output: Path, workdir: Path) -> None:
+    """Raises ValueError where the bundle's folder would be or hold the workdir."""
+    bundle, work = (p if storage.is_remote(p) else p.absolute() for p in (output, workdir))
+    if bundle == work or bundle in work.parents:
+        raise ValueError(
+            f"the bundle's folder must not be or hold the workdir {workdir}: choose another "
+            f"output, such as {workdir / 'bundle'}. Got {output}."
+        )
+
+
+def check_not_changed(bundle: Path) -> None:
+    """Raises ValueError where a run would replace what was chosen for a bundle since."""
+    with storage.reaching(bundle):
+        if not (bundle / "exits.json").exists():
+            return
+        text = (bundle / "exits.json").read_text()
+    try:
+        provenance = json.loads(text)["provenance"]
+        since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
+    except (ValueError, LookupError, TypeError):  # damaged: the run writes a new one
+        since = []
+    if since:
+        raise ValueError(
+            f"{bundle} has other thresholds since its training ({', '.join(since)} in its "
+            f"exits.json), which would be lost: choose another output, or move it away."
+        )
+
+
+def check_teaching(config: TrainConfig, exits: ExitConfig) -> None:
+    """Raises ValueError where a teacher or unlabelled texts would teach nothing."""
+    if config.distillation == 0 and (config.teacher or config.data.unlabelled):
+        raise ValueError("distillation must be above 0 with a teacher or unlabelled texts. Got 0.")
+    if config.data.unlabelled and not config.teacher and len(exits.encoder.layers) < 2:
+        raise ValueError(
+            "unlabelled texts without a teacher are taught by the last exit to those before it: "
+            f"layers must name two layers or more. Got {exits.layers}."
+        )
+
+
+def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfig) -> None:
+    """An id or type beyond its embedding table would give NaN, silently."""
+    for what, largest, size in (
+        ("vocabulary", tokenizer.vocab_size - 1, cfg.vocab_size),
+        ("token types", int(encoded.types.max(initial=0)), cfg.type_vocab_size),
+    ):
+        if largest >= size:
+            raise ValueError(
+                f"{model}: {what} of the tokenizer go up to {largest}, the model embeds {size}: "
+                f"tokenizer and data must fit the model."
+            )
