@@ -159,7 +159,7 @@ class Tokenizer:
         return dataclasses.replace(short, whole=longer[0]) if longer else short
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids int [T], without [CLS] and [SEP]; for BERT's uncased, lower case."""
+        """The text of token ids [T], without [CLS] and [SEP]; of an uncased BERT in lower case."""
         return self._backend.decode(list(ids))
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -141,7 +141,10 @@ def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> B
     kept = np.flatnonzero(np.isin(bundle.exits.encoder.layers, layers))
     heads = jax.tree.map(lambda leaf: leaf[kept], params["heads"])
     heads = {**heads, "mix": heads["mix"][:, : layers[-1]]}
-    zero = {"ngrams": params["ngrams"]} if config.has_zero else {}
+    zero = {}
+    if config.has_zero:
+        grams = params["ngrams"]
+        zero = {"ngrams": {**grams, "evidence": grams["evidence"][kept]}}
     encoder = jax.tree.map(lambda leaf: leaf[: layers[-1]], params["bert"]["layers"])
     return dataclasses.replace(
         bundle,
