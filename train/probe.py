@@ -126,7 +126,8 @@ def probe(
         )
     )
     progress("the heads' own answers")
-    logits = clf.exit_logits(test.encoded)
+    heads = EarlyExitClassifier(bundle.without_zero, shapes=clf.shapes)  # nothing from exit 0
+    logits = heads.exit_logits(test.encoded)
     run = make_mixes(bundle.model, bundle.variables, bundle.max_length, bundle.buckets)
 
     def mixes(task: TokenizedSplit, part: str) -> np.ndarray:
