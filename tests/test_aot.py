@@ -36,11 +36,14 @@ ENCODERS = {"bert_base": 108_891_648, "bert_large": 334_092_288}
 
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Of its own, as train.aot settles jax's platforms; with XLA's flags as they are for users."""
+    """Of its own, as train.aot settles jax's platforms; with XLA's flags as they are for users.
+
+    What is compiled is looked at, so nothing comes from the cache.
+    """
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
         capture_output=True,
         text=True,
     )
@@ -201,6 +204,7 @@ def test_the_tpu_compiler_takes_both_programs(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not COMPILER, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
 def test_a_config_fits_a_chip(path: Path) -> None:
     """A v5e alone, at the paper's batch and 128 tokens."""
