@@ -1,10 +1,15 @@
-"""The harness of the whole suite: eight CPU devices, a cache of its own, strict numerics."""
+"""The harness of the whole suite: eight CPU devices, caches of its own, strict numerics."""
 
+import hashlib
 import os
 import tempfile
+import time
 from importlib.metadata import version
 
 from packaging.version import Version
+
+from ejax.assets import cache_dir
+from ejax.hardware import cpu_type
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,14 +20,24 @@ if "xla_backend_optimization_level" not in _flags[0]:
     if Version(version("jaxlib")) < Version("0.11"):  # later ones do not know it, and stop
         _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
+# Compiled programs outlive the run, in the user's cache: tests, their processes and the next run
+# compile the same ones. A program is for one jax and one type of CPU.
+_made_for = hashlib.sha256(f"{version('jax')} {version('jaxlib')} {cpu_type()}".encode())
+_programs = cache_dir() / "tests" / _made_for.hexdigest()[:12]
+for _program in _programs.glob("*"):
+    if _program.stat().st_mtime < time.time() - 30 * 24 * 60 * 60:
+        _program.unlink(missing_ok=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 _cache = tempfile.TemporaryDirectory(prefix="ejax-tests-")  # removed when Python ends
 os.environ.setdefault("EJAX_CACHE", _cache.name)
-# Many tests, and the processes they start, compile the same programs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_cache.name}/xla")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--short", action="store_true", help="of each slow test its first case alone")
 
 
 def pytest_configure(config):
@@ -31,6 +46,18 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
     # Trainings of seconds are doubtful; what is doubted has tests of its own.
     config.addinivalue_line("filterwarnings", "ignore::ejax.training.checks.Doubt")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--short"):
+        seen, first, others = set(), [], []
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            again = item.get_closest_marker("slow") and test in seen
+            (others if again else first).append(item)
+            seen.add(test)
+        items[:] = first
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,8 @@ def test_the_mixes_are_what_the_heads_read(arrays):
     ids, mask, types = arrays
     params = variables["params"]
     model = EarlyExitBert(CFG, exits)
-    mixes = np.asarray(model.apply(variables, Batch(*arrays), method="mixes"))
+    apply = jax.jit(functools.partial(model.apply, method="mixes"))
+    mixes = np.asarray(apply(variables, Batch(*arrays)))
     assert (mixes.shape, mixes.dtype) == ((B, 2, 12), np.float32)
     hidden = reference.hidden_states(params["bert"], cut(CFG, exits), ids, mask, types)[1:]
     pooled = [(x * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None] for x in hidden]
@@ -201,21 +202,30 @@ def test_gradients_reach_every_head_and_the_mix(arrays):
         assert (np.abs(leaf).reshape(3, -1).max(axis=1) > 1e-2).all()
 
 
+def slopes_of(exits, gradient_stop=0.0):
+    """One program (params, batch, e) -> the gradient of the squared logits of exit e."""
+    model = EarlyExitBert(CFG, exits, gradient_stop=gradient_stop)
+
+    @jax.jit
+    @jax.grad
+    def slopes(params, batch, e):
+        return jnp.square(model.apply({"params": params}, batch)[e]).sum()
+
+    return slopes
+
+
 @pytest.mark.parametrize("mix", ["softmax", "last"])
 def test_with_gradient_stop_an_exit_teaches_its_own_layers_alone(arrays, mix):
     exits = ExitConfig((2, 3, 6), 4, mix=mix)
     variables = random_variables(CFG, exits, seed=3)
-    plain, apart = EarlyExitBert(CFG, exits), EarlyExitBert(CFG, exits, gradient_stop=1.0)
     batch = Batch(*arrays)
-    np.testing.assert_array_equal(plain.apply(variables, batch), apart.apply(variables, batch))
+    apart = jax.jit(EarlyExitBert(CFG, exits, gradient_stop=1.0).apply)
+    np.testing.assert_array_equal(program(exits)(variables, batch), apart(variables, batch))
+    slopes = {"plain": slopes_of(exits), "apart": slopes_of(exits, gradient_stop=1.0)}
     for e, own in enumerate([{0, 1}, {2}, {3, 4, 5}]):
-
-        def loss(params, model, e=e):
-            return jnp.square(model.apply({"params": params}, batch)[e]).sum()
-
         reached = {}
-        for name, model in (("plain", plain), ("apart", apart)):
-            bert = jax.grad(loss)(variables["params"], model)["bert"]
+        for name in slopes:
+            bert = slopes[name](variables["params"], batch, e)["bert"]
             per_layer = [
                 np.abs(leaf).reshape(6, -1).sum(1) for leaf in jax.tree.leaves(bert["layers"])
             ]
@@ -233,19 +243,13 @@ def test_with_gradient_stop_a_share_is_held_back_at_each_exit_below(arrays, laye
     """Down the stream and through the mix alike: 1 - share per exit between a layer and its own."""
     exits = ExitConfig(layers, 4, mix=mix)
     variables = random_variables(CFG, exits, seed=3)
-    batch = Batch(*arrays)
-
-    def slopes(stop, e):
-        model = EarlyExitBert(CFG, exits, gradient_stop=stop)
-
-        def loss(params):
-            return jnp.square(model.apply({"params": params}, batch)[e]).sum()
-
-        return jax.tree.leaves(jax.grad(loss)(variables["params"])["bert"]["layers"])
-
+    given = slopes_of(exits), slopes_of(exits, gradient_stop=0.25)
     for e, last in enumerate(layers):
         between = [sum(layer <= end < last for end in layers) for layer in range(1, layers[-1] + 1)]
-        whole, part = slopes(0.0, e), slopes(0.25, e)
+        whole, part = (
+            jax.tree.leaves(slopes(variables["params"], Batch(*arrays), e)["bert"]["layers"])
+            for slopes in given
+        )
         # float32 rounding; the slope of a key's bias is nothing but rounding.
         limit = 1e-6 * max(np.abs(leaf).max() for leaf in whole)
         for leaf, less in zip(whole, part, strict=True):

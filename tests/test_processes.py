@@ -8,24 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from safetensors.numpy import load_file
+from test_checkpoints import damage
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, to_json
-from ejax.training.checkpoint import Checkpoints
 from ejax.training.processes import LOST
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
@@ -171,16 +167,16 @@ from ejax.training import processes
 from ejax.training.parallel import parallel_step, place
 from ejax.training.step import AXIS
 
+def late(where):
+    time.sleep(40 * (jax.process_index() and where == sys.argv[2]))
+
 def run():
     def step(state, rows):
-        time.sleep(40 * jax.process_index())
+        late("compiling")
         return state + jax.lax.psum((rows * state).sum(), AXIS), {}
 
-    def late():
-        time.sleep(40 * jax.process_index())
-        return np.float32(1)
-
-    state = place(late(), sys.argv[1])
+    late("loading")
+    state = place(np.float32(1), sys.argv[1])
     state, _ = parallel_step(step, parallel=sys.argv[1])(state, np.arange(8, dtype=np.float32))
     print(float(state))
 
@@ -188,14 +184,15 @@ processes.join(run)
 """
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_a_slow_process_is_waited_for(parallel: str) -> None:
-    """Longer than the 30 seconds after which a collective gives up: loading, and compiling."""
-    processes = launch_two([sys.executable, "-c", LATE, parallel])
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert float(out.splitlines()[-1]) == 1 + sum(range(8))
+def test_a_slow_process_is_waited_for() -> None:
+    """Longer than the 30 seconds after which a collective gives up; all pairs sleep at once."""
+    cases = [("pmap", "compiling"), ("shard_map", "loading"), ("shard_map", "compiling")]
+    pairs = [launch_two([sys.executable, "-c", LATE, *case]) for case in cases]
+    for case, pair in zip(cases, pairs, strict=True):
+        for process in pair:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, (case, err)
+            assert float(out.splitlines()[-1]) == 1 + sum(range(8)), case
 
 
 def test_two_processes_are_stopped_and_resume(whole, whole_two, tmp_path: Path) -> None:
@@ -268,19 +265,6 @@ processes.join(run)
         finish(process)
 
 
-def test_a_host_may_see_the_workdir_late(tmp_path: Path, monkeypatch) -> None:
-    """As on NFS; but not never."""
-    module = sys.modules[Checkpoints.__module__]
-    monkeypatch.setattr(jax, "process_index", lambda: 1)  # of a first that writes
-    waits = []
-    monkeypatch.setattr(module.time, "sleep", waits.append)
-    with pytest.raises(ValueError, match="a folder that all hosts share; this one sees none"):
-        module.claim_workdir(tmp_path, TrainConfig(), {})
-    assert sum(waits) == 60
-    monkeypatch.setattr(module.time, "sleep", lambda _: (tmp_path / "config.json").touch())
-    module.claim_workdir(tmp_path, TrainConfig(), {})
-
-
 def test_processes_of_different_configs_do_not_train(tmp_path: Path) -> None:
     """In a new workdir too, where neither finds a config to differ from; both say why."""
     command = [
@@ -315,85 +299,3 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path: Path) -> No
     assert not (tmp_path / "bundle").exists()
     assert "resuming" in finish(start(config, tmp_path))
     assert_same_run(tmp_path, run)
-
-
-def damage(path: Path, how: str) -> None:
-    if how == "delete":
-        path.unlink()
-    elif how == "truncate":
-        os.truncate(path, path.stat().st_size // 2)
-    else:
-        raw = bytearray(path.read_bytes())
-        raw[len(raw) // 2] ^= 0x10
-        path.write_bytes(raw)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads
-def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
-    """Each file of the newest one, damaged in each way: what is restored was saved so."""
-    like = {"x": jnp.zeros(3000), "n": jnp.int32(0)}
-    made = tmp_path / "made"
-    made.mkdir()
-    with Checkpoints(made) as checkpoints:
-        for step in (1, 2):
-            x = jax.random.normal(jax.random.key(step), (3000,))
-            checkpoints.save(step, {"x": x, "n": np.int32(step)}, {"mean_accuracy": 0.5})
-    newest = made / "checkpoints" / "2"
-    files = [path.relative_to(made) for path in sorted(newest.rglob("*")) if path.is_file()]
-    aside = []
-    for i, (file, how) in enumerate(
-        (file, how) for file in files for how in ("truncate", "flip", "delete")
-    ):
-        workdir = tmp_path / str(i)
-        shutil.copytree(made, workdir)
-        damage(workdir / file, how)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            with Checkpoints(workdir) as checkpoints:
-                step, state = checkpoints.restore_newest(like)
-                checkpoints.save(3, state)  # it can go on
-        wanted = jax.random.normal(jax.random.key(step), (3000,))
-        assert state["n"] == step > 0, (file, how)
-        np.testing.assert_array_equal(state["x"], wanted, err_msg=f"{file}, {how}")
-        told = [str(one.message) for one in said if "is damaged" in str(one.message)]
-        assert len(told) == (step == 1), (file, how, told)
-        if told:
-            assert str(workdir / "checkpoints" / "2") in told[0]
-            assert (workdir / "damaged" / "2").is_dir()
-            aside.append(file)
-    better = tmp_path / "better"
-    better.mkdir()
-    with Checkpoints(better) as checkpoints:
-        for step, score in ((1, 0.9), (2, 0.5), (3, 0.4)):
-            checkpoints.save(
-                step, {"x": jnp.zeros(3000), "n": np.int32(step)}, {"mean_accuracy": score}
-            )
-    damage(better / "checkpoints" / "1" / "about" / "metadata", "flip")
-    with Checkpoints(better) as checkpoints:
-        assert checkpoints.restore_newest(like)[0] == 3
-        with pytest.warns(UserWarning, match="1 is damaged .* is used"):
-            step, state = checkpoints.restore_best(like)
-    assert step == state["n"] == 2
-    with Checkpoints(better) as checkpoints:
-        full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        with monkeypatch.context() as patched:
-            patched.setattr(ocp.Checkpointer, "restore", mock.Mock(side_effect=full))
-            with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-                checkpoints.restore_best(like)
-    for step in ("2", "3"):
-        damage(better / "checkpoints" / step / "about" / "metadata", "flip")
-    with Checkpoints(better) as checkpoints, pytest.raises(ValueError, match="cannot be read"):
-        checkpoints.restore_best(like)
-    assert {path.name for path in (better / "checkpoints").iterdir()} >= {"2", "3"}
-    shutil.rmtree(made / "checkpoints" / "1")
-    damage(made / "checkpoints" / "2" / "about" / "metadata", "flip")
-    with (
-        Checkpoints(made) as checkpoints,
-        pytest.raises(ValueError, match="checkpoints that cannot be read"),
-    ):
-        checkpoints.restore_newest(like)
-    assert (made / "checkpoints" / "2").is_dir()
-    names = {file.parts[-2:] for file in files if aside.count(file) == 3}
-    kept = {("about", "metadata"), ("metrics", "metrics"), ("state", "manifest.ocdbt")}
-    assert names >= kept
-    assert sum(folder == "d" for folder, _ in names) >= 2  # an index and the arrays

@@ -53,7 +53,7 @@ def whole(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """(config of data on gs://, workdir of a run with the same rows that used only folders)."""
     upload(tiny.data(), bucket / "data")
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder)
+    config = write_config(folder, checkpoint_steps=5)  # each save takes the bucket a second
     finish(start(config, folder / "run", f"data.path={tiny.data()}"))
     return config, folder / "run"
 
@@ -91,6 +91,7 @@ def wait_for_save(remote: Any, process: Any) -> None:
     raise AssertionError(f"no checkpoint in {remote} in time")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole: Any, bucket: Any, tmp_path: Path) -> None:
     """Data, checkpoints, logs and bundle on gs://; then the bundle is used from there."""
     config, run = whole
@@ -119,6 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole: Any, bucket: Any, tmp_path
     assert (bucket / "out" / "labelled.tsv.gz").read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_bucket(whole: Any, bucket: Any, tmp_path: Path) -> None:
     """SIGTERM to one, both go on later, each has read its own copy of the rows."""
     config, _ = whole

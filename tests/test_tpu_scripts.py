@@ -379,7 +379,7 @@ def test_setup_installs_once_per_commit_and_run_needs_it(cloud):
 @needs_linux
 def test_one_run_at_a_time_with_its_fields_whole_and_restart_replaces_it(cloud):
     cloud.with_repository(
-        CONFIG="configs/bert_large_mnli.py:pod", FIELDS='(epochs=3 "data.text_column=it\'s one")'
+        CONFIG="configs/bert_large.py:mnli_pod", FIELDS='(epochs=3 "data.text_column=it\'s one")'
     )
     cloud.training(1, "sleep 60")
     cloud("create")
@@ -391,7 +391,7 @@ def test_one_run_at_a_time_with_its_fields_whole_and_restart_replaces_it(cloud):
     assert "a run is going (process " in again.stderr
     assert "tpu/run --restart replaces it" in again.stderr
     assert cloud.lines("trainings") == [
-        "EJAX_DISTRIBUTED=1 <-m> <train> <--config> <configs/bert_large_mnli.py:pod> "
+        "EJAX_DISTRIBUTED=1 <-m> <train> <--config> <configs/bert_large.py:mnli_pod> "
         "<--workdir> </mnt/sst2> <epochs=3> <data.text_column=it's one>"
     ]
     assert cloud("run", "--restart").returncode == 0

@@ -58,7 +58,7 @@ read_settings() {
   must SPOT '^(yes|no)$' "yes or no"
   must REPOSITORY '^(https|ssh|file)://[^[:space:]]+$' "a URL that git clones, https://…"
   must COMMIT '^[0-9a-f]{7,40}$' "a commit, 7 to 40 hex digits (git rev-parse HEAD)"
-  must CONFIG '^[A-Za-z0-9_./-]+[.]py(:[A-Za-z0-9_]+)?$' "a config of the repository, configs/NAME.py, or one of its variants, configs/NAME.py:pod"
+  must CONFIG '^[A-Za-z0-9_./-]+[.]py(:[A-Za-z0-9_]+)?$' "a config of the repository, configs/NAME.py, or one of its variants, configs/NAME.py:mnli_pod"
   must WORKDIR '^(gs:/)?/[A-Za-z0-9_./=-]+$' \
     "gs://BUCKET/FOLDER, or the absolute path of a folder that all workers share"
   must MAX_RECREATIONS '^[0-9]+$' "a whole number"

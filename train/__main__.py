@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def main(
     config: Annotated[
         Path,
-        typer.Option(help="A Python file with `config = TrainConfig(…)`; of FILE.py:pod `pod`."),
+        typer.Option(help="A Python file with `config = TrainConfig(…)`; of FILE.py:mnli `mnli`."),
     ],
     workdir: Annotated[
         Path,
@@ -59,7 +59,7 @@ def main(
 
 
 def load_config(path: Path) -> TrainConfig:
-    """The `config` that a Python file defines; of NAME.py:pod its `pod`.
+    """The `config` that a Python file defines; of NAME.py:mnli its `mnli`.
 
     Raises:
       ValueError: for a missing file, an exception inside it, or no such config.
@@ -69,14 +69,17 @@ def load_config(path: Path) -> TrainConfig:
     if not path.is_file():
         raise ValueError(f"No such file: {path} (--config).")
     try:
-        found = runpy.run_path(str(path)).get(name)
+        found = runpy.run_path(str(path))
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
-    if not isinstance(found, TrainConfig):
+    config = found.get(name)
+    if not isinstance(config, TrainConfig):
+        has = ", ".join(name for name, value in found.items() if isinstance(value, TrainConfig))
         raise ValueError(
-            f"{path} must define `{name} = TrainConfig(…)`. Got {type(found).__name__}."
+            f"{path} must define `{name} = TrainConfig(…)`. Got {type(config).__name__}."
+            + (f" As {path}:NAME it has {has}." if has else "")
         )
-    return found
+    return config
 
 
 if __name__ == "__main__":

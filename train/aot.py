@@ -43,7 +43,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command(
-    epilog="Example: `python -m train.aot --config configs/bert_large_mnli.py --topology v5e:4x8`"
+    epilog="Example: `python -m train.aot --config configs/bert_large.py:mnli --topology v5e:4x8`"
 )
 def main(
     config: Annotated[Path, typer.Option(help="As of python -m train.")],
