@@ -21,17 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ejax import assets, storage
 from ejax.bundle import (
-    FITTED,
     WHOLE_TOKENS,
     Bundle,
     check_output,
     exits_in_words,
-    packed,
-    recorded_rows,
-    rows_that_picked,
+    ledger_behind,
     save_bundle,
-    trained_rows_of,
-    unpacked,
 )
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.drift import depth_of
@@ -47,6 +42,7 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, ragged_logits, unpacked_table
 from ejax.models.weights import load_bert, with_pretrained
+from ejax.provenance import PICKED, TRAINED, UNKNOWN_BEHIND
 from ejax.rivals import below_rival
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in, claim_workdir
 from ejax.training.checks import no_better_than_chance, still_rising, unknown_words, warn
@@ -142,13 +138,13 @@ def finetune(
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     cfg, bert, tokenizer = load_model(config)
-    start = assets.resolve(config.model)
-    behind, picked = trained_rows_of(start), rows_that_picked(start)
+    behind = ledger_behind(assets.resolve(config.model))
     teacher = None
     if config.teacher:
         teacher = load_teacher(config.teacher, splits["train"], cfg.dtype)
-        behind = np.union1d(behind, teacher.trained_rows)
-        picked = sorted({*picked, *recorded_rows(teacher.provenance, FITTED)})
+        behind = behind.merged(teacher.ledger.behind(picked=[*PICKED, "calibration"]))
+    if not behind.complete:
+        warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
     exits = ExitConfig(
         config.layers or tuple(range(cfg.num_hidden_layers + 1)),
@@ -170,7 +166,9 @@ def finetune(
         tasks = {name: encode(rows, tokenised) for name, rows in read.items()}
     check_ids(config.model, tokenizer, tasks["train"].encoded, cfg)
     warn(unknown_words(tokenizer, tasks["train"].encoded, train_rows))
-    trained = {*unpacked(behind), *tasks["train"].hashes}
+    hashes = [row for name in ("dev", "test") if name in tasks for row in tasks[name].hashes]
+    trained = behind.among(hashes, TRAINED).union(tasks["train"].hashes)
+    picked = behind.among(hashes, ["picked"])
     held_out = held_out_parts(tasks, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: task.fingerprint() for name, task in tasks.items()})
     longest = (tasks["train"].encoded.lengths == max_length).mean()
@@ -258,9 +256,10 @@ def finetune(
             "label_column": splits["train"].label_column,
             "config": to_json(public(config)),
             "versions": environment()["versions"],
-            "rows": {name: task.hashes for name, task in held_out.items()} | {"picked": picked},
         },
-        np.union1d(packed(tasks["train"].hashes), behind),
+        behind.with_training(
+            {name: task.hashes for name, task in (held_out | {"train": tasks["train"]}).items()}
+        ),
     )
     if not first_host:
         barrier("the bundle is saved")

@@ -1,4 +1,4 @@
-"""Makes the bundles of older formats that tests/test_bundle.py reads, with the ejax that wrote them.
+"""Makes the bundles of older formats that tests read, each with the ejax that wrote it.
 
 Run in a checkout of the last commit of a format, with this file's path and the folder to write:
 
