@@ -1,28 +1,28 @@
 """The folder that is saved, loaded and shipped.
 
 model.safetensors   the encoder under Hugging Face names, the heads under `heads.`, exit 0
-                    under `ngrams.`, its table without rows of zeros, and `texts.train`,
-                    which rows were trained on
+                    under `ngrams.`, its table without rows of zeros
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds (of an answer too, where `abstain` holds
-                    one), and how they were chosen
+                    one), how they were chosen, and the sha256 of model.safetensors
+rows.json           which rows had a part in it, see `ejax.provenance`; may be left out
 README.md           the model card
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
@@ -34,20 +34,25 @@ from ejax.inference.cost import zero_in_layers
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, unpacked_table
 from ejax.models.weights import from_hf, read_config, to_hf
+from ejax.provenance import Ledger
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ROWS_KNOWN = 2  # the first format that knows rows by their text
+ROWS_APART = 4  # the first that salts their hashes, and keeps them in a file of their own
 WHOLE_TOKENS = 4096  # of a text, for exit 0
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
-WRITTEN = (*FILES, "README.md")
+ROWS = "rows.json"
+WRITTEN = (ROWS, *FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
-TRAINED = "texts.train"  # a tensor
+TRAINED = "texts.train"  # a tensor of the formats before ROWS_APART
 NGRAMS = "ngrams."  # before the names of exit 0's tensors
-PICKED = ("dev_a", "placed", "picked")  # rows that had their part in which weights are kept
-FITTED = (*PICKED, "calibration")  # and those that fitted temperatures
 OLDER = (
     "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
     "cannot be left out. Train it again to have them known."
+)
+UNSALTED = (
+    "made by an older ejax, its weights let anyone test whether a text was trained on. Load and "
+    "save it again before you share it."
 )
 
 
@@ -65,9 +70,8 @@ class Bundle:
     max_length: int = 128
     buckets: tuple[int, ...] = BUCKETS
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Hashes of the rows trained on, here or in a bundle that it started from, as `packed` makes
-    # them; [0] where they were not recorded.
-    trained_rows: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: packed(()))
+    # The rows that had a part in it; where it was made of arrays, they are not known.
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
     abstain: float = 0.0  # below this certainty a text gets no answer
 
     @property
@@ -95,50 +99,73 @@ class Bundle:
         return zero_in_layers(self.cfg, self.exits, encoded.lengths, encoded.whole_lengths)
 
 
-def packed(hashes: Iterable[str]) -> npt.NDArray[np.int64]:
-    """What `ejax.data.sources.row_hash` gave, each once, ascending: [N]."""
-    return np.unique(np.array([int(hash, 16) for hash in hashes], np.int64))
+def ledger_behind(folder: Path) -> Ledger:
+    """What a training that starts from the weights in a folder, a bundle's or others, must know."""
+    path = folder / "exits.json"
+    if path.exists():
+        ledger = _ledger(folder, _read(path))
+    elif ARCHITECTURE in (_read(folder / "config.json").get("architectures") or ()):
+        ledger = _older_ledger(folder, {"rows_unknown": True}, ROWS_KNOWN)  # weights alone
+    else:
+        ledger = Ledger(complete=True)
+    return ledger.behind()
 
 
-def unpacked(rows: npt.NDArray[np.int64]) -> list[str]:
-    return [f"{row:012x}" for row in rows.tolist()]
+def _ledger(folder: Path, meta: dict[str, Any]) -> Ledger:
+    """That of the bundle whose exits.json this is."""
+    path = folder / ROWS
+    version = meta.get("format_version", 0)
+    if version < ROWS_APART:
+        return _older_ledger(folder, meta.get("provenance") or {}, version)
+    if not path.exists():
+        return Ledger()
+    values = _read(path)
+    if values.get("sha256") != meta.get("sha256"):
+        raise ValueError(
+            f"{path} is not of these weights: put back the one that was saved with them, or "
+            f"remove it."
+        )
+    try:
+        return Ledger.from_json(values)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from None
 
 
-def trained_rows_of(folder: Path) -> npt.NDArray[np.int64]:
-    """`Bundle.trained_rows` from the weights in a folder, a bundle's or any others: [N]."""
+def _older_ledger(folder: Path, provenance: dict[str, Any], version: int) -> Ledger:
+    """Salted, from the unsalted hashes of formats before `ROWS_APART`."""
+    if version < ROWS_KNOWN:  # its hashes held labels too
+        return Ledger()
     with safe_open(folder / "model.safetensors", "numpy") as tensors:
         names = tensors.keys()
-        if "rows.train" in names:  # format 1, whose hashes held labels too
-            warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
-        return tensors.get_tensor(TRAINED) if TRAINED in names else packed(())
+        trained = tensors.get_tensor(TRAINED).tolist() if TRAINED in names else []
+    rows = {"train": [f"{row:012x}" for row in trained], **provenance.get("rows", {})}
+    return Ledger(complete="rows_unknown" not in provenance).with_training(rows)
 
 
-def rows_that_picked(folder: Path) -> list[str]:
-    """Hashes of rows that picked the weights in a folder, or what those started from."""
-    path = folder / "exits.json"
-    provenance = _read(path).get("provenance") if path.exists() else None
-    return recorded_rows(provenance or {}, PICKED)
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def recorded_rows(provenance: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Hashes of the rows that a bundle recorded under these names."""
-    rows = provenance.get("rows") or {}
-    return sorted({hash for name in names for hash in rows.get(name, ())})
-
-
-def save_bundle(bundle: Bundle, folder: str | Path) -> Path:
+def save_bundle(bundle: Bundle, folder: str | Path, *, rows: bool = True) -> Path:
     """Writes the folder under a temporary name and renames it: all of it or nothing.
 
     On gs:// the old bundle is gone from the start; exits.json comes last and makes it whole.
+
+    Args:
+      rows: whether to write rows.json, by which anyone can test whether a text was trained on.
 
     Raises:
       ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
     """
     with replacing(folder) as fresh:
         save_file(_tensors(bundle), fresh / "model.safetensors", metadata={"format": "pt"})
+        weights = {"sha256": sha256_of(fresh / "model.safetensors")}
         bundle.tokenizer.save(fresh)
         _write(fresh / "config.json", hf_config(bundle))
-        _write(fresh / "exits.json", _exits(bundle))
+        if rows and (bundle.ledger.trainings or bundle.ledger.complete):
+            (fresh / ROWS).write_text(json.dumps(weights | bundle.ledger.to_json()) + "\n")
+        _write(fresh / "exits.json", _exits(bundle) | weights)
         (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8", errors="replace")
     return storage.path_of(folder)
 
@@ -150,6 +177,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="ejax-") as made:
             yield Path(made)
+            if not (Path(made) / ROWS).exists():
+                with storage.reaching(folder):  # rows of the bundle that was there
+                    (folder / ROWS).unlink(missing_ok=True)
             storage.upload(Path(made), folder, first="config.json", last="exits.json")
         return
     folder = Path(os.path.realpath(folder))  # a link stays one
@@ -229,10 +259,11 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
       **overrides: fields of `BertConfig`, such as dtype="float32".
 
     Raises:
-      ValueError: when a file is missing or damaged, or the format is newer than this ejax.
+      ValueError: when a file is missing, damaged or of another bundle, or the format is newer
+        than this ejax.
     """
     if storage.is_remote(folder):
-        with storage.fetched(folder, FILES) as copy:
+        with storage.fetched(folder, (ROWS, *FILES)) as copy:
             return load_bundle(copy, **overrides)
     folder = storage.path_of(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -252,6 +283,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             f"Got {version!r}: update ejax to read this bundle."
         )
     try:
+        _check_weights(folder, meta)
         labels = _labels(folder / "config.json")
         extra = {"buckets": meta["ngram_buckets"]} if "ngram_buckets" in meta else {}
         exits = ExitConfig(
@@ -259,28 +291,25 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         )
         numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
         cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
-        variables, trained = _tensors_of(folder, cfg, exits)
+        provenance = dict(meta["provenance"])
         bundle = Bundle(
             cut(cfg, exits),
             exits,
-            variables,
+            _variables(folder, cfg, exits),
             load_tokenizer(folder),
             labels,
             tuple(float(t) for t in meta["temperatures"]),
             tuple(float(t) for t in meta["thresholds"]),
             int(meta["max_length"]),
             tuple(int(length) for length in meta["buckets"]),
-            dict(meta["provenance"]),
-            trained,
+            {k: v for k, v in provenance.items() if k not in ("rows", "rows_unknown")},
+            _ledger(folder, meta),
             float(meta.get("abstain", 0.0)),
         )
-        if _read(folder / "exits.json") != meta:
-            raise ValueError(f"{folder} is being written at this moment: try again.")
-        if version < ROWS_KNOWN:  # its hashes held labels too
-            bundle.provenance.pop("rows", None)
-            bundle.provenance["rows_unknown"] = True  # also of what is saved from it
-        if bundle.provenance.get("rows_unknown"):
-            warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
+        _check_unchanged(folder, meta)
+        if version < ROWS_APART:
+            said = UNSALTED if bundle.ledger.complete else OLDER
+            warnings.warn(f"{folder}: {said}", stacklevel=2)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
     except ValueError as error:
@@ -317,6 +346,22 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     return bundle
 
 
+def _check_weights(folder: Path, meta: dict[str, Any]) -> None:
+    """Raises ValueError unless the weights are those that exits.json was saved with."""
+    path = folder / "model.safetensors"
+    if meta["format_version"] >= ROWS_APART and sha256_of(path) != meta["sha256"]:
+        _check_unchanged(folder, meta)
+        raise ValueError(
+            f"{path} is damaged or of another bundle: its sha256 is not that in exits.json. Save "
+            f"or copy the bundle again."
+        )
+
+
+def _check_unchanged(folder: Path, meta: dict[str, Any]) -> None:
+    if _read(folder / "exits.json") != meta:
+        raise ValueError(f"{folder} is being written at this moment: try again.")
+
+
 def _labels(path: Path) -> tuple[str, ...]:
     """In the order of their indices, whatever the order of the file."""
     config = _read(path)
@@ -340,13 +385,10 @@ def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
     if bundle.exits.has_zero:
         saved = packed_table(params["ngrams"])
         made |= {f"{NGRAMS}{name}": tensor for name, tensor in saved.items()}
-    return to_hf(params["bert"], bundle.cfg) | made | {TRAINED: bundle.trained_rows}
+    return to_hf(params["bert"], bundle.cfg) | made
 
 
-def _tensors_of(
-    folder: Path, cfg: BertConfig, exits: ExitConfig
-) -> tuple[Any, npt.NDArray[np.int64]]:
-    """The variables, and the rows trained on."""
+def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
     path = folder / "model.safetensors"
     try:
         tensors = load_file(path)
@@ -373,7 +415,7 @@ def _tensors_of(
         bert = from_hf(tensors, cut(cfg, exits))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return {"params": {"bert": bert, **heads, **zero}}, tensors.get(TRAINED, packed(()))
+    return {"params": {"bert": bert, **heads, **zero}}
 
 
 def hf_config(bundle: Bundle) -> dict[str, Any]:
@@ -476,6 +518,10 @@ def exits_in_words(exits: ExitConfig) -> str:
 def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
     p = bundle.provenance
+    zero_gives_away = (
+        "Exit 0's table holds numbers for each word and word pair of at least three training "
+        "texts: it may still show that such a pair occurred."
+    )
     lines = [
         "---",
         "library_name: ejax",
@@ -508,6 +554,15 @@ def model_card(bundle: Bundle) -> str:
                 lines.append(f"| {layer} | {cells} |")
             lines.append("")
     lines += [
+        "## What it gives away",
+        "",
+        f"`{ROWS}`, where it is there, holds salted hashes of the texts that trained, fitted or "
+        "tested this bundle, so that they choose no thresholds and are not reported on.",
+        "With it, anyone who has a text can test whether it is among them. Where that must stay "
+        "secret, leave the file out: `clf.save_pretrained(folder, rows=False)`.",
+        "Then `ejax calibrate` and promises ask for `--rows-are-new`.",
+        *([zero_gives_away] if bundle.exits.has_zero else []),
+        "",
         "## Use",
         "",
         "```python",

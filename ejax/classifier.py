@@ -216,8 +216,9 @@ class EarlyExitClassifier:
             )
         return cls(bundle, shapes=Shapes(profile=profile), one_type=one_type)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        return save_bundle(self.bundle, folder)
+    def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
+        """As `ejax.bundle.save_bundle`; without rows.json, which names rows, by rows=False."""
+        return save_bundle(self.bundle, folder, rows=rows)
 
     def __call__(
         self,

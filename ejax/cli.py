@@ -17,6 +17,7 @@ from ejax.command import (
     Encoder,
     LabelColumn,
     ListsFields,
+    RowsAreNew,
     TextColumns,
     Train,
     check_json,
@@ -451,6 +452,7 @@ def calibrate(
         Path | None,
         typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
     ] = None,
+    rows_are_new: RowsAreNew = False,
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
 ) -> None:
@@ -471,7 +473,7 @@ def calibrate(
     clf = EarlyExitClassifier.from_pretrained(bundle)
     check_output(output or bundle)
     rows = rows_of(clf, data, split, text_column, label_column)
-    after = recalibrate(clf, rows, max_drop=max_drop)
+    after = recalibrate(clf, rows, max_drop=max_drop, rows_are_new=rows_are_new)
     after = in_its_type(after, bundle)
     show(facts(after), *exit_tables(after))
     folder = save_bundle(after, output or bundle)
@@ -527,6 +529,7 @@ def thresholds(
         Path | None,
         typer.Option(help="A new bundle; else in place.", show_default=False, parser=path_of),
     ] = None,
+    rows_are_new: RowsAreNew = False,
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
 ) -> None:
@@ -559,10 +562,14 @@ def thresholds(
     with Console(stderr=True).status("tokenising") as status:
         after, reports = clf.bundle, []
         if target:
-            after, report = choose(clf, rows, target, progress=status.update)
+            after, report = choose(
+                clf, rows, target, rows_are_new=rows_are_new, progress=status.update
+            )
             reports.append(report)
         if abstain is not None:
-            after, report = choose_abstain(clf, rows, abstain, bundle=after, progress=status.update)
+            after, report = choose_abstain(
+                clf, rows, abstain, bundle=after, rows_are_new=rows_are_new, progress=status.update
+            )
             reports.append(report)
     if target:
         show(targets_table(reports[0]))

@@ -57,6 +57,14 @@ Encoder = Annotated[
         show_default=False,
     ),
 ]
+RowsAreNew = Annotated[
+    bool,
+    typer.Option(
+        "--rows-are-new",
+        help="Where the bundle's rows.json is missing or incomplete: none of these rows trained "
+        "or fitted it.",
+    ),
+]
 LabelColumn = Annotated[
     str,
     typer.Option(
@@ -295,9 +303,12 @@ def train_rows_of(
 
 def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
     """How many of the rows fitted one of the bundles or its thresholds; says so."""
-    from ejax.evaluation.targets import chosen_on
+    from ejax.provenance import CHOSEN, UNKNOWN
 
-    fitted = set[str]().union(*map(chosen_on, bundles))
+    ledgers = [bundle.ledger for bundle in bundles]
+    if not all(ledger.complete for ledger in ledgers):
+        note(UNKNOWN)
+    fitted = set[str]().union(*(ledger.among(hashes, CHOSEN) for ledger in ledgers))
     seen = sum(name in fitted for name in hashes)
     if seen:
         note(

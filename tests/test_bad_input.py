@@ -185,7 +185,7 @@ def _other_layers(path: Path) -> None:
         ("config.json", _half, "config.json is damaged"),
         ("tokenizer.json", _half, "tokenizer.json"),
         ("exits.json", _half, "exits.json is damaged"),
-        ("exits.json", _newer, "format_version of at most 3. Got 99: update ejax"),
+        ("exits.json", _newer, "format_version of at most 4. Got 99: update ejax"),
         ("exits.json", _without_temperature, "must hold 2 positive temperatures"),
         ("exits.json", _odd_threshold, "could not convert string to float: 'high'"),
         ("exits.json", _few_thresholds, "must hold 2 thresholds, one per exit. Got [0.9]"),

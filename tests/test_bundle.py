@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,11 +15,15 @@ from safetensors.numpy import load_file
 
 import ejax
 from ejax import bundle as bundle_module
-from ejax.bundle import FILES, describe_thresholds, load_bundle, save_bundle
-from ejax.data.sources import row_hash
+from ejax.bundle import FILES, describe_thresholds, ledger_behind, load_bundle, save_bundle
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Tokenizer
 from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
+from ejax.provenance import ON_WORD, TRAINED, UNKNOWN, UNKNOWN_BEHIND
+
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -32,8 +37,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     for field in ("cfg", "exits", "labels", "temperatures", "thresholds", "max_length", "buckets"):
         assert getattr(first, field) == getattr(second, field), field
     assert first.provenance == second.provenance
-    np.testing.assert_array_equal(first.trained_rows, second.trained_rows)
-    assert len(first.trained_rows) == len(set(tiny.file("train").read_text().splitlines()[1:]))
+    assert first.ledger == second.ledger
     text = ["the film was great"]
     assert (
         first.tokenizer.encode(text, 16).ids.tolist()
@@ -49,20 +53,27 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
     dev = args.index("--dev") + 1
     args[dev] = tiny.file("train")
     assert f"every row of dev-A is in train, or trained {first}" in tiny.refused(*args)
-    picked = dict(zip(*reversed(dev_rows(first)), strict=True))
-    picked = [picked[name] for name in load_bundle(first).provenance["rows"]["dev_a"]]
+    labelled, hashes = dev_rows(first)
+    dev_a = load_bundle(first).ledger.among(hashes, ["dev_a"])
+    picked = [row for row, name in zip(labelled, hashes, strict=True) if name in dev_a]
     # The last are the first of train.
     mixed = [*tiny.rows(41, 91, wrong=7), *picked[:8], *tiny.rows(4, 0)]
     args[dev] = tiny.write_tsv(tmp_path / "dev.tsv", mixed)
     args[args.index("--test") + 1] = args[dev]  # of which dev-A proves nothing either
     done = tiny.ejax(*args)
     assert done.code == 0
-    rows = load_bundle(tmp_path / "more").provenance["rows"]
-    assert rows["test"]
-    assert sorted(rows["test"]) == sorted(rows["dev_b"])
+    ledger = load_bundle(tmp_path / "more").ledger
+    behind, own = ledger.trainings
+    assert behind.rows == {
+        "train": tiny.rows_of(load_bundle(first))["train"],
+        "picked": behind.held(["picked"]),
+    }
+    assert ledger.among(hashes, ["picked"]) == dev_a
+    assert own.rows["test"]
+    assert own.rows["test"] == own.rows["dev_b"]
     left_out = sum(map(int, re.findall(r"(\d) rows of dev-[AB] are left out", done.err)))
     assert 4 < left_out < 12  # some of those that picked the first weights fell into dev-B
-    assert not {*rows["dev_b"]} & {*rows["picked"]}
+    assert not ledger.among(dev_a, ["dev_b"])
     sentence = tiny.refused(
         "thresholds", tmp_path / "more", "--budget", 0.5, "--data", tiny.file("train")
     )
@@ -70,7 +81,6 @@ def test_rows_behind_the_weights_are_kept_when_training_goes_on(tmp_path: Path) 
     chose = tiny.write_tsv(tmp_path / "chose.tsv", picked)
     ask = ("thresholds", tmp_path / "more", "--budget", 0.5, "--data", chose)
     assert "every row of" in tiny.refused(*ask)
-    assert len(load_bundle(tmp_path / "more").trained_rows) > len(load_bundle(first).trained_rows)
 
 
 def dev_rows(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
@@ -79,26 +89,148 @@ def dev_rows(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return [(("bad", "good")[row.label], row.text) for row in rows], [row_hash(row) for row in rows]
 
 
-def test_rows_that_an_older_format_recorded_are_not_taken_for_these(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("always::ejax.training.checks.Doubt")
+def test_training_on_from_weights_without_their_rows_says_so(tmp_path: Path) -> None:
+    folder = without_rows(tmp_path)
+    args = tiny.train_args(tmp_path / "more")
+    args[args.index("--dev") + 1] = tiny.file("train")  # refused right after
+    started = [*args]
+    started[started.index("--model") + 1] = folder
+    for asked, said in ((args, False), (started, True), ([*args, "--teacher", folder], True)):
+        done = tiny.ejax(*asked)
+        assert done.code == 2
+        assert (UNKNOWN_BEHIND in done.err) == said
+    assert not ledger_behind(folder).with_training({"train": ["0" * 12]}).complete
+    assert ledger_behind(tiny.model()).with_training({"train": ["0" * 12]}).complete
+    (folder / "exits.json").unlink()  # the weights alone
+    assert not ledger_behind(folder).complete
+
+
+def without_rows(folder: Path) -> Path:
+    clf = EarlyExitClassifier(load_bundle(tiny.trained()[0]))
+    return clf.save_pretrained(folder / "shared", rows=False)
+
+
+def test_rows_json_alone_tells_what_was_trained_on() -> None:
+    folder = tiny.trained()[0]
+    bundle = load_bundle(folder)
+    texts = [line.split("\t")[1] for line in tiny.file("train").read_text().splitlines()[1:]]
+    train = {row_hash(Example(text, None, 0)) for text in texts}
+    unsalted = train.union(dev_rows(folder)[1])
+    assert bundle.ledger.among(unsalted, TRAINED) == train
+    salted = tiny.rows_of(bundle)["train"]
+    assert len(salted) == len(train)
+    for path in folder.iterdir():
+        content = path.read_text("latin-1")
+        assert not [row for row in unsalted if row in content], path
+        assert all((row in content) == (path.name == "rows.json") for row in salted), path
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+    again = bundle.ledger.behind().with_training({"train": train})  # of the same rows
+    assert not again.trainings[1].rows["train"] & salted
+
+
+def test_without_rows_json_what_needs_it_refuses_and_the_rest_says_so(tmp_path: Path) -> None:
+    folder = without_rows(tmp_path)
+    assert "rows.json" not in os.listdir(folder)
+    assert load_bundle(folder).provenance == load_bundle(tiny.trained()[0]).provenance
+    train, dev = ("--data", tiny.file("train")), ("--data", tiny.file("dev"))
+    for ask in (
+        ("calibrate", folder, *dev),
+        ("thresholds", folder, *dev, "--risk", 0.5),
+        ("thresholds", folder, *dev, "--max-drop", 5, "--delta", 0.5),
+    ):
+        sentence = tiny.refused(*ask)
+        assert "needs to know which rows trained this bundle" in sentence
+        assert "give --rows-are-new (rows_are_new=True)" in sentence
+    for ask in (
+        ("thresholds", folder, *train, "--budget", 0.5, "--output", tmp_path / "budget"),
+        ("evaluate", folder, *train, "--repeats", 1, "--output", tmp_path / "e.json"),
+        ("report", folder, *train, "--repeats", 1, "--output", tmp_path / "r.html"),
+    ):
+        split = ("--split", "dev") if ask[0] != "evaluate" else ()
+        done = tiny.ejax(*ask, *split)
+        assert done.code == 0, done.err
+        assert UNKNOWN in " ".join(done.err.split())
+    assert UNKNOWN in (tmp_path / "budget" / "README.md").read_text()
+    told = tiny.ejax("calibrate", folder, *dev, "--rows-are-new")
+    assert told.code == 0, told.err
+    assert ON_WORD in load_bundle(folder).provenance["thresholds_from"]
+    # Those rows are known from now on, and that others are not is known as well.
+    ask = ("thresholds", folder, *dev, "--risk", 0.5)
+    assert "--rows-are-new" in tiny.refused(*ask)
+    assert "dev.tsv fitted this bundle" in tiny.refused(*ask, "--rows-are-new")
+    ask = ("thresholds", folder, "--data", tiny.file("test"), "--risk", 0.5, "--rows-are-new")
+    done = tiny.ejax(*ask)
+    assert done.code == 0, done.err
+    assert ON_WORD in " ".join(done.err.split())
+
+
+def test_rows_that_are_known_are_new_to_nobody() -> None:
+    ask = ("calibrate", tiny.trained()[0], "--data", tiny.file("train"), "--rows-are-new")
+    assert "were neither trained on nor" in tiny.refused(*ask)
+
+
+def test_weights_and_rows_of_another_bundle_are_told(tmp_path: Path) -> None:
     folder = tiny.copy_of_bundle(tmp_path)
-    exits = json.loads((folder / "exits.json").read_text())
-    (folder / "exits.json").write_text(json.dumps(exits | {"format_version": 1}))
-    with pytest.warns(UserWarning, match="older ejax, which rows it was trained and fitted on"):
-        bundle = load_bundle(folder)
-    assert "rows" not in bundle.provenance
-    save_bundle(bundle, folder)  # in today's format, and known for it still
-    with pytest.warns(UserWarning, match="older ejax"):
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-3] ^= 1  # one bit of one number
+    (folder / "model.safetensors").write_bytes(weights)
+    assert tiny.refused("predict", folder, "--input", tiny.file("test")) == (
+        f"{folder / 'model.safetensors'} is damaged or of another bundle: its sha256 is not that "
+        f"in exits.json. Save or copy the bundle again."
+    )
+    bundle = load_bundle(tiny.trained()[0])
+    other = jax.tree.map(lambda leaf: leaf + 1, bundle.variables)
+    save_bundle(dataclasses.replace(bundle, variables=other), folder)
+    shutil.copy(tiny.trained()[0] / "rows.json", folder)
+    with pytest.raises(ValueError, match=r"rows.json is not of these weights: put back the one"):
         load_bundle(folder)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_bundles_of_older_formats_answer_as_they_did(tmp_path: Path, version: int) -> None:
+    folder = GOLDENS / f"bundle_format_{version}"
+    assert json.loads((folder / "exits.json").read_text())["format_version"] == version
+    said = "which rows it was trained" if version == 1 else "let anyone test whether a text was"
+    with pytest.warns(UserWarning, match=f"{folder.name}: made by an older ejax, .*{said}"):
+        bundle = load_bundle(folder, dtype="float32")
+    golden = json.loads((folder / "answers.json").read_text())
+    texts = golden["texts"]
+    answers = EarlyExitClassifier(bundle)([text for part in texts.values() for text in part])
+    for answer, expected in zip(answers, golden["answers"], strict=True):
+        assert answer == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
+    hashes = {
+        name: {row_hash(Example(text, None, 0)) for text in part} for name, part in texts.items()
+    }
+    known = version > 1
+    assert bundle.ledger.complete == known
+    of_train = bundle.ledger.among({*hashes["train"], *hashes["test"]}, TRAINED)
+    assert of_train == (hashes["train"] if known else set())
+    of_dev = bundle.ledger.among(hashes["dev"], ["dev_a", "dev_b"])
+    assert of_dev == (hashes["dev"] if known else set())
+    save_bundle(bundle, tmp_path / "new")
+    again = load_bundle(tmp_path / "new")  # without a warning
+    assert again.ledger == bundle.ledger
+    for name in ("model.safetensors", "exits.json"):
+        content = (tmp_path / "new" / name).read_bytes()
+        assert b"texts.train" not in content
+        assert not [row for part in hashes.values() for row in part if row.encode() in content]
+    if not known:
+        ask = ("calibrate", tmp_path / "new", "--data", tiny.file("dev"))
+        assert "--rows-are-new" in tiny.refused(*ask)
 
 
 def test_the_folder_holds_only_plain_files(tmp_path: Path) -> None:
     folder = save_bundle(load_bundle(tiny.trained()[0]), tmp_path / "copy")
-    assert sorted(os.listdir(folder)) == sorted((*FILES, "README.md"))
+    assert sorted(os.listdir(folder)) == sorted((*FILES, "rows.json", "README.md"))
     assert os.listdir(tmp_path) == ["copy"]  # no temporary folder is left
     assert (folder / "model.safetensors").stat().st_mode & 0o044
     card = (folder / "README.md").read_text()
     assert "exits after layers 1, 3" in card
     assert "lose at most 0.5 points" in card
+    assert "`rows.json`, where it is there, holds salted hashes of the texts that trained" in card
+    assert "Exit 0's table" not in card  # it has none
 
 
 def test_hugging_face_names_the_encoder_and_labels() -> None:
@@ -184,6 +316,13 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
         ("exits.json", {"buckets": ["a"]}, "invalid literal for int"),
         ("exits.json", {"abstain": 1.5}, "an abstain threshold from 0 to 1, or none. Got 1.5"),
         ("exits.json", {"max_length": 4096}, "max_length must be at most the 32 positions"),
+        ("exits.json", {"sha256": None}, "its sha256 is not that in exits.json"),
+        ("rows.json", {"trainings": [{}]}, "rows.json is damaged: KeyError('rows')"),
+        (
+            "rows.json",
+            {"trainings": [{"salt": "", "rows": {"train": "0"}}]},
+            "rows.json is damaged",
+        ),
         ("config.json", {"id2label": None}, "config.json: id2label must map 0, 1, … to the names"),
         ("config.json", {"vocab_size": 9}, "word"),
     ],

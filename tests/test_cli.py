@@ -273,9 +273,9 @@ def test_calibrate_fits_without_dev_b_and_leaves_the_weights(tmp_path, monkeypat
     assert "20 rows left out: trained on, or dev-B" in result.err
     assert "float32, residual float32" in result.out  # what is written, not what ran here
     after = load_bundle(output)
-    rows = after.provenance["rows"]
-    assert sorted(rows["calibration"]) == sorted(before.provenance["rows"]["dev_a"])
-    assert not set(rows["calibration"]) & set(rows["dev_b"])
+    rows = tiny.rows_of(after)
+    assert rows["calibration"] == tiny.rows_of(before)["dev_a"]
+    assert not rows["calibration"] & rows["dev_b"]
     # The same rows and the same logits, in the type of the training, give the same temperatures.
     monkeypatch.setattr("ejax.classifier.fastest_dtype", lambda: "float32")
     same = tmp_path / "same"
@@ -355,8 +355,8 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     assert done.code == 0, done.err
     assert "21 rows left out: they fitted this bundle" in done.err
     before, after = load_bundle(tiny.trained()[0]), load_bundle(output)
-    rows, was = after.provenance["rows"], before.provenance["rows"]
-    assert sorted(rows["thresholds"]) == sorted(was["dev_b"])
+    rows, was = tiny.rows_of(after), tiny.rows_of(before)
+    assert rows["thresholds"] == was["dev_b"]
     assert (rows["dev_a"], rows["dev_b"]) == (was["dev_a"], was["dev_b"])
     assert after.temperatures == before.temperatures
     assert after.cfg == before.cfg
@@ -369,7 +369,7 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     dev_b = [
         row.text
         for row in labelled_rows(before, str(tiny.file("dev")))
-        if row_hash(row) in rows["thresholds"]
+        if after.ledger.among([row_hash(row)], ["thresholds"])
     ]
     depths = [answer["exit_layer"] for answer in EarlyExitClassifier(after)(dev_b)]
     tokens = after.tokenizer.encode(dev_b, after.max_length).lengths
@@ -381,9 +381,8 @@ def test_thresholds_use_rows_of_their_own(tmp_path):
     assert json.loads(result.read_text())["rows_fitted_on"] == 41
     # New temperatures end what was chosen with the old ones.
     assert tiny.ejax("calibrate", output, "--data", tiny.file("test")).code == 0
-    assert not {"target", "thresholds"} & {
-        *load_bundle(output).provenance, *load_bundle(output).provenance["rows"]
-    }  # fmt: skip
+    again = load_bundle(output)
+    assert not {"target", "thresholds"} & {*again.provenance, *again.ledger.names()}
 
 
 def doubtful(path: Path) -> Path:
@@ -406,7 +405,7 @@ def test_no_answer_below_what_the_asked_share_takes(tmp_path):
     assert 0.66 < bundle.abstain < 0.84
     assert bundle.provenance["target"]["target"] == {"budget": 0.99}
     assert bundle.provenance["abstain"]["answered"] == 30
-    used = set(bundle.provenance["rows"]["thresholds"])
+    used = tiny.rows_of(bundle)["thresholds"]
     for shown in (tiny.ejax("info", folder).out, (folder / "README.md").read_text()):
         assert "No answer below a certainty of" in " ".join(shown.split())
     for kind in ("tsv", "jsonl"):
@@ -435,7 +434,7 @@ def test_no_answer_below_what_the_asked_share_takes(tmp_path):
     after = load_bundle(folder)
     assert after.thresholds == bundle.thresholds
     assert after.abstain == 0
-    assert used < set(after.provenance["rows"]["thresholds"])
+    assert used < tiny.rows_of(after)["thresholds"]
     assert after.provenance["target"] == bundle.provenance["target"]
 
 
@@ -729,7 +728,7 @@ def test_python_m_train_resumes_and_gives_the_same_bundle(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "from step 72 of 72" in " ".join(done.stderr.split())
     assert "dev-B, 20 rows" in done.stdout
-    names = ("model.safetensors", "exits.json")
+    names = ("model.safetensors", "exits.json", "rows.json")
     mine, theirs = (
         [(path / name).read_bytes() for name in names] for path in (workdir / "bundle", folder)
     )

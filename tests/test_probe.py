@@ -80,7 +80,7 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     bundle, output = tiny.trained()[0], tmp_path / "probe.json"
     train, test = ("--train", tiny.file("train")), ("--data", tiny.file("test"))
     assert probe(bundle, *test, "--train", tiny.file("test"), "--output", output) == 2
-    assert "trained this bundle: --train takes the rows that did" in capsys.readouterr().err
+    assert "known to have trained this bundle: --train takes the rows" in capsys.readouterr().err
     assert probe(bundle, "--data", tiny.file("train"), *train, "--output", output) == 2
     assert "fitted this bundle: give other rows" in capsys.readouterr().err
     assert probe(bundle, *test, *train, "--dev", tiny.file("train"), "--output", output) == 2

@@ -106,7 +106,8 @@ def weights(workdir: Path) -> dict[str, np.ndarray]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit."""
-    for name in ("bundle/model.safetensors", "bundle/exits.json", "metrics.jsonl"):
+    files = ("model.safetensors", "exits.json", "rows.json")
+    for name in (*(f"bundle/{file}" for file in files), "metrics.jsonl"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 

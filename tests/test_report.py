@@ -21,8 +21,9 @@ from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.page import draw_time
 from ejax.evaluation.report import shown, slices, weighted_f1
-from ejax.evaluation.targets import chosen_on, table_of
+from ejax.evaluation.targets import table_of
 from ejax.inference.cost import exit_flops, full_flops
+from ejax.provenance import CHOSEN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BROWSER = (
@@ -55,7 +56,7 @@ def table(source):
     """Of the rows that chose nothing."""
     clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
     task = encode(labelled_rows(clf.bundle, str(source)), clf.bundle.encode)
-    seen = chosen_on(clf.bundle)
+    seen = clf.bundle.ledger.among(task.hashes, CHOSEN)
     return table_of(clf, task.take(np.flatnonzero([name not in seen for name in task.hashes])))
 
 
@@ -106,7 +107,7 @@ def test_rows_that_chose_are_left_out(made):
     assert (report["rows"], report["rows_left_out"]) == (23, 21)
     bundle = load_bundle(tiny.trained()[0])
     names = [row_hash(row) for row in labelled_rows(bundle, str(source))]
-    assert sum(name in bundle.provenance["rows"]["dev_a"] for name in names) == 21
+    assert len(bundle.ledger.among(names, ["dev_a"])) == 21
 
 
 def test_its_numbers_are_those_of_the_rows(made):

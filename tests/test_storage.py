@@ -19,6 +19,7 @@ import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
 from ejax import storage
+from ejax.bundle import load_bundle, save_bundle
 from ejax.command import explain
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
@@ -185,6 +186,9 @@ def test_half_a_bundle_is_none(bucket: Any, tmp_path: Path) -> None:
     shown = tiny.ejax("info", folder)
     assert shown.code == 0, shown.err
     assert "layer" in shown.out
+    save_bundle(load_bundle(folder), folder, rows=False)
+    assert not (folder / "rows.json").exists()
+    assert "--rows-are-new" in tiny.refused("calibrate", folder, "--data", tiny.data())
     beside = ("--beside", folder, "--against", "none", "--data", tiny.data())
     assert "--beside bucket/half is given twice" in tiny.refused(
         "bench", tiny.trained()[0], *beside, "--beside", folder, "--output", tmp_path / "b.json"

@@ -17,7 +17,7 @@ import test_training as steps
 import tiny
 from rich.console import Console
 
-from ejax.bundle import load_bundle, packed
+from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import run
 from ejax.config import DataConfig, ExitConfig, TrainConfig
@@ -26,6 +26,7 @@ from ejax.data.sources import Example, load, row_hash
 from ejax.data.tokenizer import load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
 from ejax.models.ngrams import ragged_logits
+from ejax.provenance import TRAINED
 from ejax.training.losses import joint_loss
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import MIX_RATE
@@ -219,11 +220,12 @@ def test_a_teacher_and_texts_without_labels_raise_accuracy(tmp_path: Path) -> No
         assert (right < wanted[1]).all(), right
     # What taught is spent, the texts and what trained or picked the teacher alike.
     known = load_bundle(teacher)
-    spent = packed([row_hash(Example(text, None, -1)) for text in TEXTS])
-    assert np.isin(spent, bundles[1].trained_rows).all()
-    assert np.isin(known.trained_rows, bundles[1].trained_rows).all()
-    rows = bundles[1].provenance["rows"]
-    assert set(known.provenance["rows"]["dev_a"]) <= set(rows["picked"])
+    spent = {row_hash(Example(text, None, -1)) for text in TEXTS}
+    assert bundles[1].ledger.among(spent, TRAINED) == spent
+    of_teacher, own = bundles[1].ledger.trainings
+    assert of_teacher.salt == known.ledger.trainings[0].salt != own.salt
+    assert of_teacher.rows["train"] == tiny.rows_of(known)["train"]
+    assert of_teacher.rows["picked"] == tiny.rows_of(known)["dev_a"]
     assert f"taught by     {teacher.parent.name}/bundle" in tiny.ejax("info", taught / "bundle").out
     chosen = tiny.write_tsv(tmp_path / "chosen.tsv", tiny.rows(151, 60))
     refusal = tiny.refused("thresholds", taught / "bundle", "--budget", 0.9, "--data", chosen)
@@ -243,7 +245,7 @@ def test_texts_without_labels_are_taught_by_the_last_exit(tmp_path: Path) -> Non
     assert steps_taken <= 2 * -(-(13 + 151) // 3)
     assert "NaN" not in (work / "metrics.jsonl").read_text()
     assert not (work / "teacher.safetensors").exists()
-    trained = load_bundle(tmp_path / "bundle").trained_rows
+    trained = tiny.rows_of(load_bundle(tmp_path / "bundle"))["train"]
     assert len(trained) == len({*TEXTS, *(text for _, text in FEW)})
 
 

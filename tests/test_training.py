@@ -535,7 +535,7 @@ def test_a_killed_run_resumes_to_the_same_bundle(tmp_path: Path) -> None:
     _, stderr = again.communicate(timeout=600)
     assert again.returncode == 0, stderr
     assert "resuming" in stderr
-    names = ("model.safetensors", "exits.json")
+    names = ("model.safetensors", "exits.json", "rows.json")
     for name in names:
         first, second = (tmp_path / run / "bundle" / name for run in ("whole", "killed"))
         assert first.read_bytes() == second.read_bytes(), name
@@ -551,7 +551,6 @@ def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:
     steps = [json.loads(line) for line in lines]
     assert [line["step"] for line in steps if line["kind"] == "dev_a"] == [0, 12, 24, 36]
     assert any((tmp_path / "run" / "tensorboard").iterdir())
-    exits = json.loads((tmp_path / "run" / "bundle" / "exits.json").read_text())
-    rows = exits["provenance"]["rows"]
+    rows = tiny.rows_of(load_bundle(tmp_path / "run" / "bundle"))
     assert (len(rows["dev_a"]), len(rows["dev_b"])) == (21, 20)
     assert not any((tmp_path / "run" / "bundle").glob("*.pkl"))

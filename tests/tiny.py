@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from safetensors.numpy import save_file
 
-from ejax.bundle import load_bundle, save_bundle
+from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.calibration.drift import depth_of
 from ejax.cli import app
 from ejax.command import run
@@ -151,6 +152,11 @@ def trained() -> tuple[Path, Result]:
     result = ejax(*train_args(folder))
     assert result.code == 0, result.err
     return folder, result
+
+
+def rows_of(bundle: Bundle) -> Mapping[str, frozenset[str]]:
+    """Salted hashes of the rows of its last training and since, by what they did."""
+    return bundle.ledger.trainings[-1].rows
 
 
 def careful(folder: Path) -> Path:

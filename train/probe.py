@@ -24,8 +24,8 @@ from ejax.data.sources import Split
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.targets import chosen_on, trained_on
 from ejax.hardware import environment
+from ejax.provenance import CHOSEN, TRAINED
 from ejax.rivals import draw, make_mixes, regression
 from ejax.training.outcome import short_path
 
@@ -101,12 +101,13 @@ def probe(
     bundle = clf.bundle
     progress("tokenising")
     tasks = {part: encode(split, bundle.encode) for part, split in given.items()}
-    train, trained = tasks["train"], trained_on(bundle)
+    train, hashes = tasks["train"], [name for task in tasks.values() for name in task.hashes]
+    trained = bundle.ledger.among(hashes, TRAINED)
     ours = np.array([name in trained for name in train.hashes])
     if not ours.any():
         raise ValueError(
-            f"no row of {given['train'].origin} trained this bundle: --train takes the rows that "
-            f"did, whose heads are to be compared."
+            f"no row of {given['train'].origin} is known to have trained this bundle: --train "
+            f"takes the rows that did, which its rows.json names."
         )
     if "dev" in tasks:
         dev, c_from = tasks["dev"], given["dev"].origin
@@ -118,8 +119,8 @@ def probe(
     fitted = fitted.take(draw(len(fitted.labels)))
     if len(set(fitted.labels.tolist())) < 2:
         raise ValueError("--train must hold rows of two labels or more. Got one label.")
-    seen = chosen_on(bundle).union(train.hashes, dev.hashes)
     test = tasks["test"]
+    seen = bundle.ledger.among(test.hashes, CHOSEN).union(train.hashes, dev.hashes)
     test = test.take(
         test.without(
             seen, f"every row of {given['test'].origin} fitted this bundle: give other rows."

@@ -30,7 +30,8 @@ from ejax.data.tokenizer import Encoded, Tokenizer
 from ejax.evaluation.evaluate import evaluate, write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.quickstart import data_config
-from ejax.evaluation.targets import chosen_on, rows_for_thresholds, table_of
+from ejax.evaluation.targets import rows_for_thresholds, table_of
+from ejax.provenance import CHOSEN
 from ejax.rivals import FROZEN, TFIDF, draw, fit_rivals, fit_tfidf
 from ejax.training.finetune import finetune
 from ejax.training.outcome import public
@@ -146,7 +147,8 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
     split = labelled_rows(bundle, root, limit=TEST_ROWS)
     dev_task = rows_for_thresholds(bundle, labelled_rows(bundle, root, "dev"))
     dev = table_of(clf, dev_task)
-    task, seen = encode(split, bundle.encode), chosen_on(bundle).union(dev_task.hashes)
+    task = encode(split, bundle.encode)
+    seen = bundle.ledger.among(task.hashes, CHOSEN).union(dev_task.hashes)
     kept = task.without(seen, f"every test row of {root} is in train or dev.")
     rows, task = [list(split)[i] for i in kept], task.take(kept)
     chosen = {name: tuple(drop_thresholds(dev, most)["threshold"]) for name, most in POINTS.items()}

@@ -125,7 +125,7 @@ def one(config: TrainConfig, steps: int, workdir: Path) -> dict[str, Any]:
         "best_step": bundle.provenance["best_step"],
         "seconds": json.loads((workdir / "result.json").read_text())["seconds"],
         "accuracy": accuracy,
-        "rows": {name: len(bundle.provenance["rows"][name]) for name in accuracy},
+        "rows": {n: bundle.provenance["operating_points"][n]["rows"] for n in accuracy},
     }
 
 

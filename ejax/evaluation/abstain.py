@@ -10,6 +10,7 @@ from ejax.calibration.abstain import answered, check_accuracy, in_words, lowest_
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.targets import rows_for_thresholds
+from ejax.provenance import ON_WORD, UNKNOWN
 
 
 def choose_abstain(
@@ -18,6 +19,7 @@ def choose_abstain(
     accuracy: float,
     *,
     bundle: Bundle | None = None,
+    rows_are_new: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Bundle, dict[str, Any]]:
     """The bundle with the lowest `abstain` at which its answers are right so often on these rows.
@@ -28,6 +30,7 @@ def choose_abstain(
     Args:
       accuracy: the share of the answered that is to be right, in (0, 1].
       bundle: the classifier's with other thresholds, such as those just chosen; None means its own.
+      rows_are_new: as of `ejax.evaluation.targets.choose`.
 
     Returns:
       The bundle, and, ready for JSON, what `answered` says at the threshold chosen, with `target`,
@@ -43,6 +46,8 @@ def choose_abstain(
     decision = clf.decide_encoded(task.encoded, threshold=bundle.thresholds)
     certainties, right = clf.certainty(decision), decision.logits.argmax(axis=1) == task.labels
     found = answered(certainties, right, lowest_abstain(certainties, right, accuracy))
+    known = bundle.ledger.complete
+    unchecked = "" if known else f" {ON_WORD if rows_are_new else UNKNOWN}"
     report = found | {
         "target": accuracy,
         "data": split.origin,
@@ -51,12 +56,12 @@ def choose_abstain(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": f"No answer below a certainty of {found['threshold']:.4g}: the lowest at which "
         f"{100 * accuracy:g} % of the answers are right, estimated on {split.origin}: "
-        f"{in_words(found)}. It holds for texts like those.",
+        f"{in_words(found)}. It holds for texts like those.{unchecked}",
     }
-    rows = bundle.provenance.get("rows", {})
-    used = sorted({*rows.get("thresholds", ()), *task.hashes})
-    provenance = bundle.provenance | {"abstain": report, "rows": rows | {"thresholds": used}}
-    return (
-        dataclasses.replace(bundle, abstain=found["threshold"], provenance=provenance),
-        report,
+    changed = dataclasses.replace(
+        bundle,
+        abstain=found["threshold"],
+        provenance=bundle.provenance | {"abstain": report},
+        ledger=bundle.ledger.with_rows("thresholds", task.hashes),
     )
+    return changed, report

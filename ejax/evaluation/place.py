@@ -18,9 +18,10 @@ from ejax.calibration.thresholds import describe
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
-from ejax.evaluation.targets import needed_profile, rows_for_thresholds, rows_used, table_of
+from ejax.evaluation.targets import needed_profile, rows_for_thresholds, table_of
 from ejax.hardware import describe as machine
 from ejax.models.early_exit import cut
+from ejax.provenance import UNKNOWN
 
 
 def place_exits(
@@ -79,6 +80,8 @@ def place_exits(
         f"here of at most {count} exits that lose at most {max_drop:g} points, estimated on {rows} "
         f"rows of {split.origin}. It holds for texts like those."
     )
+    if not bundle.ledger.complete:
+        sentence += f" {UNKNOWN}"
     report = {
         "data": split.origin,
         "rows": rows,
@@ -95,10 +98,9 @@ def place_exits(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": sentence,
     }
-    recorded = bundle.provenance.get("rows", {})
-    metrics = bundle.provenance.get("metrics", {})
-    used = metrics.keys() - recorded.keys()  # of which nothing is known
-    used |= {name for name, known in recorded.items() if set(known) & set(task.hashes)}
+    metrics, ledger = bundle.provenance.get("metrics", {}), bundle.ledger
+    used = metrics.keys() - ledger.names()  # of which nothing is known
+    used |= {name for name in metrics if ledger.among(task.hashes, [name])}
     changed = {
         "thresholds_from": sentence,
         "placed": report,
@@ -108,7 +110,6 @@ def place_exits(
             for name, parts in metrics.items()
             if name not in used  # these report no more
         },
-        "rows": rows_used(bundle, task, "placed"),
         "depth": depth_of(
             {
                 "rows": rows,
@@ -119,7 +120,11 @@ def place_exits(
     }
     gone = ("target", "abstain")
     provenance = {k: v for k, v in bundle.provenance.items() if k not in gone} | changed
-    return dataclasses.replace(placed, provenance=provenance, abstain=0.0), report
+    ledger = ledger.with_rows("placed", task.hashes, free=["thresholds"])
+    return (
+        dataclasses.replace(placed, provenance=provenance, ledger=ledger, abstain=0.0),
+        report,
+    )
 
 
 def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from ejax.data import sources
 from ejax.data.rows import encode
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save
-from ejax.evaluation.targets import chosen_on
+from ejax.provenance import CHOSEN
 from ejax.rivals import fit_rivals
 from ejax.training.checks import no_better_than_chance
 from ejax.training.finetune import finetune
@@ -62,7 +62,8 @@ def quickstart(
     split, train = rows_to_report_on(config, clf.bundle.labels)
     task = encode(split, clf.bundle.encode)
     kept = task.without(
-        chosen_on(clf.bundle), f"every row of {split.origin} fitted this bundle: give other rows."
+        clf.bundle.ledger.among(task.hashes, CHOSEN),
+        f"every row of {split.origin} fitted this bundle: give other rows.",
     )
     task, every = task.take(kept), list(split)
     rows = [every[i] for i in kept]

@@ -12,15 +12,21 @@ from ejax.calibration.drift import depth_of
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.rows import encode
 from ejax.data.sources import Split
-from ejax.evaluation.targets import trained_on
+from ejax.provenance import ON_WORD, TRAINED, check_known
 
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
-def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | None = None) -> Bundle:
+def recalibrate(
+    clf: EarlyExitClassifier,
+    split: Split,
+    *,
+    max_drop: float | None = None,
+    rows_are_new: bool = False,
+) -> Bundle:
     """The bundle with temperatures and thresholds fitted on these rows; weights as they are.
 
-    Rows that the bundle's provenance records as dev-B are not fitted on: where the split holds
+    Rows that the bundle's ledger records as dev-B are not fitted on: where the split holds
     some, they are reported on as "dev_b". Those of them that placed the exits, and so report no
     more, are rows like others. Rows trained on, of which the weights are too sure, are left out.
     The figures of the former temperatures and thresholds are dropped from the provenance, but
@@ -29,18 +35,20 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
     Args:
       max_drop: points of accuracy on these rows that the thresholds may lose against
         full depth; None means as many as in the training, or else 0.5.
+      rows_are_new: that none of the rows trained the bundle, where it does not know all that did.
 
     Raises:
-      ValueError: when too few rows are left.
+      ValueError: when too few rows are left, or which rows trained the bundle is not known.
     """
     bundle = clf.bundle
+    check_known(bundle.ledger, rows_are_new, "calibration")
     if max_drop is None:
         max_drop = float(bundle.provenance.get("config", {}).get("max_drop", 0.5))
     task = encode(split, bundle.encode)
-    recorded, trained = bundle.provenance.get("rows", {}), trained_on(bundle)
-    held_out = set(recorded.get("dev_b", ())) - set(recorded.get("placed", ()))
-    # Temperatures of earlier rows had their part in which exits were kept.
-    before = set(recorded.get("calibration", ()) if "placed" in recorded else ())
+    trained, dev_b, placed = (
+        bundle.ledger.among(task.hashes, names) for names in (TRAINED, ("dev_b",), ("placed",))
+    )
+    held_out = dev_b - placed
     part_of = np.array(
         [
             "trained" if name in trained else "dev_b" if name in held_out else "calibration"
@@ -70,9 +78,12 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
             "rows_left_out": len(part_of) - len(fit),
         },
         "depth": depth_of(chosen["operating_points"]["calibration"]),
-        "rows": {name: rows for name, rows in recorded.items() if name != "thresholds"}
-        | {"calibration": sorted(before.union(task.hashes[i] for i in fit))},
     }
+    if not bundle.ledger.complete:
+        changed["thresholds_from"] += f" {ON_WORD}"
+    # Temperatures of earlier rows had their part in which exits were kept.
+    free = {"thresholds"} if "placed" in bundle.ledger.names() else {"thresholds", "calibration"}
+    ledger = bundle.ledger.with_rows("calibration", [task.hashes[i] for i in fit], free=free)
     gone = ("target", "abstain")
     kept_on = {name: what for name, what in bundle.provenance.items() if name not in gone}
     return dataclasses.replace(
@@ -80,5 +91,6 @@ def recalibrate(clf: EarlyExitClassifier, split: Split, *, max_drop: float | Non
         temperatures=tuple(chosen["temperatures"]),
         thresholds=tuple(chosen["thresholds"]),
         provenance=kept_on | changed,
+        ledger=ledger,
         abstain=0.0,
     )

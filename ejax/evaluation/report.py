@@ -28,9 +28,10 @@ from ejax.data.rows import encode
 from ejax.data.sources import Example, Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside
-from ejax.evaluation.targets import FAMILIES, chosen_on, fitted_on
+from ejax.evaluation.targets import FAMILIES
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
+from ejax.provenance import CHOSEN, FITTED, UNKNOWN
 from ejax.rivals import fit_rivals
 
 POINTS = 40  # of a curve
@@ -64,7 +65,8 @@ def make_report(
       of rows that leave at random as often at each exit; `oracle`; `beside`; `exits`: per exit
       quality on all rows and on those that leave there, calibration before and after
       temperature, and who leaves; `overthinking`; `slices`: accuracy, drop and depth by label
-      and by length at each operating point; `examples`; `notes` on the linear models;
+      and by length at each operating point; `examples`; `notes` on the linear models and
+      on what is not known;
       `inference_seconds`: of all that ran through models, compiling and timed passes included.
 
     Raises:
@@ -75,7 +77,10 @@ def make_report(
     progress("tokenising")
     rows = list(split)
     task = encode(rows, bundle.encode)
-    seen = chosen_on(bundle).union(*(fitted_on(other.bundle) for other in (beside or {}).values()))
+    ledgers = [other.bundle.ledger for other in (beside or {}).values()]
+    seen = bundle.ledger.among(task.hashes, CHOSEN).union(
+        *(ledger.among(task.hashes, FITTED) for ledger in ledgers)
+    )
     whose = "this bundle or one beside it" if beside else "this bundle"
     kept = task.without(
         seen,
@@ -86,6 +91,8 @@ def make_report(
     inputs = [rows[i].inputs for i in kept]
     texts = [shown(one) for one in inputs]
     rivals, notes = fit_rivals(bundle, train, set(task.hashes), encoder=encoder, progress=progress)
+    if not all(ledger.complete for ledger in (bundle.ledger, *ledgers)):
+        notes.append(UNKNOWN)
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
-from ejax.bundle import FITTED, Bundle, describe_threshold, recorded_rows, unpacked
+from ejax.bundle import Bundle, describe_threshold
 from ejax.calibration import thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
@@ -28,6 +28,7 @@ from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
+from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
 FAMILIES: tuple[Family, ...] = ("per exit", "one number")
@@ -98,6 +99,7 @@ def choose(
     split: Split,
     target: Target,
     *,
+    rows_are_new: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Bundle, dict[str, Any]]:
     """The bundle with thresholds chosen for `target` on these rows, and a report on the choice.
@@ -105,6 +107,9 @@ def choose(
     Rows that fitted the bundle are left out, and the rows used are recorded, so that
     `ejax evaluate` can name and `ejax report` leave out those in turn: temperatures, thresholds
     and reports each have rows of their own.
+
+    Args:
+      rows_are_new: that none of the rows fitted the bundle, where it does not know all that did.
 
     Returns:
       The bundle, and, ready for JSON: `target`; `chosen`, the operating point; `one_number`,
@@ -117,9 +122,12 @@ def choose(
 
     Raises:
       ValueError: where there is one exit, no rows are left, a budget cannot be met, too many
-        answers are wrong, or `budget_ms` has no profile.
+        answers are wrong, `budget_ms` has no profile, or a promise is asked for and which rows
+        fitted the bundle is not known.
     """
     bundle = clf.bundle
+    if target.promises:
+        check_known(bundle.ledger, rows_are_new, "a promise")
     # A promise is for one compute type; one that ends here no longer asks for it.
     one_type = target.promises or (clf.one_type and not promises_risk(bundle.provenance))
     if one_type != clf.one_type:
@@ -147,6 +155,8 @@ def choose(
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
     sentence = in_words(chosen, split.origin, target.budget_ms is not None)
+    if not bundle.ledger.complete:
+        sentence += f" {ON_WORD if rows_are_new else UNKNOWN}"
     copies = len(task.hashes) - len(set(task.hashes))
     if copies and target.promises:
         sentence += (
@@ -183,49 +193,28 @@ def choose(
         "thresholds_from": sentence,
         "target": report,
         "operating_points": {"thresholds": chosen},
-        "rows": rows_used(bundle, task, "thresholds"),
         "depth": depth_of(chosen),
     }
     provenance.pop("abstain", None)  # of answers at other thresholds
     changed = dataclasses.replace(
-        bundle, thresholds=tuple(chosen["threshold"]), provenance=provenance, abstain=0.0
+        bundle,
+        thresholds=tuple(chosen["threshold"]),
+        provenance=provenance,
+        ledger=bundle.ledger.with_rows("thresholds", task.hashes, free=["thresholds"]),
+        abstain=0.0,
     )
     return changed, report
 
 
 def rows_for_thresholds(bundle: Bundle, split: Split) -> TokenizedSplit:
-    """The rows that had no part in the bundle but its thresholds, tokenised.
+    """The rows that, for all it knows, had no part in the bundle but its thresholds, tokenised.
 
     Raises:
       ValueError: where none are left.
     """
     task = encode(split, bundle.encode)
     refusal = f"every row of {split.origin} fitted this bundle: thresholds need other rows."
-    return task.take(task.without(fitted_on(bundle), refusal))
-
-
-def rows_used(bundle: Bundle, task: TokenizedSplit, name: str) -> dict[str, Any]:
-    """The bundle's record of rows, once these have chosen its thresholds, or its exits."""
-    kept = {k: v for k, v in bundle.provenance.get("rows", {}).items() if k != "thresholds"}
-    return kept | {name: sorted({*kept.get(name, ()), *task.hashes})}
-
-
-def fitted_on(bundle: Bundle) -> set[str]:
-    """Hashes of the rows that trained the weights, and of others that this bundle's run used.
-
-    Those picked its checkpoint, or that of a bundle that it started from, fitted temperatures or
-    placed exits.
-    """
-    return {*recorded_rows(bundle.provenance, FITTED)} | trained_on(bundle)
-
-
-def trained_on(bundle: Bundle) -> set[str]:
-    return set(unpacked(bundle.trained_rows))
-
-
-def chosen_on(bundle: Bundle) -> set[str]:
-    """Those and the rows that chose the thresholds: no report on them."""
-    return fitted_on(bundle) | set(bundle.provenance.get("rows", {}).get("thresholds", ()))
+    return task.take(task.without(bundle.ledger.among(task.hashes, FITTED), refusal))
 
 
 def table_of(clf: EarlyExitClassifier, task: TokenizedSplit) -> Table:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from ejax import storage
-from ejax.bundle import Bundle, packed
+from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.drift import depth_of
 from ejax.calibration.evidence import fit_evidence, with_evidence
@@ -114,7 +114,7 @@ def bundle_of(
     origins = {name: split.origin for name, split in splits.items()}
     if config.data.unlabelled:
         origins["unlabelled"] = short_path(config.data.unlabelled)
-    held_out_rows = {name: split.hashes for name, split in setup.held_out.items()}
+    rows = {name: split.hashes for name, split in setup.held_out.items()}
     return Bundle(
         setup.cfg,
         exits,
@@ -136,9 +136,8 @@ def bundle_of(
             "label_column": splits["train"].label_column,
             "config": to_json(public(config)),
             "versions": environment()["versions"],
-            "rows": held_out_rows | {"picked": setup.rows_that_picked},
         },
-        np.union1d(packed(setup.train.hashes), setup.rows_trained_before),
+        setup.behind.with_training(rows | {"train": setup.train.hashes}),
     )
 
 

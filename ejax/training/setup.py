@@ -15,17 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from ejax import assets, storage
-from ejax.bundle import (
-    FITTED,
-    WHOLE_TOKENS,
-    Bundle,
-    check_output,
-    exits_in_words,
-    recorded_rows,
-    rows_that_picked,
-    trained_rows_of,
-    unpacked,
-)
+from ejax.bundle import WHOLE_TOKENS, Bundle, check_output, exits_in_words, ledger_behind
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import worth_compiling
@@ -36,6 +26,7 @@ from ejax.hardware import fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
+from ejax.provenance import PICKED, TRAINED, UNKNOWN_BEHIND, Ledger
 from ejax.training.checkpoint import claim_workdir
 from ejax.training.checks import unknown_words, warn
 from ejax.training.processes import made_by_first
@@ -61,8 +52,7 @@ class Setup:
     buckets: tuple[int, ...]  # of the batches of this training
     train: TokenizedSplit
     held_out: dict[str, TokenizedSplit]  # "dev_a", "dev_b", and "test" where there is one
-    rows_trained_before: np.ndarray  # packed hashes, of the model's and the teacher's rows
-    rows_that_picked: list[str]  # hashes, of rows that picked the model's or teacher's weights
+    behind: Ledger  # the rows of the model and the teacher
 
 
 def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
@@ -75,13 +65,13 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     whole_cfg, bert, tokenizer = load_encoder(config)
-    start = assets.resolve(config.model)
-    trained_before, picked = trained_rows_of(start), rows_that_picked(start)
+    behind = ledger_behind(assets.resolve(config.model))
     teacher = None
     if config.teacher:
         teacher = load_teacher(config.teacher, splits["train"], whole_cfg.dtype)
-        trained_before = np.union1d(trained_before, teacher.trained_rows)
-        picked = sorted({*picked, *recorded_rows(teacher.provenance, FITTED)})
+        behind = behind.merged(teacher.ledger.behind(picked=[*PICKED, "calibration"]))
+    if not behind.complete:
+        warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
     exits = exits_of(config, whole_cfg, len(labels))
     model = build(config, whole_cfg, exits)
@@ -98,7 +88,9 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
     train = tokens["train"]
     check_ids(config.model, tokenizer, train.encoded, model.cfg)
     warn(unknown_words(tokenizer, train.encoded, train_rows))
-    trained = {*unpacked(trained_before), *train.hashes}
+    hashes = [row for name in ("dev", "test") if name in tokens for row in tokens[name].hashes]
+    trained = behind.among(hashes, TRAINED).union(train.hashes)
+    picked = behind.among(hashes, ["picked"])
     held_out = held_out_parts(tokens, config, trained, picked, console=console)
     claim_workdir(workdir, config, {name: split.fingerprint() for name, split in tokens.items()})
     console.print(in_words(splits, exits, train, max_length), markup=False)  # of [brackets]
@@ -110,7 +102,7 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
     )  # fmt: skip
     return Setup(
         config, splits, labels, whole_cfg, model.cfg, bert, tokenizer, exits, model, max_length,
-        buckets, train, held_out, trained_before, picked,
+        buckets, train, held_out, behind,
     )  # fmt: skip
 
 

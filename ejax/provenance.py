@@ -1,0 +1,160 @@
+"""Which rows had a part in a bundle, and so may not be used for what: one ledger.
+
+A row is known by its exact text, whatever its label: `ejax.data.sources.row_hash`. The ledger, and
+`rows.json`, hold salted hashes of that, so that a table of hashes made beforehand finds nothing.
+The salt is derived from the rows and the salts before, not drawn: a run that was stopped and
+resumed writes the same file.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+TRAINED = ("train",)  # the weights
+PICKED = ("dev_a", "placed", "picked")  # which weights and exits are kept
+FITTED = (*TRAINED, *PICKED, "calibration")  # those, and temperatures: they choose no thresholds
+CHOSEN = (*FITTED, "thresholds")  # those, and thresholds: no report on them
+UNKNOWN = (
+    "Which of these rows the bundle was trained or fitted on cannot be known, as its rows.json is "
+    "missing or incomplete: figures on such rows flatter it."
+)
+UNKNOWN_BEHIND = (
+    "Which rows trained the model or the teacher cannot be known, as its rows.json is missing or "
+    "incomplete: dev and test rows among them are not left out, and flatter the bundle."
+)
+ON_WORD = (
+    "That none of these rows trained or fitted the bundle is its user's word: its rows.json is "
+    "missing or incomplete."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The rows of one training, and of what was chosen for its bundle since.
+
+    Attributes:
+      salt: of these hashes, 32 hex digits.
+      rows: by what they did, such as "train" or "dev_a", salted hashes, 12 hex digits each.
+    """
+
+    salt: str
+    rows: Mapping[str, frozenset[str]]
+
+    def salted(self, hashes: Iterable[str]) -> list[str]:
+        """12 hex digits of the sha256 over the salt and each `row_hash`."""
+        start = hashlib.sha256(self.salt.encode())
+        found = []
+        for row in hashes:
+            one = start.copy()
+            one.update(row.encode())
+            found.append(one.hexdigest()[:12])
+        return found
+
+    def held(self, names: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(self.rows.get(name, ()) for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """The rows of every training that the weights went through, the bundle's own last.
+
+    Attributes:
+      complete: whether all of them are known; False for weights that came without their rows.
+    """
+
+    trainings: tuple[Training, ...] = ()
+    complete: bool = False
+
+    def among(self, hashes: Iterable[str], names: Collection[str]) -> set[str]:
+        """Those of the rows, by `row_hash`, that are recorded under one of the names."""
+        rows, found = sorted(set(hashes)), set[str]()
+        for training in self.trainings:
+            held = training.held(names)
+            if held:
+                each = zip(rows, training.salted(rows), strict=True)
+                found |= {row for row, salted in each if salted in held}
+        return found
+
+    def names(self) -> set[str]:
+        """Under which rows are recorded."""
+        return {name for training in self.trainings for name in training.rows}
+
+    def behind(self, *, picked: Collection[str] = PICKED) -> "Ledger":
+        """What a training that starts from these weights must know of them.
+
+        Args:
+          picked: names of rows that the new training may not report on besides those trained on.
+        """
+        return Ledger(
+            tuple(
+                Training(one.salt, {"train": one.held(TRAINED), "picked": one.held(picked)})
+                for one in self.trainings
+            ),
+            self.complete,
+        )
+
+    def merged(self, other: "Ledger") -> "Ledger":
+        """Both; a training that is in both, as of a bundle taught by itself, once."""
+        found = {one.salt: one for one in self.trainings}
+        for one in other.trainings:
+            mine = found.get(one.salt, one)
+            names = mine.rows.keys() | one.rows.keys()
+            rows = {name: mine.held([name]) | one.held([name]) for name in names}
+            found[one.salt] = Training(one.salt, rows)
+        return Ledger(tuple(found.values()), self.complete and other.complete)
+
+    def with_training(self, rows: Mapping[str, Collection[str]]) -> "Ledger":
+        """With one more training, its rows by `row_hash` and by what they did."""
+        content = {name: sorted(set(hashes)) for name, hashes in sorted(rows.items())}
+        known = json.dumps([[one.salt for one in self.trainings], content])
+        new = Training(hashlib.sha256(known.encode()).hexdigest()[:32], {})
+        salted = {name: frozenset(new.salted(hashes)) for name, hashes in content.items()}
+        return Ledger((*self.trainings, Training(new.salt, salted)), self.complete)
+
+    def with_rows(
+        self, name: str, hashes: Collection[str], *, free: Collection[str] = ()
+    ) -> "Ledger":
+        """With what rows were used for since the last training.
+
+        Args:
+          name: what for, such as "thresholds".
+          hashes: of the rows, by `row_hash`.
+          free: names whose former rows no longer have a part in the bundle.
+        """
+        if not self.trainings:  # weights without their rows
+            return self.with_training({name: hashes})
+        last = self.trainings[-1]
+        rows = {kept: held for kept, held in last.rows.items() if kept not in free}
+        rows[name] = rows.get(name, frozenset()).union(last.salted(hashes))
+        return Ledger((*self.trainings[:-1], Training(last.salt, rows)), self.complete)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "complete": self.complete,
+            "trainings": [
+                {"salt": one.salt, "rows": {n: sorted(held) for n, held in one.rows.items()}}
+                for one in self.trainings
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Ledger":
+        """Reads what `to_json` gave; whatever else it is given makes it raise."""
+        trainings = []
+        for one in values["trainings"]:
+            rows = {name: frozenset(held) for name, held in one["rows"].items()}
+            if not all(len(salted) == 12 for held in rows.values() for salted in held):
+                raise ValueError("a hash has 12 digits")
+            trainings.append(Training(str(one["salt"]), rows))
+        return cls(tuple(trainings), values["complete"] is True)
+
+
+def check_known(ledger: Ledger, rows_are_new: bool, what: str) -> None:
+    """Raises ValueError for `what` on rows that may have trained the bundle for all one knows."""
+    if not (ledger.complete or rows_are_new):
+        raise ValueError(
+            f"{what} needs to know which rows trained this bundle, whose rows.json is missing or "
+            f"incomplete: give --rows-are-new (rows_are_new=True) where none of these rows did."
+        )
