@@ -23,11 +23,11 @@ import numpy as np
 from ejax import assets
 from ejax.bundle import Bundle
 from ejax.calibration.metrics import paired_interval
-from ejax.classifier import padded
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded, Text, load_tokenizer
+from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
 
@@ -265,19 +265,19 @@ def make_mixes(
     forward = jax.jit(partial(model.apply, method="mixes"))
 
     def run(encoded: Encoded) -> np.ndarray:
-        bucket = bucket_of(encoded.lengths, buckets, max_length)
+        padded_lengths = bucket_of(encoded.lengths, buckets, max_length)
         running = []
-        for length in np.unique(bucket).tolist():
-            rows = np.flatnonzero(bucket == length)
+        for length in np.unique(padded_lengths).tolist():
+            rows = np.flatnonzero(padded_lengths == length)
             most = max(8, TILE_TOKENS // length)
             size = next(size for size in (1, 8, most) if size >= min(len(rows), most))
             for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                batch = pad(encoded, padded(part, size), length)
-                running.append((part, forward(variables, batch)))
+                together = rows[start : start + size]
+                batch = pad(encoded, padded(together, size), length)
+                running.append((together, forward(variables, batch)))
         mixes = np.zeros((len(encoded), *running[0][1].shape[1:]), np.float32)
-        for part, found in running:
-            mixes[part] = np.asarray(found)[: len(part)]
+        for together, mixes_of_batch in running:
+            mixes[together] = np.asarray(mixes_of_batch)[: len(together)]
         return mixes
 
     return run

@@ -19,11 +19,12 @@ from rich.table import Table
 from ejax import storage
 from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
-from ejax.classifier import EarlyExitClassifier, Shape, Text
-from ejax.data.tokenizer import Encoded
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.tokenizer import Encoded, Text
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
+from ejax.inference.shapes import Pool
 from ejax.rivals import Rival, enough
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
@@ -179,7 +180,7 @@ def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> 
     return found
 
 
-Pools = Sequence[tuple[np.ndarray, Shape]]
+Pools = Sequence[Pool]
 
 
 def exit_accuracy(logits: np.ndarray, labels: np.ndarray) -> list[float]:

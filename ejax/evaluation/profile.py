@@ -20,17 +20,10 @@ from ejax.config import Dtype
 from ejax.data.batches import bucket_of
 from ejax.hardware import describe
 from ejax.inference.cost import Profile, Seconds
-from ejax.inference.engine import (
-    SMALL_TILE,
-    Prepared,
-    RunLayer,
-    prepare,
-    run_head,
-    run_layer,
-    run_pool,
-    tile_sizes,
-)
 from ejax.inference.policy import broadcast_thresholds, check_temperatures
+from ejax.inference.pool import run_pool
+from ejax.inference.prepared import Prepared, RunLayer, prepare, run_head, run_layer
+from ejax.inference.schedule import SMALL_TILE, tile_sizes
 from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import ragged_logits
@@ -162,7 +155,7 @@ class Pieces:
         return self.pool(rows, length, STEP_TILES, no_layer)
 
     def pool(
-        self, rows: int, length: int, tiles: int = POOL_TILES, layer: RunLayer | None = None
+        self, rows: int, length: int, tiles: int = POOL_TILES, layer: RunLayer = run_layer
     ) -> Run:
         """The engine at full depth."""
         count = tiles * rows
@@ -171,7 +164,7 @@ class Pieces:
         return partial(
             run_pool, self.model, self.weights, Batch(ids.astype(np.int32)).arrays(),
             broadcast_thresholds(2.0, count, exits), check_temperatures(None, exits),
-            jnp.int32(count), "confidence", rows, False, layer,
+            jnp.int32(count), rule="confidence", tile=rows, layer=layer,
         )  # fmt: skip
 
     def stream(self, rows: int, length: int) -> jax.Array:
