@@ -9,7 +9,6 @@ Axes: N rows, E exits, D width, C classes.
 import dataclasses
 import itertools
 import re
-import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from ejax.data.tokenizer import Encoded, Text, load_tokenizer
 from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
+from ejax.timing import with_seconds
 
 TFIDF, FROZEN = "TF-IDF, linear", "frozen encoder, linear"
 MOST_ROWS = 10_000  # that a rival is fitted to
@@ -133,7 +133,6 @@ def draw(total: int) -> np.ndarray:
 def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, classes: int) -> Rival:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    start = time.perf_counter()
     vectorizer = TfidfVectorizer(
         analyzer=terms,
         sublinear_tf=True,
@@ -141,8 +140,9 @@ def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, classes: int) -> Rival:
         max_features=MOST_WEIGHTS // classes,
         dtype=np.float32,
     )
-    model, c = regression(vectorizer.fit_transform(texts), labels, TFIDF_C, scaled=False)
-    seconds = time.perf_counter() - start
+    (model, c), seconds = with_seconds(
+        lambda: regression(vectorizer.fit_transform(texts), labels, TFIDF_C, scaled=False)
+    )
     return Rival(TFIDF, vectorizer.transform, model, classes, "", 0, c, len(texts), seconds)
 
 
@@ -171,9 +171,7 @@ def fit_frozen(
     def vectors(texts: Sequence[Text]) -> np.ndarray:
         return of_tokens(tokenizer.encode(texts, max_length))
 
-    start = time.perf_counter()
-    model, c = regression(vectors(texts), labels, VECTOR_C)
-    seconds = time.perf_counter() - start
+    (model, c), seconds = with_seconds(lambda: regression(vectors(texts), labels, VECTOR_C))
     return Rival(
         FROZEN, vectors, model, len(bundle.labels), name, cfg.num_hidden_layers, c, len(texts),
         seconds,

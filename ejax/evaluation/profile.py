@@ -27,12 +27,12 @@ from ejax.inference.schedule import SMALL_TILE, tile_sizes
 from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import ragged_logits
+from ejax.timing import Run, interleaved, medians
 
 TILE_TOKENS = (512, 1024, 2048)
 TURNS, TURN_SECONDS = 7, 0.05  # of a piece, compared with the others in turn
 LAYERS = 4
 ZERO_ROWS, ZERO_TOKENS = 64, 128  # that exit 0 is timed on
-Run = Callable[[], Any]
 PREFERENCE = 0.02  # a smaller tile that costs so little more wastes less at the ends of pools
 STEP_TILES, POOL_TILES = 4, 8  # in the pools that show a step without layers, and the whole
 
@@ -178,17 +178,7 @@ def no_layer(cfg: Any, weights: Prepared, i: int, x: jax.Array, mask: jax.Array)
 
 def median_seconds(runs: Mapping[Any, Run]) -> dict[Any, float]:
     """Of turns, after one run of each that compiles; a turn is as many runs as fill its time."""
-    taken: dict[Any, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(TURNS):
-        for name, run in runs.items():
-            count, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < TURN_SECONDS or not count:
-                jax.block_until_ready(run())
-                count += 1
-            taken[name].append(spent / count)
-    return {name: float(np.median(values)) for name, values in taken.items()}
+    return medians(interleaved(runs, TURNS, at_least=TURN_SECONDS))
 
 
 def profile_table(profile: Profile) -> Table:
