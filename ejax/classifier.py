@@ -3,134 +3,37 @@
 import copy
 import dataclasses
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import softmax
 
 from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.calibration.abstain import certainty, check_abstain
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
-from ejax.data.tokenizer import Encoded
+from ejax.data.tokenizer import Encoded, Text
 from ejax.hardware import fastest_dtype
-from ejax.inference.cost import Profile, load_profile, profile_path
-from ejax.inference.engine import (
-    SMALL_TILE,
-    Prepared,
-    early_exit,
-    exit_logits,
-    full_depth,
-    prepare,
-    replicate,
-    tile_sizes,
-)
+from ejax.inference.cost import load_profile, profile_path
+from ejax.inference.engine import early_exit, exit_logits, full_depth, replicate
 from ejax.inference.policy import Decision, as_float32, broadcast_thresholds
+from ejax.inference.prepared import Prepared, prepare
+from ejax.inference.shapes import Pool, Running, Shapes, check_finite, nothing_decided, padded
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import ragged_logits
+from ejax.streaming import chunks, pipelined
 
-Text = str | tuple[str, str]
-Item = TypeVar("Item")
 FULL = 2.0  # above every score: nobody leaves early
-CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 1 << 24  # of a stream, tokenised and classified together
-
-
-class Shape(NamedTuple):
-    """One compiled program: N rows of T tokens in tiles of B rows."""
-
-    pool: int
-    length: int
-    tile: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The fixed, small set of program shapes: about constant tokens per pool, tiles as measured.
-
-    Without a profile of this machine a tile holds about `tile_tokens`.
-    """
-
-    tile_tokens: int = 1024
-    pool_tokens: int = 65536
-    profile: Profile | None = None
-
-    def tile(self, length: int) -> int:
-        measured = self.profile.tile.get(length) if self.profile else None
-        return measured or max(SMALL_TILE, self.tile_tokens // length)
-
-    def pool(self, length: int) -> int:
-        return max(self.tile(length), self.pool_tokens // length)
-
-    def singles(self, length: int) -> int:
-        """So many rows or fewer run one by one: sooner done than a tile filled with padding."""
-        seconds = self.profile.seconds if self.profile else {}
-        small = tile_sizes(self.tile(length))[-1]
-        one, few = seconds.get((1, length)), seconds.get((small, length))
-        return int(few.layer / one.layer) if one and few else SMALL_TILE // 2
-
-    def of(self, rows: int, length: int) -> Shape:
-        """The smallest shape that holds `rows`: one row, 2 or 16 tiles, a whole pool.
-
-        Rows of padding are not run, but their memory is laid out: on a CPU about the time
-        of a thirtieth of a layer.
-        """
-        size = next(n for n in self.sizes(length) if n >= min(rows, self.pool(length)))
-        return Shape(size, length, min(size, self.tile(length)))
-
-    def sizes(self, length: int) -> tuple[int, ...]:
-        """Rows of a pool, per device, from one to a whole pool."""
-        tile, pool = self.tile(length), self.pool(length)
-        return 1, min(2 * tile, pool), min(16 * tile, pool), pool
-
-
-@dataclasses.dataclass
-class Running:
-    """Pools that the device works on."""
-
-    total: int  # N
-    classes: int  # C
-    first: int = 0  # the number of the first text, in a stream
-    at_zero: Decision | None = None  # of all rows, where there is an exit 0
-    pools: list[tuple[np.ndarray, Decision]] = dataclasses.field(default_factory=list)
-
-    def finish(self) -> Decision:
-        """Waits; a `Decision` of numpy arrays, in the order of the input.
-
-        Raises:
-          ValueError: naming a text whose logits are not finite.
-        """
-        out = self.at_zero or Decision(
-            np.zeros((self.total, self.classes), np.float32),
-            np.zeros(self.total, np.int32),
-            np.zeros(self.total, np.float32),
-        )
-        for rows, found in self.pools:
-            for whole, piece in zip(out, found, strict=True):
-                whole[rows] = np.asarray(piece)[: len(rows)]
-            out.exit[rows] += self.at_zero is not None
-        check_finite(out.logits, self.first)
-        return out
 
 
 def promises_risk(provenance: dict[str, Any]) -> bool:
     """Whether a bundle's thresholds come with a promise: of a risk, or of a drop."""
     return bool({"risk", "delta"} & provenance.get("target", {}).get("target", {}).keys())
-
-
-def check_finite(logits: np.ndarray, first: int = 0) -> None:
-    """Raises ValueError naming a text of [N, C] whose logits are not finite."""
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"text {first + bad[0]} (counted from 0) has logits that are not finite, "
-            f"{logits[bad[0]].tolist()}: the weights of this bundle are damaged, or "
-            f"its training diverged."
-        )
 
 
 class EarlyExitClassifier:
@@ -145,31 +48,31 @@ class EarlyExitClassifier:
         self,
         bundle: Bundle,
         *,
-        shapes: Shapes = Shapes(),
+        shapes: Shapes | None = None,
         devices: Sequence[jax.Device] | None = None,
         one_type: bool = False,
     ) -> None:
         """Ready on these devices.
 
         Args:
+          shapes: of the compiled programs; None means the defaults of `Shapes`.
           devices: they share the rows of a pool; None means all local ones.
           one_type: whether a text alone is computed in the bundle's type too, and not in the one
             that is faster for it by the profile.
         """
         self.bundle = bundle
-        self.shapes = shapes
+        self.shapes = shapes or Shapes()
         self.one_type = one_type
         self.devices = tuple(devices or jax.local_devices())
         # Exit 0 runs here, on whole texts that nobody padded; the programs hold the others.
         self.model = bundle.without_zero.model
         self._zero = int(bundle.exits.has_zero)
         self._weights = self._prepared(self.model)
-        many = len(self.devices) > 1
-        self._copies = replicate(self._weights, self.devices) if many else self._weights
-        self._single = self.model, self._weights
-        profile = shapes.profile
-        own = profile and not one_type and profile.dtype == bundle.cfg.dtype
-        if profile and own and profile.single_dtype != bundle.cfg.dtype:
+        several = len(self.devices) > 1
+        self._copies = replicate(self._weights, self.devices) if several else self._weights
+        self._single = self.model, self._weights  # of a text alone
+        profile, dtype = self.shapes.profile, bundle.cfg.dtype
+        if profile and not one_type and profile.dtype == dtype != profile.single_dtype:
             cfg = dataclasses.replace(bundle.cfg, dtype=profile.single_dtype)
             model = dataclasses.replace(bundle.without_zero, cfg=cfg).model
             self._single = model, self._prepared(model)
@@ -202,8 +105,8 @@ class EarlyExitClassifier:
             dtype = profile.dtype if profile else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
-        used, chosen = bundle.cfg.dtype, bundle.provenance.get("target", {})
-        promised = chosen.get("dtype") if promises_risk(bundle.provenance) else None
+        used, target = bundle.cfg.dtype, bundle.provenance.get("target", {})
+        promised = target.get("dtype") if promises_risk(bundle.provenance) else None
         one_type = "dtype" in overrides or promised is not None
         if profile and one_type and profile.dtype != used:
             profile = None
@@ -292,36 +195,13 @@ class EarlyExitClassifier:
     ) -> Iterator[Any]:
         """`stream` of texts that come in lists, each tokenised and classified together."""
         level = self.abstain_level(abstain)
-        left = self._left(())
-        tokenised: deque[Future[Encoded]] = deque()
-        running: deque[Running] = deque()
-        read = started = 0
-
-        def start(future: Future[Encoded]) -> None:
-            nonlocal started
-            running.append(self.start(future.result(), threshold, first=started))
-            started += running[-1].total
-
-        def finish(run: Running) -> list[Any]:
-            nonlocal left
-            decision = run.finish()
-            left = left + self._left(decision.exit)
-            return self.answers(decision, top_k, level)
-
-        with ThreadPoolExecutor(1) as thread:
-            for chunk in chunks:
-                tokenised.append(thread.submit(self.encode, chunk, first=read))
-                read += len(chunk)
-                if len(tokenised) > 1:
-                    start(tokenised.popleft())
-                if len(running) > 1:
-                    yield from finish(running.popleft())
-            for last in tokenised:
-                start(last)
-            for last_run in running:
-                yield from finish(last_run)
-        if threshold is None and self.depth_record and left.any():
-            sentence = compare(left, self.depth_record, self.bundle.exits.layers).sentence
+        exit_counts = self._exit_counts(())
+        for running in pipelined(chunks, self.encode, partial(self.start, threshold=threshold)):
+            decision = running.finish()
+            exit_counts = exit_counts + self._exit_counts(decision.exit)
+            yield from self.answers(decision, top_k, level)
+        if threshold is None and self.depth_record and exit_counts.any():
+            sentence = compare(exit_counts, self.depth_record, self.bundle.exits.layers).sentence
             if sentence:
                 warnings.warn(sentence, stacklevel=3)
 
@@ -340,8 +220,8 @@ class EarlyExitClassifier:
             for count in sorted({1, *(min(rows, size) for size in sizes)}):
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
-                zeros = Encoded(tokens, tokens.astype(np.int8), offsets)
-                self.decide_encoded(zeros, threshold=FULL)  # beyond exit 0
+                texts = Encoded(tokens, tokens.astype(np.int8), offsets)
+                self.decide_encoded(texts, threshold=FULL)  # beyond exit 0
 
     def drift(self, taken: Any) -> Drift:
         """Whether texts leave as deep as those that the bundle's thresholds are for.
@@ -368,7 +248,7 @@ class EarlyExitClassifier:
         exits = taken.exit if isinstance(taken, Decision) else taken
         if not len(exits):
             raise ValueError("drift needs at least one text.")
-        return compare(self._left(exits), self.depth_record, self.bundle.exits.layers)
+        return compare(self._exit_counts(exits), self.depth_record, self.bundle.exits.layers)
 
     @property
     def depth_record(self) -> dict[str, Any]:
@@ -377,7 +257,7 @@ class EarlyExitClassifier:
         known = record and tuple(record["thresholds"]) == self.bundle.thresholds
         return record if known else {}
 
-    def _left(self, exits: Any) -> np.ndarray:
+    def _exit_counts(self, exits: Any) -> np.ndarray:
         """How many texts left at each exit: int [E]."""
         return np.bincount(np.asarray(exits, int), minlength=len(self.bundle.exits.layers))
 
@@ -386,8 +266,7 @@ class EarlyExitClassifier:
 
     def certainty(self, decision: Decision) -> np.ndarray:
         """What `abstain` is compared with, float32 [N]."""
-        temperatures = np.asarray(self.bundle.temperatures, np.float32)[decision.exit]
-        return certainty(decision.logits, temperatures)
+        return certainty(decision.logits, self._temperatures(decision.exit))
 
     def answers(
         self, decision: Decision, top_k: int | None, abstain: float | np.float32 = 0.0
@@ -397,7 +276,7 @@ class EarlyExitClassifier:
         probs, labels = self.probabilities(decision), self.bundle.labels
         order = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(probs, order, axis=1).tolist()
-        found = [
+        answers = [
             [
                 {"label": labels[i], "score": score, "exit_layer": layer}
                 for i, score in zip(*row, strict=True)
@@ -405,8 +284,8 @@ class EarlyExitClassifier:
             for *row, layer in zip(order.tolist(), scores, layers, strict=True)
         ]
         for row in np.flatnonzero(self.certainty(decision) < abstain) if abstain else ():
-            found[row].insert(0, found[row][0] | {"label": None})
-        return [named[0] for named in found] if top_k == 1 else found
+            answers[row].insert(0, answers[row][0] | {"label": None})
+        return [likeliest[0] for likeliest in answers] if top_k == 1 else answers
 
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
         """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`."""
@@ -414,10 +293,12 @@ class EarlyExitClassifier:
 
     def probabilities(self, decision: Decision) -> np.ndarray:
         """softmax(logits / temperature of the exit taken), float32 [N, C]."""
-        temperature = np.asarray(self.bundle.temperatures, np.float32)[decision.exit]
-        scaled = decision.logits / temperature[:, None]
-        odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return odds / odds.sum(axis=1, keepdims=True)
+        temperature = self._temperatures(decision.exit)
+        return np.asarray(softmax(decision.logits / temperature[:, None], axis=1))
+
+    def _temperatures(self, exit: np.ndarray) -> np.ndarray:
+        """Of the exits taken: float32 [N]."""
+        return np.asarray(self.bundle.temperatures, np.float32)[exit]
 
     def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
         return self.bundle.encode(texts, first=first)
@@ -430,42 +311,39 @@ class EarlyExitClassifier:
         """`decide` on texts that are tokenised already."""
         return self.start(encoded, threshold).finish()
 
-    def start(self, encoded: Encoded, threshold: Any = None, *, first: int = 0) -> "Running":
+    def start(self, encoded: Encoded, threshold: Any = None, *, first: int = 0) -> Running:
         """Hands the rows to the device and does not wait for it."""
         total, exits = len(encoded), len(self.bundle.exits.layers)
         thresholds = self.bundle.thresholds if threshold is None else threshold
         broadcast_thresholds(thresholds, total, exits)  # their shape: below it is that of a pool
         per_row = np.ndim(thresholds) == 2
         running = Running(total, len(self.bundle.labels), first)
-        levels: Any = thresholds
+        after_layers: Any = thresholds  # those of the exits in the compiled program
         stay = np.arange(total)
         if self._zero:
-            every = np.broadcast_to(np.asarray(thresholds, np.float64), (total, exits))
-            levels = every[:, 1:] if per_row else every[0, 1:] if total else ()
-            running.at_zero = self._at_zero(encoded, every[:, 0])
-            stay = np.flatnonzero(running.at_zero.score < as_float32(every[:, 0]))
+            each = np.broadcast_to(np.asarray(thresholds, np.float64), (total, exits))
+            after_layers = each[:, 1:] if per_row else each[0, 1:] if total else ()
+            running.at_zero = self._at_zero(encoded, each[:, 0])
+            stay = np.flatnonzero(running.at_zero.score < as_float32(each[:, 0]))
             encoded = dataclasses.replace(encoded, whole=None).subset(stay)
         for rows, given, options in self._calls(encoded):
-            part: Any = levels
+            of_pool: Any = after_layers
             if per_row:
-                part = np.full((len(given[-1].ids), exits - self._zero), 2.0)
-                part[: len(rows)] = levels[stay[rows]]
-            found = early_exit(
-                *given, part, temperatures=self.bundle.temperatures[self._zero :], **options
+                of_pool = np.full((len(given[-1].ids), exits - self._zero), FULL)
+                of_pool[: len(rows)] = after_layers[stay[rows]]
+            decision = early_exit(
+                *given, of_pool, temperatures=self.bundle.temperatures[self._zero :], **options
             )
-            running.pools.append((stay[rows], found))
+            running.pools.append((stay[rows], decision))
         return running
 
     def _at_zero(self, encoded: Encoded, thresholds: np.ndarray) -> Decision:
         """Exit 0's answers to all rows, as numpy; zeros where none of them may leave there."""
+        nothing = nothing_decided(len(encoded), len(self.bundle.labels))
         if (thresholds > 1).all():
-            shape = len(encoded), len(self.bundle.labels)
-            zeros = np.zeros(shape[0], np.int32)
-            return Decision(np.zeros(shape, np.float32), zeros, zeros.astype(np.float32))
+            return nothing
         logits = self._zero_logits(encoded)
-        scaled = logits / np.float32(self.bundle.temperatures[0])
-        odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return Decision(logits, np.zeros(len(logits), np.int32), 1 / odds.sum(axis=1))
+        return Decision(logits, nothing.exit, certainty(logits, self._temperatures(nothing.exit)))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
         """Exit 0's logits float32 [N, C], on the whole texts."""
@@ -489,10 +367,10 @@ class EarlyExitClassifier:
         if self._zero:
             logits[0] = self._zero_logits(encoded)
         for rows, given, options in self._calls(encoded):
-            found = np.asarray(exit_logits(*given, **options))
-            logits[self._zero :, rows] = found[: len(rows)].swapaxes(0, 1)
-        for one in logits:
-            check_finite(one)
+            of_pool = np.asarray(exit_logits(*given, **options))
+            logits[self._zero :, rows] = of_pool[: len(rows)].swapaxes(0, 1)
+        for logits_of_exit in logits:
+            check_finite(logits_of_exit)
         return logits
 
     def _calls(
@@ -514,29 +392,17 @@ class EarlyExitClassifier:
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
             model, weights = self._single if len(rows) == 1 else (self.model, self._weights)
-            found = full_depth(model, weights, batch, tile=shape.tile, rows=len(rows))
-            running.append((rows, found))
+            of_pool = full_depth(model, weights, batch, tile=shape.tile, rows=len(rows))
+            running.append((rows, of_pool))
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
-        for rows, found in running:
-            logits[rows] = np.asarray(found)[: len(rows)]
+        for rows, of_pool in running:
+            logits[rows] = np.asarray(of_pool)[: len(rows)]
         return logits
 
-    def pools(self, lengths: np.ndarray, devices: int = 1) -> Iterator[tuple[np.ndarray, Shape]]:
+    def pools(self, lengths: np.ndarray, devices: int = 1) -> Iterator[Pool]:
         """The rows of every pool and its shape on each device; a row's length decides its T."""
-        bucket = bucket_of(lengths, self.bundle.buckets, self.bundle.max_length)
-        for length in np.unique(bucket):
-            rows = np.flatnonzero(bucket == length)
-            size = self.shapes.pool(int(length)) * devices
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                whole = len(part) > self.shapes.singles(int(length))
-                for some in [part] if whole else part[:, None]:
-                    yield some, self.shapes.of(-(-len(some) // devices), int(length))
-
-
-def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Row numbers filled up with -1 to `size`."""
-    return np.concatenate([rows, np.full(size - len(rows), -1, rows.dtype)])
+        buckets, longest = self.bundle.buckets, self.bundle.max_length
+        return self.shapes.pools(bucket_of(lengths, buckets, longest), devices)
 
 
 def as_list(texts: Any) -> Sequence[Text]:
@@ -557,17 +423,3 @@ def check_top_k(top_k: Any) -> None:
 def characters(text: Any) -> int:
     parts = text if isinstance(text, tuple | list) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))
-
-
-def chunks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of items, bounded in number and in characters, of which each has `size`."""
-    held: list[Item] = []
-    total = 0
-    for item in items:
-        held.append(item)
-        total += size(item)
-        if len(held) == CHUNK_ROWS or total >= CHUNK_CHARACTERS:
-            yield held
-            held, total = [], 0
-    if held:
-        yield held

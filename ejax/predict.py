@@ -20,9 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
-from ejax.classifier import EarlyExitClassifier, Text, chunks
+from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
 from ejax.data.files import Row, path_format, read_rows, texts_of
+from ejax.streaming import chunks
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")

@@ -9,7 +9,6 @@ Axes: N rows, E exits, D width, C classes.
 import dataclasses
 import itertools
 import re
-import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,13 +22,14 @@ import numpy as np
 from ejax import assets
 from ejax.bundle import Bundle
 from ejax.calibration.metrics import paired_interval
-from ejax.classifier import padded
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded, Text, load_tokenizer
+from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
+from ejax.timing import with_seconds
 
 TFIDF, FROZEN = "TF-IDF, linear", "frozen encoder, linear"
 MOST_ROWS = 10_000  # that a rival is fitted to
@@ -133,7 +133,6 @@ def draw(total: int) -> np.ndarray:
 def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, classes: int) -> Rival:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    start = time.perf_counter()
     vectorizer = TfidfVectorizer(
         analyzer=terms,
         sublinear_tf=True,
@@ -141,8 +140,9 @@ def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, classes: int) -> Rival:
         max_features=MOST_WEIGHTS // classes,
         dtype=np.float32,
     )
-    model, c = regression(vectorizer.fit_transform(texts), labels, TFIDF_C, scaled=False)
-    seconds = time.perf_counter() - start
+    (model, c), seconds = with_seconds(
+        lambda: regression(vectorizer.fit_transform(texts), labels, TFIDF_C, scaled=False)
+    )
     return Rival(TFIDF, vectorizer.transform, model, classes, "", 0, c, len(texts), seconds)
 
 
@@ -171,9 +171,7 @@ def fit_frozen(
     def vectors(texts: Sequence[Text]) -> np.ndarray:
         return of_tokens(tokenizer.encode(texts, max_length))
 
-    start = time.perf_counter()
-    model, c = regression(vectors(texts), labels, VECTOR_C)
-    seconds = time.perf_counter() - start
+    (model, c), seconds = with_seconds(lambda: regression(vectors(texts), labels, VECTOR_C))
     return Rival(
         FROZEN, vectors, model, len(bundle.labels), name, cfg.num_hidden_layers, c, len(texts),
         seconds,
@@ -265,19 +263,19 @@ def make_mixes(
     forward = jax.jit(partial(model.apply, method="mixes"))
 
     def run(encoded: Encoded) -> np.ndarray:
-        bucket = bucket_of(encoded.lengths, buckets, max_length)
+        padded_lengths = bucket_of(encoded.lengths, buckets, max_length)
         running = []
-        for length in np.unique(bucket).tolist():
-            rows = np.flatnonzero(bucket == length)
+        for length in np.unique(padded_lengths).tolist():
+            rows = np.flatnonzero(padded_lengths == length)
             most = max(8, TILE_TOKENS // length)
             size = next(size for size in (1, 8, most) if size >= min(len(rows), most))
             for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                batch = pad(encoded, padded(part, size), length)
-                running.append((part, forward(variables, batch)))
+                together = rows[start : start + size]
+                batch = pad(encoded, padded(together, size), length)
+                running.append((together, forward(variables, batch)))
         mixes = np.zeros((len(encoded), *running[0][1].shape[1:]), np.float32)
-        for part, found in running:
-            mixes[part] = np.asarray(found)[: len(part)]
+        for together, mixes_of_batch in running:
+            mixes[together] = np.asarray(mixes_of_batch)[: len(together)]
         return mixes
 
     return run

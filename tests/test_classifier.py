@@ -14,8 +14,8 @@ from ejax.classifier import EarlyExitClassifier, Shapes
 from ejax.evaluation import targets
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import Target
-from ejax.inference import engine
 from ejax.inference.cost import Profile, Seconds, profile_path, save_profile
+from ejax.inference.pool import run_pool
 
 SMALL = Shapes(tile_tokens=256, pool_tokens=512)
 ONE = jax.devices()[:1]
@@ -125,10 +125,10 @@ def test_the_number_of_programs_is_bounded() -> None:
     """Per length at most four shapes, whatever the number of texts and the threshold."""
     bundle = ejax.load_bundle(tiny.trained()[0])
     clf = EarlyExitClassifier(bundle, shapes=SMALL, devices=ONE)
-    engine.run_pool.clear_cache()
+    run_pool.clear_cache()
     for count in range(1, 60, 3):
         clf(TEXTS[:1] * count, threshold=count / 60)
-    assert engine.run_pool._cache_size() == 2  # 1 and 32 rows
+    assert run_pool._cache_size() == 2  # 1 and 32 rows
 
 
 def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> None:
@@ -136,7 +136,7 @@ def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> 
     texts = [*TEXTS, "", TEXTS[0] * 40, *reversed(TEXTS)]
     whole = clf(texts, threshold=0.7)
     for size in (1, 2, 7, 100):
-        monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", size)
+        monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", size)
         found = list(clf.stream(iter(texts), threshold=0.7))
         assert [row["label"] for row in found] == [row["label"] for row in whole]
         np.testing.assert_allclose(
@@ -144,7 +144,7 @@ def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> 
         )
     assert list(clf.stream([])) == []
     assert len(next(clf.stream(texts, top_k=None))) == 2
-    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 4)
+    monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 4)
     read: list[str] = []
     endless = (read.append(TEXTS[i % 23]) or TEXTS[i % 23] for i in range(10**9))
     for count, _ in zip(range(40), clf.stream(endless), strict=False):
@@ -160,7 +160,7 @@ def test_a_stream_refuses_what_it_cannot_take(clf: EarlyExitClassifier, monkeypa
     ):
         with pytest.raises(ValueError, match=message):
             next(clf.stream(texts, **options))
-    monkeypatch.setattr(ejax.classifier, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 4)
     with pytest.raises(ValueError, match=r"texts\[9\] must be a string"):
         list(clf.stream([*TEXTS[:9], None]))
 
@@ -169,16 +169,16 @@ def test_after_a_warmup_nothing_compiles() -> None:
     """However the texts of a call share out among the lengths."""
     bundle = dataclasses.replace(ejax.load_bundle(tiny.trained()[0]), buckets=(8,), max_length=16)
     clf = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=128), devices=ONE)
-    engine.run_pool.clear_cache()
+    run_pool.clear_cache()
     clf.warmup(rows=20)
-    compiled = engine.run_pool._cache_size()
+    compiled = run_pool._cache_size()
     short, long = "great film", "the film was great and the music was poor and awful"
     assert sorted({shape.length for _, shape in clf.pools(clf.encode([short, long]).lengths)}) == [
         8, 16,
     ]  # fmt: skip
     for count in range(21):
         clf([short] * count + [long] * (20 - count), threshold=0.3)
-    assert engine.run_pool._cache_size() == compiled == 5  # of 8 tokens 1 and 32 rows
+    assert run_pool._cache_size() == compiled == 5  # of 8 tokens 1 and 32 rows
 
 
 def test_a_warmup_for_many_devices_covers_one_text_too() -> None:
@@ -186,11 +186,11 @@ def test_a_warmup_for_many_devices_covers_one_text_too() -> None:
     bundle = dataclasses.replace(ejax.load_bundle(tiny.trained()[0]), buckets=(8,), max_length=8)
     clf = EarlyExitClassifier(bundle)
     assert len(clf.devices) == 8
-    engine.run_pool.clear_cache()
+    run_pool.clear_cache()
     clf.warmup(rows=8)
-    compiled = engine.run_pool._cache_size()
+    compiled = run_pool._cache_size()
     clf("great film")
-    assert engine.run_pool._cache_size() == compiled > 0
+    assert run_pool._cache_size() == compiled > 0
 
 
 def test_few_texts_of_a_length_run_one_by_one() -> None:
@@ -289,7 +289,7 @@ def test_logits_that_are_not_finite_are_named(monkeypatch) -> None:
         ValueError, match=r"text 7 \(counted from 0\) has logits that are not finite"
     ):
         clf(texts)
-    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 4)
+    monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 4)
     with pytest.raises(ValueError, match="text 7 "):
         list(clf.stream(texts))
 
@@ -328,7 +328,7 @@ def test_texts_that_go_deeper_are_noticed(tmp_path: Path, monkeypatch) -> None:
     assert found.sentence.startswith("These texts leave later than those the thresholds are for")
     assert found.p_value < 1e-6
     assert clf.drift(np.repeat(deep.exit, 2)).p_value < found.p_value
-    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 5)  # no chunk alone is enough
+    monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 5)  # no chunk alone is enough
     with pytest.warns(UserWarning, match="These texts leave later than") as warned:
         list(clf.stream(TWISTED * 6))
     assert [one.filename for one in warned] == [__file__]

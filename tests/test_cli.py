@@ -199,7 +199,7 @@ def test_a_named_text_column_and_a_pair(tmp_path):
 
 
 def test_many_chunks_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("ejax.classifier.CHUNK_ROWS", 7)
+    monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 7)
     clean = tiny.rows(30, seed=3)
     source = tiny.write_tsv(tmp_path / "in.tsv", clean)
     small = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--threshold", "0.9")

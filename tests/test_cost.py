@@ -22,7 +22,7 @@ from ejax.inference.cost import (
     save_profile,
     tile_rows,
 )
-from ejax.inference.engine import tiles
+from ejax.inference.schedule import tiles
 from ejax.models.bert import EncoderLayer
 
 CFG = BertConfig(hidden_size=128, num_attention_heads=4, intermediate_size=512, num_hidden_layers=4)

@@ -23,8 +23,18 @@ from reference import random_batch, random_variables
 
 from ejax.config import BertConfig, ExitConfig
 from ejax.inference import engine
-from ejax.inference.engine import early_exit, exit_logits, full_depth, prepare
-from ejax.inference.policy import RULE_NAMES, Decision, confidence, exit_scores, select_exit
+from ejax.inference.engine import early_exit, exit_logits, full_depth
+from ejax.inference.policy import (
+    RULE_NAMES,
+    Decision,
+    broadcast_thresholds,
+    check_temperatures,
+    confidence,
+    exit_scores,
+    select_exit,
+)
+from ejax.inference.pool import run_pool
+from ejax.inference.prepared import prepare
 from ejax.models.bert import FEW_ROWS, Batch, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert
 
@@ -357,13 +367,19 @@ def test_temperature_moves_exits_the_right_way():
 
 
 def arguments(case, variables, batch, thresholds=0.5):
-    """What `run_pool` takes."""
+    """What `run_pool` takes, and its settings."""
     exits = len(case.exits.layers)
-    return (
+    given = (
         case.model, prepare(case.model, variables), batch.arrays(),
-        engine.broadcast_thresholds(thresholds, case.rows, exits),
-        engine.check_temperatures(None, exits), jnp.int32(case.rows), "confidence", case.tile,
+        broadcast_thresholds(thresholds, case.rows, exits),
+        check_temperatures(None, exits), jnp.int32(case.rows),
     )  # fmt: skip
+    return given, {"rule": "confidence", "tile": case.tile}
+
+
+def lowered(case, variables, batch):
+    given, settings = arguments(case, variables, batch)
+    return run_pool.lower(*given, **settings)
 
 
 def count_steps(case, variables, batch, thresholds, monkeypatch):
@@ -379,7 +395,8 @@ def count_steps(case, variables, batch, thresholds, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(lax, "while_loop", counted)
-        found = engine.run_pool.__wrapped__(*arguments(case, variables, batch, thresholds))
+        given, settings = arguments(case, variables, batch, thresholds)
+        found = run_pool.__wrapped__(*given, **settings)
     return Decision(*map(np.asarray, found)), len(steps)
 
 
@@ -503,9 +520,8 @@ def primitives(jaxpr):
 
 
 def test_one_program_without_the_host():
-    jaxpr = jax.make_jaxpr(engine.run_pool, static_argnums=(0, 6, 7))(
-        *arguments(FIRST, *inputs(FIRST, 0))
-    )
+    (model, *given), settings = arguments(FIRST, *inputs(FIRST, 0))
+    jaxpr = jax.make_jaxpr(functools.partial(run_pool, model, **settings))(*given)
     (program,) = jaxpr.eqns
     inside = [eqn for eqn in program.params["jaxpr"].eqns if eqn.primitive.name == "while"]
     assert len(inside) == 1
@@ -521,7 +537,7 @@ def test_the_pool_is_written_in_place(name):
     That is the hidden [N', T, D] and a mix per later exit, [N', E - 1, D], however many layers.
     """
     case = CASES[name]
-    text = engine.run_pool.lower(*arguments(case, *inputs(case, 0))).compile().as_text()
+    text = lowered(case, *inputs(case, 0)).compile().as_text()
     for kept in (case.length, len(case.exits.layers) - 1):
         whole = rf"\[32,{kept},12\]"  # the rows, in whole tiles, and one tile more
         assert re.search(rf" = \w+{whole}\S* dynamic-update-slice\(", text)
@@ -535,7 +551,7 @@ def test_a_pool_that_cannot_fit_says_what_it_needs(monkeypatch):
     variables, batch = inputs(FIRST, 0)
     needed = engine.pool_bytes(FIRST.model, FIRST.rows, FIRST.length, FIRST.tile)
     # The state of the loop, as compiled, is most of it.
-    compiled = engine.run_pool.lower(*arguments(FIRST, variables, batch)).compile()
+    compiled = lowered(FIRST, variables, batch).compile()
     assert needed > compiled.memory_analysis().temp_size_in_bytes / 2
     monkeypatch.setattr(engine, "CHECKED_BYTES", 0)
     monkeypatch.setattr(engine, "free_bytes", lambda device: needed)

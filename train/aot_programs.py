@@ -234,7 +234,7 @@ def inference(
     batch = Batch(*(ints(rows, length) for _ in range(3)))
     given = placed((batch, floats(rows, count), floats(count), ints()))
     try:
-        program = compiled(run_pool.lower(model, weights, *given, "confidence", tile))
+        program = compiled(run_pool.lower(model, weights, *given, rule="confidence", tile=tile))
     except DoesNotFit as error:
         return {"fits": False, "why": str(error)}
     x = floats(tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)

@@ -41,11 +41,13 @@ from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup
 from ejax.rivals import Rival, enough
 from ejax.storage import first_line
+from ejax.timing import interleaved, timed, with_seconds
 
 BATCHES = (8, 16, 32, 64, 128)
 REQUESTS = (8, 32)
 STREAM_ROWS, REQUEST_ROWS, SWEEP_ROWS, TRIAL_ROWS = 200, 256, 512, 32
 SLOWEST = 4.0  # times slower than our full depth in a trial: left out, and said so
+TOKENISING = "tokenising"
 LIBRARIES = ("torch", "transformers", "onnx", "onnxruntime")
 AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
     "torch-float32": (LIBRARIES[:2], "transformers in PyTorch, full depth, float32"),
@@ -67,7 +69,6 @@ class Contender:
     logits: np.ndarray  # float32 [N, C], of all rows
     peak_bytes: int | None  # resident memory from before it was built to its peak
     rival: Rival | None = None  # a linear model, and all its times are from text
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
     def offline(self) -> None:
         self.run(self.encoded, self.setting)
@@ -171,16 +172,15 @@ def bench(
         enter(rival.name, partial(rival_run, rival), Texts(texts), all_cores)
         field[-1].rival, field[-1].peak_bytes = rival, None  # its memory went to fitting
 
-    tokenising: list[float] = []
-    for repeat in range(repeats):
-        tokenising.append(timed(partial(clf.encode, texts)))
-        for one in field:
-            progress(f"offline, pass {repeat + 1} of {repeats}, {one.name}")
-            one.seconds.append(timed(one.offline))
+    seconds = interleaved(
+        {TOKENISING: partial(clf.encode, texts), **{one.name: one.offline for one in field}},
+        repeats, warm_up=False,
+        progress=lambda turn, name: progress(f"offline, pass {turn} of {repeats}, {name}"),
+    )  # fmt: skip
     stream = single_stream(field, repeats, progress)
     by_request = requests(field, repeats, progress)
 
-    tokenising_seconds = statistics.median(tokenising)
+    tokenising_seconds = statistics.median(seconds[TOKENISING])
     first = encoded.subset(np.arange(min(64, len(encoded))))
     exact = in_float32(clf).full_logits(first)
     full = field[0].logits
@@ -188,7 +188,7 @@ def bench(
     early = quality(clf, encoded.lengths, truth, decision, full)
     measured = []
     for one in field:
-        time_of = timing(one.seconds, len(encoded))
+        time_of = timing(seconds[one.name], len(encoded))
         from_text = time_of["seconds"]["median"] + (0 if one.rival else tokenising_seconds)
         same = one.name != "torch-exit" and one.name in (field[0].name, *against)
         measured.append(
@@ -316,12 +316,6 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def single_stream(
     field: Sequence[Contender], repeats: int, progress: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
@@ -387,15 +381,13 @@ def curve(
     points = []
     for threshold in LADDER:
         progress(f"threshold {threshold:g}")
-        start = time.perf_counter()
-        decision = clf.decide_encoded(encoded, threshold=threshold)
-        speed = len(encoded) / (time.perf_counter() - start)
+        decision, seconds = with_seconds(partial(clf.decide_encoded, encoded, threshold=threshold))
         answers = decision.logits.argmax(axis=1)
         points.append(
             {
                 "threshold": threshold,
                 "accuracy": accuracy(answers, truth),
-                "texts_per_second": speed,
+                "texts_per_second": len(encoded) / seconds,
             }
         )
     return points

@@ -19,12 +19,14 @@ from rich.table import Table
 from ejax import storage
 from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
-from ejax.classifier import EarlyExitClassifier, Shape, Text
-from ejax.data.tokenizer import Encoded
+from ejax.classifier import EarlyExitClassifier
+from ejax.data.tokenizer import Encoded, Text
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
+from ejax.inference.shapes import Pool
 from ejax.rivals import Rival, enough
+from ejax.timing import interleaved, medians
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
 TILE_TOKENS = (512, 1024, 2048, 4096)
@@ -86,16 +88,13 @@ def evaluate(
     if texts:
         runs["tokenising"] = partial(clf.encode, texts)
     results: dict[Level, Any] = {}
-    seconds: dict[Level, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         progress(f"compiling, {describe(name)}")
         results[name] = run()
-    for repeat in range(repeats):
-        for name, run in runs.items():
-            progress(f"pass {repeat + 1} of {repeats}, {describe(name)}")
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved(
+        runs, repeats, warm_up=False,
+        progress=lambda turn, name: progress(f"pass {turn} of {repeats}, {describe(name)}"),
+    )  # fmt: skip
     tokenising = {"tokenising_seconds": statistics.median(seconds["tokenising"])} if texts else {}
 
     def time_of(name: Level) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> 
     return found
 
 
-Pools = Sequence[tuple[np.ndarray, Shape]]
+Pools = Sequence[Pool]
 
 
 def exit_accuracy(logits: np.ndarray, labels: np.ndarray) -> list[float]:
@@ -227,15 +226,9 @@ def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClas
     rows, shape = max(clf.pools(encoded.lengths), key=lambda pool: len(pool[0]))
     sample = encoded.subset(rows[: TRIAL_TOKENS // shape.length])
 
-    def clock(candidate: EarlyExitClassifier) -> float:
-        start = time.perf_counter()
-        candidate.full_logits(sample)
-        return time.perf_counter() - start
-
-    for candidate in candidates:
-        candidate.full_logits(sample)  # compiles
-    taken = [[clock(candidate) for candidate in candidates] for _ in range(TRIALS)]
-    return candidates[int(np.median(taken, axis=0).argmin())]
+    runs = {candidate: partial(candidate.full_logits, sample) for candidate in candidates}
+    seconds = medians(interleaved(runs, TRIALS))
+    return min(candidates, key=seconds.__getitem__)
 
 
 def quality(

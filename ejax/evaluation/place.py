@@ -1,9 +1,9 @@
 """Fewer exits for a trained bundle: the placement of the least measured cost."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ejax.evaluation.targets import needed_profile, rows_for_thresholds, table_o
 from ejax.hardware import describe as machine
 from ejax.models.early_exit import cut
 from ejax.provenance import UNKNOWN
+from ejax.timing import interleaved, medians
 
 
 def place_exits(
@@ -64,14 +65,11 @@ def place_exits(
             placed, shapes=clf.shapes, devices=clf.devices[:1], one_type=clf.one_type
         ),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     taken = {name: run.decide_encoded(task.encoded).exit for name, run in runs.items()}
-    for repeat in range(repeats):
-        progress(f"pass {repeat + 1} of {repeats}")
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run.decide_encoded(task.encoded)
-            seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved(
+        {name: partial(run.decide_encoded, task.encoded) for name, run in runs.items()},
+        repeats, warm_up=False, progress=lambda turn, _: progress(f"pass {turn} of {repeats}"),
+    )  # fmt: skip
     after, simulated = taken["after"], table.leave(best.of_all(len(table.layers)))
     rows = len(task.labels)
     kept = ", ".join(map(str, placed.exits.layers))
@@ -89,9 +87,7 @@ def place_exits(
         "max_drop": max_drop,
         "found": [point_of(table, one) for one in found],
         "before": describe(table, taken["before"]),
-        "measured": {
-            name: 1000 * statistics.median(values) / rows for name, values in seconds.items()
-        },
+        "measured": {name: 1000 * median / rows for name, median in medians(seconds).items()},
         "differ": int((np.asarray(best.exits)[after] != simulated).sum()),
         "dtype": bundle.cfg.dtype,
         "machine": machine(),

@@ -20,26 +20,19 @@ from ejax.config import Dtype
 from ejax.data.batches import bucket_of
 from ejax.hardware import describe
 from ejax.inference.cost import Profile, Seconds
-from ejax.inference.engine import (
-    SMALL_TILE,
-    Prepared,
-    RunLayer,
-    prepare,
-    run_head,
-    run_layer,
-    run_pool,
-    tile_sizes,
-)
 from ejax.inference.policy import broadcast_thresholds, check_temperatures
+from ejax.inference.pool import run_pool
+from ejax.inference.prepared import Prepared, RunLayer, prepare, run_head, run_layer
+from ejax.inference.schedule import SMALL_TILE, tile_sizes
 from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import ragged_logits
+from ejax.timing import Run, interleaved, medians
 
 TILE_TOKENS = (512, 1024, 2048)
 TURNS, TURN_SECONDS = 7, 0.05  # of a piece, compared with the others in turn
 LAYERS = 4
 ZERO_ROWS, ZERO_TOKENS = 64, 128  # that exit 0 is timed on
-Run = Callable[[], Any]
 PREFERENCE = 0.02  # a smaller tile that costs so little more wastes less at the ends of pools
 STEP_TILES, POOL_TILES = 4, 8  # in the pools that show a step without layers, and the whole
 
@@ -162,7 +155,7 @@ class Pieces:
         return self.pool(rows, length, STEP_TILES, no_layer)
 
     def pool(
-        self, rows: int, length: int, tiles: int = POOL_TILES, layer: RunLayer | None = None
+        self, rows: int, length: int, tiles: int = POOL_TILES, layer: RunLayer = run_layer
     ) -> Run:
         """The engine at full depth."""
         count = tiles * rows
@@ -171,7 +164,7 @@ class Pieces:
         return partial(
             run_pool, self.model, self.weights, Batch(ids.astype(np.int32)).arrays(),
             broadcast_thresholds(2.0, count, exits), check_temperatures(None, exits),
-            jnp.int32(count), "confidence", rows, False, layer,
+            jnp.int32(count), rule="confidence", tile=rows, layer=layer,
         )  # fmt: skip
 
     def stream(self, rows: int, length: int) -> jax.Array:
@@ -185,17 +178,7 @@ def no_layer(cfg: Any, weights: Prepared, i: int, x: jax.Array, mask: jax.Array)
 
 def median_seconds(runs: Mapping[Any, Run]) -> dict[Any, float]:
     """Of turns, after one run of each that compiles; a turn is as many runs as fill its time."""
-    taken: dict[Any, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(TURNS):
-        for name, run in runs.items():
-            count, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < TURN_SECONDS or not count:
-                jax.block_until_ready(run())
-                count += 1
-            taken[name].append(spent / count)
-    return {name: float(np.median(values)) for name, values in taken.items()}
+    return medians(interleaved(runs, TURNS, at_least=TURN_SECONDS))
 
 
 def profile_table(profile: Profile) -> Table:

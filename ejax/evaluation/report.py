@@ -7,6 +7,7 @@ Axes: P policies, E exits, N rows, C classes.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.provenance import CHOSEN, FITTED, UNKNOWN
 from ejax.rivals import fit_rivals
+from ejax.timing import timed
 
 POINTS = 40  # of a curve
 RESAMPLES = 200  # of the rows, for a band of 95 %
@@ -218,11 +220,7 @@ def full_depth_of(
     encoded = clf.encode(inputs)
     best = best_full_depth(clf.on_one_device(), encoded)
     answers = best.full_logits(encoded).argmax(axis=1)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        best.full_logits(encoded)
-        seconds.append(time.perf_counter() - start)
+    seconds = [timed(partial(best.full_logits, encoded)) for _ in range(repeats)]
     layers = clf.bundle.exits.num_layers
     return {
         "layers": layers,

@@ -4,7 +4,6 @@ What is chosen is tried on the outputs of the very engine, tiles and compute typ
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -29,6 +28,7 @@ from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
 from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known
+from ejax.timing import interleaved, medians
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
 FAMILIES: tuple[Family, ...] = ("per exit", "one number")
@@ -246,13 +246,12 @@ class Costs:
     def measured(self, threshold: Any) -> float:
         """Of a sample of the rows, one by one: the median pass, after one that compiles."""
         rows = [self.encoded.subset(np.array([row])) for row in self.sample]
-        taken = []
-        for _ in range(1 + PASSES):
-            start = time.perf_counter()
+
+        def one_by_one() -> None:
             for row in rows:
                 self.clf.decide_encoded(row, threshold=threshold)
-            taken.append(time.perf_counter() - start)
-        return 1000 * statistics.median(taken[1:]) / len(rows)
+
+        return 1000 * medians(interleaved({"alone": one_by_one}, PASSES))["alone"] / len(rows)
 
     def alone(self, taken: np.ndarray) -> float:
         """Of one text alone, in the mean over these rows."""

@@ -18,7 +18,7 @@ from ejax import storage
 from ejax.assets import cache_dir
 from ejax.config import BertConfig, Dtype, ExitConfig, to_json
 from ejax.hardware import cpu_type, describe
-from ejax.inference.engine import tiles
+from ejax.inference.schedule import tiles
 
 
 def layer_flops(cfg: BertConfig, tokens: Any) -> Any:
