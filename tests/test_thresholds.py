@@ -14,16 +14,14 @@ from scipy.stats import beta, binom
 
 from ejax.calibration import thresholds
 from ejax.calibration.fits import curve
+from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
 from ejax.calibration.thresholds import (
     FULL,
-    Refused,
     budget_thresholds,
     drop_thresholds,
     make_table,
     operating_point,
     oracle,
-    promised_drop,
-    risk_thresholds,
     within_drop,
 )
 from ejax.inference.policy import select_exit

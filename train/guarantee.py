@@ -20,18 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table as Shown
 from rich.text import Text
-from scipy.special import bdtri
+from scipy.stats import binomtest
 
-from ejax.calibration.thresholds import (
-    ROUNDING,
-    Refused,
-    Table,
-    check_loss,
-    policies,
-    promised_drop,
-    risk_thresholds,
-    totals,
-)
+from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
+from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, totals
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, check_json, check_split, run
 from ejax.data.rows import encode
@@ -158,11 +150,10 @@ def broken(
     best = policies(table, "per exit")
     within = totals(table, best, lost) <= (bound + ROUNDING) * every.size
     violations = int(times[true > bound + ROUNDING].sum()) if promised else 0
-    low = float(1 - bdtri(draws - violations, draws, 0.025)) if violations else 0.0
-    high = float(bdtri(violations, draws, 0.025)) if violations < draws else 1.0
+    interval = binomtest(violations, draws).proportion_ci()  # Clopper and Pearson
     return {
         "bound": bound, "delta": delta, "rows": count, "violations": violations,
-        "share": violations / draws, "low": low, "high": high,
+        "share": violations / draws, "low": float(interval.low), "high": float(interval.high),
         "refused": 1 - promised / draws, "full_depth": float(full / promised) if promised else None,
         "mean_loss": mean(true), "mean_depth": mean(depths), "exit_share": mean(shares),
         "hindsight_depth": float(table.depths(best)[within].min()) if within.any() else None,

@@ -1,6 +1,6 @@
 """python -m train.joint --config configs/NAME.py [field=value …]
 
-What it costs to train all exits together: the step of a config beside the step of the same model
+What it costs to train all exits together: the step of a config and the step of the same model
 with its last exit alone, in turns on the same real batches, dropout and optimizer included.
 """
 
@@ -45,7 +45,7 @@ def main(
         list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
     ] = None,
 ) -> None:
-    """Measure the training step with all exits beside the one with the last exit alone."""
+    """Measure the training step with all exits, and the one with the last exit alone."""
     check_json(output)
     chosen = override(load_config(config), fields or ())
     found = measure(chosen, steps, repeats, Console(stderr=True))

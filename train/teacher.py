@@ -1,7 +1,7 @@
 """python -m train.teacher --data FOLDER --labelled 10000 --unlabelled 50000 [--teacher BUNDLE]
 
-What texts without labels are worth: a training on few labelled rows and on more texts, beside one
-on the labelled rows alone with as many steps. The labels of the texts are dropped here.
+What texts without labels are worth: a training on few labelled rows and on more texts, compared
+with one on the labelled rows alone with as many steps. The labels of the texts are dropped here.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ Axes: N rows, C classes.
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from ejax.calibration.metrics import wilson_interval
 
@@ -22,8 +23,7 @@ def certainty(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
     Returns:
       float32 [N] in [1/C, 1].
     """
-    scaled = logits / temperatures[:, None]
-    return np.asarray(1 / np.exp(scaled - scaled.max(axis=1, keepdims=True)).sum(axis=1))
+    return np.asarray(softmax(logits / temperatures[:, None], axis=1).max(axis=1))
 
 
 def check_abstain(threshold: Any) -> np.float32:
@@ -104,7 +104,7 @@ def lowest_abstain(certainties: Any, right: Any, accuracy: float) -> float:
     if not enough.size:
         raise ValueError(
             f"abstain: no threshold makes the answers right on {accuracy:g} of {rows[-1]} rows; "
-            f"the most is {share.max():.4g}, on the surest {rows[share.argmax()]}."
+            f"the most is {share.max():.4g}, on the most confident {rows[share.argmax()]}."
         )
     least, *below = -doubts[enough[-1] :]
     if not below:

@@ -66,7 +66,7 @@ def compare(left: Any, depth: dict[str, Any], layers: Any) -> Drift:
 
 
 def _fisher(a: int, rows: int, b: int, others: int) -> float:
-    """Two-sided p-value of `a` of `rows` beside `b` of `others`, twice the smaller tail."""
+    """Two-sided p-value of `a` of `rows` against `b` of `others`, twice the smaller tail."""
     k = np.arange(max(0, a + b - rows), min(others, a + b) + 1)  # what b might have been
     logs = _log_choose(others, k) + _log_choose(rows, a + b - k) - _log_choose(rows + others, a + b)
     share = np.exp(logs)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.optimize import minimize
+from scipy.special import expit, logit, softmax
 
 from ejax.calibration.metrics import Float, Int
 
@@ -50,9 +51,7 @@ def pooled(full: Float, own: Float, labels: Int) -> Float:
     middle = np.array([1.0, 0.0])
 
     def probs_at(weights: Float) -> Float:
-        z = weights[0] * x[0] + weights[1] * x[1]
-        p = np.exp(z - z.max(axis=0))
-        return np.asarray(p / p.sum(axis=0))
+        return np.asarray(softmax(weights[0] * x[0] + weights[1] * x[1], axis=0))
 
     def at(weights: Float) -> tuple[float, Float, Float]:
         p, off = probs_at(weights), weights - middle
@@ -66,22 +65,13 @@ def pooled(full: Float, own: Float, labels: Int) -> Float:
     return probs_at(_minimum(at, middle)).T
 
 
-def _minimum(at: Callable[[Float], tuple[float, Float, Float]], weights: Float) -> Float:
-    """Of a convex function, by Newton; `at` gives its value, gradient and curvature."""
-    value, gradient, curvature = at(weights)
-    for _ in range(100):
-        step = np.linalg.solve(curvature, gradient)
-        if np.abs(step).max() < 1e-8:
-            break
-        # Far from the minimum, as with many saturated scores, a whole step may overshoot.
-        for scale in 0.5 ** np.arange(30):
-            found = at(weights - scale * step)
-            if found[0] <= value:
-                break
-        else:
-            break  # no lower value within rounding
-        weights, (value, gradient, curvature) = weights - scale * step, found
-    return weights
+def _minimum(at: Callable[[Float], tuple[float, Float, Float]], start: Float) -> Float:
+    """Of a convex function; `at` gives its value, gradient and curvature."""
+    found = minimize(
+        lambda weights: at(weights)[:2], start, jac=True, hess=lambda weights: at(weights)[2],
+        method="trust-exact", options={"gtol": 1e-8},
+    )  # fmt: skip
+    return np.asarray(found.x)
 
 
 def _logit(p: Any) -> Any:

@@ -4,11 +4,11 @@ Everything is computed in float64 with NumPy. Axes: E exits, N rows, C classes.
 """
 
 import math
-import statistics
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from ejax.inference.policy import check_temperatures
 
@@ -83,8 +83,7 @@ def _check_probs(probs: Any) -> Float:
 def softmax(logits: Any, *, temperature: float = 1.0) -> Float:
     """Softmax of `logits / temperature` over the last axis, float64; never overflows."""
     scaled = np.asarray(logits, np.float64) / _positive(temperature)
-    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+    return np.asarray(special.softmax(scaled, axis=-1))
 
 
 def _positive(temperature: float) -> float:
@@ -104,10 +103,8 @@ def nll(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
       temperature: positive.
     """
     values, checked = check_rows(np.asarray(logits)[None], labels)
-    scaled = values[0] / _positive(temperature)
-    top = scaled.max(axis=1)
-    log_sum = np.log(np.exp(scaled - top[:, None]).sum(axis=1))
-    return float(np.mean(log_sum + (top - scaled[np.arange(checked.size), checked])))
+    log_probs = special.log_softmax(values[0] / _positive(temperature), axis=1)
+    return float(-np.mean(log_probs[np.arange(checked.size), checked]))
 
 
 def brier(probs: Any, labels: Any) -> float:
@@ -135,20 +132,17 @@ def accuracy(predictions: Any, labels: Any) -> float:
 def macro_f1(predictions: Any, labels: Any) -> float:
     """Mean F1 over the classes that occur in the labels or in the predictions, in [0, 1].
 
-    A class that occurs in neither is left out, as in scikit-learn's
-    `f1_score(average="macro")`; one that occurs on one side only counts as 0.
+    A class that occurs in neither is left out; one that occurs on one side only counts as 0.
 
     Args:
       predictions: <int>[N].
       labels: <int>[N].
     """
+    from sklearn.metrics import f1_score  # slow to import
+
     checked = _check_labels(labels, np.size(labels))
     predicted = _check_predictions(predictions, checked.size)
-    classes = int(max(checked.max(), predicted.max())) + 1
-    hits = np.bincount(checked[checked == predicted], minlength=classes)
-    # 2 TP + FP + FN: how often the class is a label plus how often it is predicted.
-    seen = np.bincount(checked, minlength=classes) + np.bincount(predicted, minlength=classes)
-    return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
+    return float(f1_score(checked, predicted, average="macro"))
 
 
 def _check_predictions(predictions: Any, rows: int) -> Int:
@@ -230,21 +224,21 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
     floors = rng.random((20, checked.size)) < confidence
     off = np.concatenate([correct[None], floors]) - confidence  # [1 + floors, N]
     bin_of = _bin(confidence, 15, "width")
-    found = []
+    differences = []
     for _ in range(200):
         counts = rng.multinomial(checked.size, np.full(checked.size, 1 / checked.size))
-        drawn, *floor = (_gap(bin_of, counts * one, 15) for one in off)
-        found.append(drawn - np.mean(floor))
-    low, high = np.quantile(found, (0.025, 0.975))
+        drawn, *floor = (_gap(bin_of, counts * excess_of_rows, 15) for excess_of_rows in off)
+        differences.append(drawn - np.mean(floor))
+    low, high = np.quantile(differences, (0.025, 0.975))
     ladder = [float(temperature), *np.geomspace(0.2, 5, 61).tolist()]
     best = min(ladder, key=lambda t: max(0.0, excess(t, samples=20)))
-    found_at = {t: excess(t, samples=100) for t in (ladder[0], best)}
-    best = min(found_at, key=lambda t: max(0.0, found_at[t]))
+    excess_at = {t: excess(t, samples=100) for t in (ladder[0], best)}
+    best = min(excess_at, key=lambda t: max(0.0, excess_at[t]))
     return {
         "ece_minus_floor_low": float(low),
         "ece_minus_floor_high": float(high),
         "best_temperature": best,
-        "ece_minus_floor_at_best": found_at[best],
+        "ece_minus_floor_at_best": excess_at[best],
     }
 
 
@@ -305,13 +299,12 @@ def failure_auroc(probs: Any, labels: Any) -> float | None:
       probs: <float>[N, C].
       labels: <int>[N] in 0..C-1.
     """
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     confidence, correct = _top(probs, labels)
-    right, wrong = confidence[correct == 1], np.sort(confidence[correct == 0])
-    if not (right.size and wrong.size):
+    if correct.min() == correct.max():
         return None
-    below = np.searchsorted(wrong, right, side="left")
-    below_or_equal = np.searchsorted(wrong, right, side="right")
-    return float((below + below_or_equal).mean() / 2 / wrong.size)
+    return float(roc_auc_score(correct, confidence))
 
 
 def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
@@ -384,12 +377,12 @@ def paired_interval(
         )
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1. Got {level}.")
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     n = a.size
     both, only_a, only_b = (int(x.sum()) for x in (a & b, a & ~b, ~a & b))
     neither = n - both - only_a - only_b
-    down_a, up_a = _wilson_arms(both + only_a, n, z)
-    down_b, up_b = _wilson_arms(both + only_b, n, z)
+    (down_a, up_a), (down_b, up_b) = (
+        _arms(both + only_one, n, level) for only_one in (only_a, only_b)
+    )
     phi = _corrected_phi(both, only_a, only_b, neither)
     low_arm = math.sqrt(max(down_a**2 - 2 * phi * down_a * up_b + up_b**2, 0.0))
     high_arm = math.sqrt(max(up_a**2 - 2 * phi * up_a * down_b + down_b**2, 0.0))
@@ -401,16 +394,16 @@ def paired_interval(
 
 def wilson_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Of a share of which `hits` of `n` were seen (Wilson, 1927): low and high, in [0, 1]."""
-    down, up = _wilson_arms(hits, n, statistics.NormalDist().inv_cdf((1 + level) / 2))
-    return max(hits / n - down, 0.0), min(hits / n + up, 1.0)
+    from scipy.stats import binomtest  # slow to import
+
+    interval = binomtest(hits, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def _wilson_arms(hits: int, n: int, z: float) -> tuple[float, float]:
-    """How far Wilson's score interval reaches below and above hits / n."""
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
-    return p - centre + half, centre + half - p
+def _arms(hits: int, n: int, level: float) -> tuple[float, float]:
+    """How far Wilson's interval reaches below and above hits / n."""
+    low, high = wilson_interval(hits, n, level)
+    return hits / n - low, high - hits / n
 
 
 def _corrected_phi(both: int, only_a: int, only_b: int, neither: int) -> float:

@@ -68,14 +68,14 @@ def place(
             for kept in combinations(range(exits), size)
             if table.layers[kept[-1]]  # exit 0 alone is no encoder
         )
-        within = (one for one in tried if one is not None)
-        best.append(cheapest(list(within)))  # the last exit alone loses nothing
+        within = [placement for placement in tried if placement is not None]
+        best.append(cheapest(within))  # the last exit alone loses nothing
     return best
 
 
 def cheapest(placements: Sequence[Placement]) -> Placement:
     """The first of the least cost: what no row uses changes it by rounding alone."""
-    return placements[_first_of_least([one.cost for one in placements])]
+    return placements[_first_of_least([placement.cost for placement in placements])]
 
 
 def _first_of_least(costs: Any) -> int:

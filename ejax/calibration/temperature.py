@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import softmax
 
 from ejax.calibration.metrics import Float, Int, check_rows, nll
 
@@ -17,7 +19,7 @@ def fit_temperatures(logits: Any, labels: Any) -> npt.NDArray[np.float32]:
 
     Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2, one exit
     at a time as in Schwartz et al. (ACL 2020), section 3.3. The NLL is convex in 1 / T, not
-    in T, so the fit is a bisection on its slope in 1 / T, within [0.05, 20]. Of an exit without
+    in T, so the fit is the root of its slope in 1 / T, within [0.05, 20]. Of an exit without
     a wrong row the NLL falls as long as T does: there each label counts as
     (N + 1) / (N + 2) likely, the others as equally likely (Platt, 1999, section 2.2).
 
@@ -68,22 +70,22 @@ def _fit(exit: int, logits: Float, labels: Int) -> float:
 
 def _slope(margins: Float, beta: float) -> float:
     """d NLL / d beta at beta = 1 / T; `margins` are the logits minus the label's, [N, C]."""
-    scaled = beta * margins
-    weights = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return float((weights * margins).sum(axis=1).mean())
+    return float((softmax(beta * margins, axis=1) * margins).sum(axis=1).mean())
 
 
 def _root(margins: Float, expected: float = 0.0) -> float:
     """The temperature at which the slope is 0, or that of labels whose margin is `expected`."""
-    low, high = LOWEST, HIGHEST
-    for _ in range(40):  # halvings of a log range of 6: far below a float32 step
-        middle = math.sqrt(low * high)
-        if _slope(margins, 1 / middle) > expected:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
+
+    def above(log_temperature: float) -> float:
+        return _slope(margins, math.exp(-log_temperature)) - expected
+
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    # The slope falls as T rises; what is expected of it may lie outside the bounds.
+    if above(low) <= 0:
+        return LOWEST
+    if above(high) >= 0:
+        return HIGHEST
+    return math.exp(brentq(above, low, high, xtol=1e-12))  # far below a float32 step
 
 
 def _warn(exit: int, what: str, logits: Float, labels: Int) -> None:

@@ -1,10 +1,8 @@
 """Thresholds from a target, and what thresholds cost and lose on labelled rows.
 
-A target is an accuracy drop, a budget, or a risk with a guarantee. All choose from a family of
-policies ordered from the surest to the fastest: one threshold per exit, tied together by one
-bound on what a row may lose by leaving, or one number for all exits. An exit may err on other
-rows than full depth, as one on n-grams does: then leaving there also gains, and the bound may be
-negative.
+A target is an accuracy drop or a budget; `ejax.calibration.risk` has those with a guarantee. All
+choose from a family of policies, ordered from full depth to the fastest: one threshold per exit,
+tied together by one bound on what a row may lose by leaving, or one number for all exits.
 
 Axes: E exits, N rows, C classes, P policies.
 """
@@ -18,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtr, bdtri, log_softmax
+from scipy.special import log_softmax
 
 from ejax.calibration.fits import LEAST, curve, pooled
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval
@@ -29,10 +27,30 @@ FULL = 2.0  # above every score: nobody leaves early
 ROUNDING = 1e-9  # of sums that are equal, or nothing, written down exactly
 STEPS = 401  # policies to choose from
 
-
-class Refused(ValueError):
-    """A promise that not even full depth was shown to keep."""
-
+# How policies are ordered, and one is chosen. At each exit a curve is fitted: what a row of a score
+# loses by leaving there, less what it gains. One bound on that loss cuts all curves, and where it
+# cuts the curve of an exit, there is the threshold of this exit:
+#
+#   loss |  .     *
+#        |    .     *
+#  bound |------.-----*-------
+#        |      | .   | *       .  a deep exit: it rarely differs from full depth
+#        |      |   . |   *     *  the first exit
+#        +------|-----|------ score
+#               t1    t0        their thresholds
+#
+# A larger bound lowers all thresholds together, so that policies have an order:
+#
+#              t0    t1   last
+#   policy 0   2     2     0     no score reaches 2: full depth
+#          1   0.99  0.95  0     the least bound
+#          2   0.96  0.90  0     the next one
+#          …   …     …     0
+#        P-1   0     0     0     all leave at the first exit
+#
+# A drop takes the policy that runs least deep of those that lose no more than it; a budget takes
+# the one expected to lose least of those that cost no more. A bound may be negative: an exit that
+# errs on other rows than full depth, as one on n-grams does, also gains.
 
 Thresholds = float | Sequence[float]  # one for all exits, or one per exit
 Family = Literal["per exit", "one number"]
@@ -288,7 +306,7 @@ def budget_thresholds(
     ordered = policies(table, family)
     spent = np.array([spend(table.leave(policy)) for policy in ordered])
     if (spent <= budget).any():
-        expected = totals(table, ordered, table.expected_lost).round(9)  # of equals the surest
+        expected = totals(table, ordered, table.expected_lost).round(9)  # of equals the first
         p = np.where(spent <= budget, expected, np.inf).argmin()
         point = operating_point(table, ordered[p].tolist())
         return point | {"budget": float(budget), "spent": float(spent[p])}
@@ -299,185 +317,14 @@ def budget_thresholds(
     )
 
 
-def risk_thresholds(
-    table: Table,
-    risk: float,
-    delta: float = 0.05,
-    *,
-    loss: Loss = "disagreement",
-    family: Family = "per exit",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The fastest thresholds that are shown to lose at most `risk` of texts.
-
-    With probability 1 - delta over the draw of these rows the share of all texts, drawn as
-    these were, that loses is at most `risk`, whatever the model and for any number of rows: Learn
-    then Test (Angelopoulos et al., 2021, section 2 and fixed-sequence testing in section 3) with
-    exact binomial p-values. The policies are ordered on a quarter of the rows, from the surest
-    on; on the others each in turn has to reject "its risk is above `risk`" at level `delta`, and
-    the first that does not ends the sequence. Full depth loses nothing and needs no test, but
-    for the loss "wrong": there the first tested is the one expected to be wrong least often.
-
-    Args:
-      risk: in (0, 1), a share of texts.
-      delta: in (0, 1).
-      loss: "disagreement" counts texts with another answer than full depth's, "error" those
-        that full depth gets right and early exit does not, "wrong" those that early exit gets
-        wrong.
-      seed: which rows order the policies.
-
-    Returns:
-      The dict of `operating_point` of the tested rows at the thresholds chosen, and `risk`,
-      `delta`, `loss`; `rows_for_order`, 0 where there were too few to test any; `losses`, the
-      tested rows that lost; `p_value` (null where full depth is kept untested); `upper`, the
-      share that the loss is below with probability 1 - delta, were this policy the only one tested
-      (Clopper and Pearson, 1934);
-      `rows_needed`, without which nothing can be shown.
-
-    Raises:
-      ValueError: on a risk or a delta outside (0, 1).
-      Refused: for "wrong", where nothing can be shown.
-    """
-    check_share("risk", risk)
-    check_share("delta", delta)
-    check_loss(loss)
-    first, rest = split_rows(table, seed)
-    needed = math.ceil(math.log(delta) / math.log1p(-risk))
-    chosen, losses, p_value, tested = [FULL] * len(table.layers), 0, None, table
-    enough = rest.size >= needed
-    if not enough and loss == "wrong":
-        raise Refused(
-            f"to show that at most {100 * risk:g} % of texts are wrong, with probability "
-            f"{1 - delta:g}, takes at least {_with_order(needed)} rows. Got {table.tokens.size}."
-        )
-    if enough:
-        ordering, tested = table.take(first), table.take(rest)
-        if loss == "wrong":
-            ordered = policies(ordering, family)
-            ordered = ordered[totals(ordering, ordered, ordering.expected_lost).argmin() :]
-        else:
-            ordered = policies(ordering, family, ordering.lost(loss))[1:]
-        counts = totals(tested, ordered, tested.lost(loss).astype(float)).round()
-        p_values = bdtr(counts, rest.size, risk)
-        passed = int((p_values <= delta).cumprod().sum())
-        if passed:
-            chosen, p_value = ordered[passed - 1].tolist(), float(p_values[passed - 1])
-            losses = int(counts[passed - 1])
-        elif loss == "wrong":
-            least = 100 * rounded_up(_at_most(counts[0], rest.size, delta))
-            raise Refused(
-                f"full depth is wrong on {100 * (1 - table.correct[-1].mean()):.3g} % of "
-                f"{table.tokens.size} rows: that at most {100 * risk:g} % of texts are wrong could "
-                f"not be shown with probability {1 - delta:g}, {least:g} % could. Ask for more, "
-                f"on other rows, or train a better model."
-            )
-    return operating_point(tested, chosen) | {
-        "risk": float(risk),
-        "delta": float(delta),
-        "loss": loss,
-        "rows_for_order": first.size if enough else 0,
-        "losses": losses,
-        "p_value": p_value,
-        "upper": 0.0 if p_value is None else float(_at_most(losses, rest.size, delta)),
-        "rows_needed": _with_order(needed),
-    }
-
-
-def promised_drop(
-    table: Table,
-    max_drop: float,
-    delta: float = 0.05,
-    *,
-    family: Family = "per exit",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The fastest thresholds that are shown to lose at most `max_drop` points of accuracy.
-
-    With probability 1 - delta over the draw of these rows, of all texts drawn as these were, the
-    share that only full depth gets right less the share that only early exit gets right is at
-    most `max_drop` points. Tested in sequence as by `risk_thresholds`, each policy by exact bounds
-    (Clopper and Pearson, 1934): the losses' upper one at 0.8 delta less the gains' lower one at
-    0.2 delta; either fails with probability delta at most, however the two depend on each other.
-
-    Args:
-      max_drop: in points, above 0 and below 100.
-      delta: in (0, 1).
-      seed: which rows order the policies.
-
-    Returns:
-      The dict of `operating_point` of the tested rows at the thresholds chosen, and `max_drop`,
-      `delta`; `rows_for_order`; `losses` and `gains`, tested rows; `upper`, the bound in points
-      (null where full depth is kept); `rows_needed`, where no row is lost or gained.
-
-    Raises:
-      ValueError: on a drop or a delta outside its range.
-    """
-    check_promise(max_drop, delta)
-    first, rest = split_rows(table, seed)
-    if not rest.size:
-        raise ValueError("a promise needs at least 2 rows, to order policies and to test them.")
-    ordering, tested = table.take(first), table.take(rest)
-    # By losses alone, not less gains: in 32 trials 17 ran less deep so, by up to a layer, and 10
-    # deeper, by up to half of one.
-    ordered = policies(ordering, family, ordering.expected[0])[1:]
-    right = tested.correct
-    lost, gained = (
-        totals(tested, ordered, one.astype(float)).round()
-        for one in (right[-1] & ~right, ~right[-1] & right)
-    )
-    kept = _at_most(rest.size - gained, rest.size, 0.2 * delta)
-    upper = _at_most(lost, rest.size, 0.8 * delta) - (1 - kept)
-    passed = int((100 * upper <= max_drop).cumprod().sum())
-    p = passed - 1
-    chosen = ordered[p].tolist() if passed else [FULL] * len(table.layers)
-    return operating_point(tested, chosen) | {
-        "max_drop": float(max_drop),
-        "delta": float(delta),
-        "rows_for_order": first.size,
-        "losses": int(lost[p]) if passed else 0,
-        "gains": int(gained[p]) if passed else 0,
-        "upper": 100 * float(upper[p]) if passed else None,
-        "rows_needed": _with_order(math.ceil(math.log(0.8 * delta) / math.log1p(-max_drop / 100))),
-    }
-
-
-def _at_most(count: Any, rows: int, delta: float) -> Any:
-    """What a share is below with probability 1 - delta, of which so many rows were seen."""
-    return np.where(np.less(count, rows), bdtri(count, rows, delta), 1.0)
-
-
-def _with_order(tested: int) -> int:
-    """Rows of which so many are left to test, once a quarter has ordered the policies."""
-    return max(tested + 1, 4 * (tested - 1) // 3 + 1)
-
-
-def split_rows(table: Table, seed: int = 0) -> tuple[Int, Int]:
-    """Rows that order the policies of a risk, a quarter, and the others, which test them."""
-    order = np.random.default_rng(seed).permutation(table.tokens.size)
-    first, rest = np.split(order, [max(1, order.size // 4)])
-    return first, rest
-
-
 def check_max_drop(points: float) -> None:
     if not (math.isfinite(points) and points >= 0):
         raise ValueError(f"max_drop must be 0 points or above. Got {points}.")
 
 
-def check_promise(points: float, delta: float) -> None:
-    """Of a drop that is promised: no number of rows shows that nothing at all is lost."""
-    if not 0 < points < 100:
-        raise ValueError(f"with delta, max_drop must be above 0 and below 100. Got {points}.")
-    check_share("delta", delta)
-
-
 def check_budget(value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"a budget must be a number above 0. Got {value}.")
-
-
-def check_share(name: str, value: float) -> None:
-    if not 1e-9 <= value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, and at least 1e-9. Got {value}.")
 
 
 def rounded_up(value: float) -> float:
@@ -494,7 +341,7 @@ def check_loss(loss: str) -> Loss:
 
 
 def policies(table: Table, family: Family, lost: Any = None) -> Float:
-    """Thresholds [P, E] from the surest to the fastest, each at most the one before.
+    """Thresholds [P, E] from full depth to the fastest, each at most the one before.
 
     The first is full depth; by the last all leave at the first exit. For "per exit", bounds on
     what is lost are its quantiles, so that a policy lets about a `STEPS`-th of the rows go one
@@ -547,8 +394,8 @@ def totals(table: Table, ordered: Float, values: Any) -> Float:
 def _worst_above(grid: Float, scores: Float, lost: Float, gained: Float | None) -> Float:
     """The most that rows of a score or a higher one lose, less what they gain, along `grid`.
 
-    The most above, since an exit lets go all from a score on: where the surest rows lose most,
-    all or none.
+    The most above, since an exit lets go all from a score on: where the most confident rows lose
+    most, all or none.
     """
     net = curve(grid, scores, lost)
     if gained is not None:  # a little less than it is: where both are nothing, scores still order

@@ -14,7 +14,7 @@ from rich.table import Table as Shown
 from rich.text import Text
 
 from ejax.bundle import Bundle, describe_threshold
-from ejax.calibration import thresholds
+from ejax.calibration import risk, thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
@@ -69,7 +69,7 @@ class Target:
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
             if self.delta is not None:
-                thresholds.check_promise(self.max_drop, self.delta)
+                risk.check_promise(self.max_drop, self.delta)
         elif self.risk is None and self.delta is not None:
             raise ValueError(f"delta goes with risk or max_drop. Got {given[0]}.")
         for budget in (self.budget, self.budget_ms):
@@ -80,8 +80,8 @@ class Target:
                 f"budget must be a share of full depth, above 0 and at most 1. Got {self.budget}."
             )
         if self.risk is not None:
-            thresholds.check_share("risk", self.risk)
-            thresholds.check_share("delta", 0.05 if self.delta is None else self.delta)
+            risk.check_share("risk", self.risk)
+            risk.check_share("delta", 0.05 if self.delta is None else self.delta)
             thresholds.check_loss(self.loss or "disagreement")
 
     @property
@@ -147,10 +147,10 @@ def choose(
     chosen = _choose(table, target, costs, "per exit")
     try:
         one_number = _choose(table, target, costs, "one number")
-    except thresholds.Refused:  # one number may be worse than one per exit
+    except risk.Refused:  # one number may be worse than one per exit
         one_number = None
     order = chosen.get("rows_for_order")
-    shown = table.take(thresholds.split_rows(table)[1]) if order else table  # as `chosen`
+    shown = table.take(risk.split_rows(table)[1]) if order else table  # as `chosen`
     progress("trying them in the engine")
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
@@ -301,7 +301,7 @@ def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[
     if target.max_drop is not None:
         if target.delta is None:
             return thresholds.drop_thresholds(table, target.max_drop, family=family)
-        return thresholds.promised_drop(table, target.max_drop, target.delta, family=family)
+        return risk.promised_drop(table, target.max_drop, target.delta, family=family)
     if target.budget is not None:
         return thresholds.budget_thresholds(table, target.budget, family=family)
     if target.budget_ms is not None:
@@ -309,7 +309,7 @@ def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[
             table, target.budget_ms, cost=costs.alone, family=family
         )
     assert target.risk is not None
-    return thresholds.risk_thresholds(
+    return risk.risk_thresholds(
         table,
         target.risk,
         0.05 if target.delta is None else target.delta,

@@ -40,7 +40,7 @@ class Checkpoints:
 
     Saving goes on in the background. `save(step, state, metrics)` with metrics
     {"mean_accuracy": …} competes for the best; of equal ones the later wins. Without
-    metrics it counts as the worst. The two newest are kept beside the best, and each holds
+    metrics it counts as the worst. The best and the two newest are kept, and each holds
     a checksum of every array, so that a damaged one is known and set aside.
     """
 
@@ -281,7 +281,7 @@ def _score(metrics: Any) -> float:
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the fields of `data` and `rows` beside the others, as "data.path"."""
+    """A config with the fields of `data` and `rows` among the others, as "data.path"."""
     made: dict[str, Any] = {}
     for key, value in config.items():
         nested = value if isinstance(value, dict) else {}
