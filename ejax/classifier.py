@@ -67,6 +67,7 @@ class EarlyExitClassifier:
         # Exit 0 runs here, on whole texts that nobody padded; the programs hold the others.
         self.model = bundle.without_zero.model
         self._zero = int(bundle.exits.has_zero)
+        self._adds = bool(self._zero and bundle.variables["params"]["ngrams"]["evidence"].any())
         self._weights = self._prepared(self.model)
         several = len(self.devices) > 1
         self._copies = replicate(self._weights, self.devices) if several else self._weights
@@ -319,14 +320,17 @@ class EarlyExitClassifier:
         per_row = np.ndim(thresholds) == 2
         running = Running(total, len(self.bundle.labels), first)
         after_layers: Any = thresholds  # those of the exits in the compiled program
-        stay = np.arange(total)
+        stay, zero_logits = np.arange(total), None
         if self._zero:
             each = np.broadcast_to(np.asarray(thresholds, np.float64), (total, exits))
             after_layers = each[:, 1:] if per_row else each[0, 1:] if total else ()
-            running.at_zero = self._at_zero(encoded, each[:, 0])
+            if self._adds or (each[:, 0] <= 1).any():
+                zero_logits = self._zero_logits(encoded)
+            running.at_zero = self._at_zero(total, zero_logits)
             stay = np.flatnonzero(running.at_zero.score < as_float32(each[:, 0]))
             encoded = dataclasses.replace(encoded, whole=None).subset(stay)
-        for rows, given, options in self._calls(encoded):
+            zero_logits = None if zero_logits is None else zero_logits[stay]
+        for rows, given, options in self._calls(encoded, zero_logits):
             of_pool: Any = after_layers
             if per_row:
                 of_pool = np.full((len(given[-1].ids), exits - self._zero), FULL)
@@ -337,12 +341,11 @@ class EarlyExitClassifier:
             running.pools.append((stay[rows], decision))
         return running
 
-    def _at_zero(self, encoded: Encoded, thresholds: np.ndarray) -> Decision:
+    def _at_zero(self, total: int, logits: np.ndarray | None) -> Decision:
         """Exit 0's answers to all rows, as numpy; zeros where none of them may leave there."""
-        nothing = nothing_decided(len(encoded), len(self.bundle.labels))
-        if (thresholds > 1).all():
+        nothing = nothing_decided(total, len(self.bundle.labels))
+        if logits is None:
             return nothing
-        logits = self._zero_logits(encoded)
         return Decision(logits, nothing.exit, certainty(logits, self._temperatures(nothing.exit)))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
@@ -366,7 +369,7 @@ class EarlyExitClassifier:
         logits = np.zeros((exits, len(encoded), classes), np.float32)
         if self._zero:
             logits[0] = self._zero_logits(encoded)
-        for rows, given, options in self._calls(encoded):
+        for rows, given, options in self._calls(encoded, logits[0] if self._zero else None):
             of_pool = np.asarray(exit_logits(*given, **options))
             logits[self._zero :, rows] = of_pool[: len(rows)].swapaxes(0, 1)
         for logits_of_exit in logits:
@@ -374,7 +377,7 @@ class EarlyExitClassifier:
         return logits
 
     def _calls(
-        self, encoded: Encoded
+        self, encoded: Encoded, zero_logits: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, tuple[EarlyExitBert, Prepared, Batch], dict[str, Any]]]:
         """For every pool its rows, and what the engine takes: model, weights, batch; options."""
         for rows, shape in self.pools(encoded.lengths, len(self.devices)):
@@ -383,16 +386,29 @@ class EarlyExitClassifier:
             model, weights = self._single if alone else (self.model, self._copies)
             batch = pad(encoded, padded(rows, size), shape.length)
             devices = None if alone else self.devices
-            options = {"tile": shape.tile, "rows": len(rows), "devices": devices}
+            options: dict[str, Any] = {"tile": shape.tile, "rows": len(rows), "devices": devices}
+            options["zero_logits"] = self._added(zero_logits, rows, size)
             yield rows, (model, weights, batch), options
+
+    def _added(self, zero_logits: Any, rows: np.ndarray, size: int) -> np.ndarray | None:
+        """Exit 0's logits of the rows of a pool [size, C]; None where no exit adds them."""
+        if not self._adds:
+            return None
+        of_pool = np.zeros((size, zero_logits.shape[1]), np.float32)
+        of_pool[: len(rows)] = zero_logits[rows]
+        return of_pool
 
     def full_logits(self, encoded: Encoded) -> np.ndarray:
         """The last exit's logits float32 [N, C] by the fastest full run: the baseline."""
+        zero_logits = self._zero_logits(encoded) if self._adds else None
         running = []  # the device works on one pool while the next is padded, as in `start`
         for rows, shape in self.pools(encoded.lengths):
             batch = pad(encoded, padded(rows, shape.pool), shape.length)
             model, weights = self._single if len(rows) == 1 else (self.model, self._weights)
-            of_pool = full_depth(model, weights, batch, tile=shape.tile, rows=len(rows))
+            added = self._added(zero_logits, rows, shape.pool)
+            of_pool = full_depth(
+                model, weights, batch, tile=shape.tile, rows=len(rows), zero_logits=added
+            )
             running.append((rows, of_pool))
         logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
         for rows, of_pool in running:

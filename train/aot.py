@@ -35,7 +35,7 @@ from ejax.data.batches import bucket_of
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import compiling_for, environment
 from train.__main__ import load_config
-from train.aot_programs import inference, largest_rows, model_of, once, training
+from train.aot_programs import inference, largest_rows, models_of, once, training
 from train.aot_tables import overview, table
 from train.roofline import CHIPS
 
@@ -165,7 +165,7 @@ def report(
     `kept` holds what does not depend on the number of chips, from one slice to the next.
     """
     chip = CHIPS[topology.partition(":")[0]]
-    model = model_of(config, labels)
+    model, served = models_of(config, labels)
     longest = np.array([config.data.max_length])
     length = int(bucket_of(longest, config.data.buckets, config.data.max_length)[0])
     per_chip = given_rows or -(-config.batch_size // len(devices))
@@ -178,7 +178,7 @@ def report(
         "training": {"rows": per_chip}
         | training(config, model, chip, devices, per_chip, length, kept),
         "early_exit": {"rows": pool_rows, "tile": tile}
-        | once(kept, chip, lambda: inference(model, chip, devices[0], pool_rows, length, tile)),
+        | once(kept, chip, lambda: inference(served, chip, devices[0], pool_rows, length, tile)),
     }
     if largest:
         found["training"]["largest_rows"] = largest_rows(

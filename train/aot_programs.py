@@ -20,7 +20,7 @@ from ejax.data.named import TFDS
 from ejax.inference.cost import head_flops, layer_flops
 from ejax.inference.engine import prepare, run_head, run_layer, run_pool
 from ejax.models.bert import Batch, BertModel, EncoderLayer
-from ejax.models.early_exit import EarlyExitBert
+from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import ExitHeads, mix_in
 from ejax.models.weights import read_config
 from ejax.training.losses import joint_loss
@@ -46,8 +46,8 @@ def once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
     return kept[key]
 
 
-def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
-    """The model of a config, from its shape alone."""
+def models_of(config: TrainConfig, labels: int) -> tuple[EarlyExitBert, EarlyExitBert]:
+    """The model that the steps of a config train and, with its exit 0, the one that answers."""
     cfg = SHAPES.get(config.model) or read_config(assets.resolve(config.model))
     known = TFDS.get(config.data.name)
     classes = labels or (known.classes if known else 0)
@@ -59,7 +59,8 @@ def model_of(config: TrainConfig, labels: int) -> EarlyExitBert:
             "Got 'float32'."
         )
     cfg = dataclasses.replace(cfg, **numerics(config, "bfloat16"))
-    return build(config, cfg, exits_of(config, cfg, classes))
+    exits = exits_of(config, cfg, classes)
+    return build(config, cfg, exits), EarlyExitBert(cut(cfg, exits), exits)
 
 
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -221,7 +222,7 @@ def inference(
     model: EarlyExitBert, chip: Chip, device: jax.Device, rows: int, length: int, tile: int
 ) -> dict[str, Any]:
     """The engine's program; its bound is that of full depth, when nobody leaves early."""
-    cfg, exits = model.cfg, model.exits
+    cfg, exits = model.cfg, model.exits.encoder
     here = SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
@@ -232,7 +233,8 @@ def inference(
     weights = placed(jax.eval_shape(partial(prepare, model), {"params": shapes_of(model)}))
     count = len(exits.layers)
     batch = Batch(*(ints(rows, length) for _ in range(3)))
-    given = placed((batch, floats(rows, count), floats(count), ints()))
+    every = len(model.exits.layers)
+    given = placed((batch, floats(rows, every), floats(every), ints()))
     try:
         program = compiled(run_pool.lower(model, weights, *given, rule="confidence", tile=tile))
     except DoesNotFit as error:

@@ -19,6 +19,7 @@ from ejax.bundle import Bundle, hf_config
 from ejax.data.batches import pad
 from ejax.data.tokenizer import Encoded, Text
 from ejax.models.heads import mix_columns
+from ejax.models.ngrams import ragged_logits
 from ejax.models.weights import to_hf
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -78,12 +79,24 @@ def batches(encoded: Encoded, size: int) -> Iterator[tuple[np.ndarray, Any]]:
 
 
 def run_batches(
-    forward: Callable[[Any], np.ndarray], encoded: Encoded, size: int, classes: int
+    forward: Callable[[Any], np.ndarray], encoded: Encoded, size: int, bundle: Bundle
 ) -> np.ndarray:
-    logits = np.zeros((len(encoded), classes), np.float32)
+    """The last exit's logits: what `forward` gives, and what exit 0 adds on the host."""
+    logits = from_exit_0(bundle, encoded)[-1]
     for rows, batch in batches(encoded, size):
-        logits[rows] = forward(batch)
+        logits[rows] += forward(batch)
     return logits
+
+
+def from_exit_0(bundle: Bundle, encoded: Encoded) -> np.ndarray:
+    """What exit 0 adds to the exits after layers, float32 [E, N, C]; zeros without an exit 0."""
+    params = bundle.variables["params"].get("ngrams")
+    if params is None or not params["evidence"].any():
+        count = len(bundle.exits.encoder.layers)
+        return np.zeros((count, len(encoded), bundle.exits.num_labels), np.float32)
+    whole = encoded.whole or encoded
+    logits = ragged_logits(params, whole.ids, whole.types, whole.offsets)
+    return np.asarray(params["evidence"])[:, None, None] * logits
 
 
 def torch_model(given: Bundle) -> Any:
@@ -153,7 +166,7 @@ def torch_full(bundle: Bundle, dtype: str) -> Run:
     """Full depth in PyTorch, float32 or bfloat16 autocast."""
     import torch
 
-    model, classes = torch_model(bundle), bundle.exits.num_labels
+    model = torch_model(bundle)
 
     def forward(batch: Any) -> np.ndarray:
         narrow = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
@@ -162,7 +175,7 @@ def torch_full(bundle: Bundle, dtype: str) -> Run:
 
     def run(encoded: Encoded, setting: Setting) -> np.ndarray:
         torch.set_num_threads(setting.threads)
-        return run_batches(forward, encoded, setting.batch, classes)
+        return run_batches(forward, encoded, setting.batch, bundle)
 
     return run
 
@@ -171,11 +184,11 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
     """One text at a time, leaving the layers' loop as soon as an exit is sure."""
     import torch
 
-    bundle, thresholds = bundle.without_zero, thresholds[bundle.exits.has_zero :]
-    model, classes = torch_model(bundle), bundle.exits.num_labels
-    exits = {layer: e for e, layer in enumerate(bundle.exits.layers)}
+    model, thresholds = torch_model(bundle), thresholds[bundle.exits.has_zero :]
+    temperatures = bundle.without_zero.temperatures
+    exits = {layer: e for e, layer in enumerate(bundle.exits.encoder.layers)}
 
-    def forward(batch: Any) -> np.ndarray:
+    def forward(batch: Any, added: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             ids, mask, types = tensors_of(batch)
             x, pooled = model.bert.embeddings(input_ids=ids, token_type_ids=types), []
@@ -186,8 +199,8 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
                 pooled.append(model.pooled(x, mask))
                 if number in exits:
                     e = exits[number]
-                    logits = model.exit_logits(pooled, e)
-                    score = torch.softmax(logits / bundle.temperatures[e], -1).max()
+                    logits = model.exit_logits(pooled, e) + torch.from_numpy(added[e])
+                    score = torch.softmax(logits / temperatures[e], -1).max()
                     if score >= thresholds[e]:
                         break
             assert logits is not None
@@ -195,7 +208,11 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
 
     def run(encoded: Encoded, setting: Setting) -> np.ndarray:
         torch.set_num_threads(setting.threads)
-        return run_batches(forward, encoded, 1, classes)
+        added = from_exit_0(bundle, encoded)
+        logits = np.zeros(added.shape[1:], np.float32)
+        for row, batch in batches(encoded, 1):
+            logits[row] = forward(batch, added[:, row])
+        return logits
 
     return run
 
@@ -205,7 +222,7 @@ def onnx_full(bundle: Bundle, kind: str) -> Run:
     import onnxruntime
     import torch
 
-    model, classes = torch_model(bundle), bundle.exits.num_labels
+    model = torch_model(bundle)
     example = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in range(3))
     names = ["ids", "mask", "types"]
     with tempfile.TemporaryDirectory() as folder:
@@ -244,6 +261,6 @@ def onnx_full(bundle: Bundle, kind: str) -> Run:
             )
             return session(setting.threads).run(None, feeds)[0]
 
-        return run_batches(forward, encoded, setting.batch, classes)
+        return run_batches(forward, encoded, setting.batch, bundle)
 
     return run

@@ -30,6 +30,7 @@ from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import pool as pool_tokens
+from ejax.models.ngrams import NGramExit
 
 Array = jax.Array
 
@@ -48,6 +49,7 @@ def early_exit(
     rule: str = "confidence",
     tile: int = 32,
     rows: Any = None,
+    zero_logits: Any = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Decision:
     """Runs every row to the first exit that is sure, in one compiled program.
@@ -66,6 +68,8 @@ def early_exit(
       tile: rows per step, B.
       rows: only so many rows at the front are real, the others are padding: they
         are not run and get exit 0, score 0 and logits 0. None means all.
+      zero_logits: float32 [N, C] of an exit 0 that ran before, on whole texts, where the model
+        has none: the exits add them to their own with the weights in `variables`.
       devices: several share the rows, dealt in turn; each runs its own loop on its own rows
         and waits for no other. `replicate` variables that are prepared. None means the
         device of the variables.
@@ -79,8 +83,9 @@ def early_exit(
         the device's memory.
     """
     decision: Decision = _run(
-        model, variables, batch, thresholds, temperatures, rows, devices, rule=rule, tile=tile
-    )
+        model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
+        rule=rule, tile=tile,
+    )  # fmt: skip
     return decision
 
 
@@ -91,6 +96,7 @@ def exit_logits(
     *,
     tile: int = 32,
     rows: Any = None,
+    zero_logits: Any = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Array:
     """Every exit's logits, float32 [N, E, C], as `early_exit` computes them, in one run.
@@ -99,7 +105,7 @@ def exit_logits(
     is padding gets zeros.
     """
     logits: Array = _run(
-        model, variables, batch, NOBODY, None, rows, devices,
+        model, variables, batch, NOBODY, None, rows, zero_logits, devices,
         rule="confidence", tile=tile, every_exit=True,
     )  # fmt: skip
     return logits
@@ -112,6 +118,7 @@ def _run(
     thresholds: Any,
     temperatures: Any,
     rows: Any,
+    zero_logits: Any,
     devices: Sequence[jax.Device] | None,
     *,
     rule: str,
@@ -126,7 +133,7 @@ def _run(
     if devices is None or len(devices) == 1:
         weights = jax.device_put(weights, devices[0]) if devices else weights
         return run_pool(
-            model, weights, batch, thresholds, temperatures, rows,
+            model, weights, batch, thresholds, temperatures, rows, zero_logits,
             rule=rule, tile=tile, every_exit=every_exit,
         )  # fmt: skip
     count = len(devices)
@@ -134,8 +141,10 @@ def _run(
         model, tuple(devices), rule=rule, tile=min(tile, -(-total // count)), every_exit=every_exit
     )
     shares = np.maximum(np.asarray(rows) - np.arange(count) + count - 1, 0) // count
-    dealt = jax.tree.map(lambda leaf: _deal(leaf, count), (batch, thresholds))
-    out = run(weights, *dealt, temperatures, shares.astype(np.int32))
+    batch, thresholds, zero_logits = jax.tree.map(
+        lambda leaf: _deal(leaf, count), (batch, thresholds, zero_logits)
+    )
+    out = run(weights, batch, thresholds, temperatures, shares.astype(np.int32), zero_logits)
     return jax.tree.map(lambda leaf: _gather(leaf)[:total], out)
 
 
@@ -145,7 +154,7 @@ def _on_devices(
 ) -> Callable[..., Any]:
     """`run_pool` on each device: weights and temperatures are whole, all else [devices, ...]."""
     run = partial(run_pool, model, **settings)
-    return jax.pmap(run, "devices", in_axes=(None, 0, 0, None, 0), devices=devices)
+    return jax.pmap(run, "devices", in_axes=(None, 0, 0, None, 0, 0), devices=devices)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
@@ -174,7 +183,7 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     mixes = 4 * (len(exits.encoder.layers) - 1) * d if exits.mix == "softmax" else 0
     grams = 4 * 2 * length * (exits.rank + 1) if exits.has_zero else 0  # of all rows at once
     row = (
-        grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 3 * exits.num_labels + 7)
+        grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 4 * exits.num_labels + 7)
     )
     at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
     return (rows + tile) * row + tile * at_work
@@ -223,29 +232,44 @@ def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[
 
 
 def full_depth(
-    model: EarlyExitBert, variables: Any, batch: Batch, *, tile: int = 32, rows: Any = None
+    model: EarlyExitBert,
+    variables: Any,
+    batch: Batch,
+    *,
+    tile: int = 32,
+    rows: Any = None,
+    zero_logits: Any = None,
 ) -> Array:
     """The last exit's logits by a straight scan over the layers, tile by tile.
 
-    The baseline of every speed-up: no exit 0, no early head, no packing; the rows that fill no
-    whole tile go in small ones, as in `early_exit`.
+    The baseline of every speed-up: no early head, no packing, of exit 0 what it adds to the last
+    exit; the rows that fill no whole tile go in small ones, as in `early_exit`.
 
     Args:
       batch: a `Batch`, int [N, T] each.
       tile: rows per step, B.
       rows: only so many rows at the front are real; None means all.
+      zero_logits: as of `early_exit`.
 
     Returns:
-      float32 [N, C]; zeros for padding rows of tiles that were not run.
+      float32 [N, C]; what padding rows get is not said.
     """
     batch, tile, rows = _checked(model, batch, tile, rows)
-    return _full_depth(model, prepare(model, variables), batch, rows, tile=tile)
+    return _full_depth(model, prepare(model, variables), batch, rows, zero_logits, tile=tile)
 
 
 @partial(jax.jit, static_argnames=("model", "tile"))
 def _full_depth(
-    model: EarlyExitBert, weights: Prepared, batch: Batch, rows: Array, *, tile: int
+    model: EarlyExitBert,
+    weights: Prepared,
+    batch: Batch,
+    rows: Array,
+    zero_logits: Array | None,
+    *,
+    tile: int,
 ) -> Array:
+    if model.exits.has_zero:
+        zero_logits, _ = NGramExit(model.exits).apply({"params": weights.ngrams}, batch)
     cfg, exits = cut(model.cfg, model.exits), model.exits.encoder
     total = batch.ids.shape[0]
     batch = pad_to_tiles(batch, tile)
@@ -269,4 +293,7 @@ def _full_depth(
         return start + jnp.where(small, widths[-1], tile), logits
 
     logits = jnp.zeros((batch.ids.shape[0], exits.num_labels), jnp.float32)
-    return lax.while_loop(lambda state: state[0] < rows, step, (jnp.int32(0), logits))[1][:total]
+    logits = lax.while_loop(lambda state: state[0] < rows, step, (jnp.int32(0), logits))[1][:total]
+    if zero_logits is None or weights.evidence is None:
+        return logits
+    return logits + weights.evidence[-1] * zero_logits

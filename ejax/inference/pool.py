@@ -43,7 +43,7 @@ Array = jax.Array
 
 
 class Given(NamedTuple):
-    """What the loop reads and never changes; all but the last four is known when it compiles."""
+    """What the loop reads and never changes; all but the last five is known when it compiles."""
 
     cfg: BertConfig
     exits: ExitConfig  # those after layers; one segment each
@@ -55,6 +55,7 @@ class Given(NamedTuple):
     batch: Batch  # int [N', T] each
     thresholds: Array  # float32 [N, E]
     temperatures: Array  # float32 [E]
+    zero_logits: Array | None  # float32 [N', C], exit 0's, which later exits add to their own
 
     @property
     def last(self) -> int:
@@ -97,6 +98,7 @@ def run_pool(
     thresholds: Array,
     temperatures: Array,
     rows: Array | int,
+    zero_logits: Array | None = None,
     *,
     rule: str,
     tile: int,
@@ -110,6 +112,7 @@ def run_pool(
       thresholds: float32 [N, E].
       temperatures: float32 [E].
       rows: int32, how many at the front are real.
+      zero_logits: float32 [N, C] of an exit 0 that ran before, where the model has none.
       every_exit: `exit_logits`'s program; nobody may leave before the last exit.
       layer: stands in for `run_layer`, where the rest of a step is timed.
 
@@ -117,15 +120,18 @@ def run_pool(
       A `Decision` [N, ...], or with `every_exit` float32 [N, E, C]; zeros for rows of padding.
     """
     batch, thresholds, temperatures = jax.tree.map(jnp.asarray, (batch, thresholds, temperatures))
-    total = batch.ids.shape[0]
+    total, padded = batch.ids.shape[0], pad_to_tiles(batch, tile)
+    if model.exits.has_zero:
+        zero_logits, _ = NGramExit(model.exits).apply({"params": weights.ngrams}, padded)
+    elif zero_logits is not None:
+        zero_logits = pad_to_tiles(jnp.asarray(zero_logits), tile)
     given = Given(
         cut(model.cfg, model.exits), model.exits.encoder, int(model.exits.has_zero), rule, tile,
-        layer, weights, pad_to_tiles(batch, tile), thresholds, temperatures,
+        layer, weights, padded, thresholds, temperatures, zero_logits,
     )  # fmt: skip
     state = first_state(given, total, rows, every_exit)
     if given.zero:
-        logits: Any = NGramExit(model.exits).apply({"params": weights.ngrams}, given.batch)
-        state = leave_at_zero(given, state, logits)
+        state = leave_at_zero(given, state)
     state = lax.while_loop(
         lambda state: (state.segment <= given.last) & (state.alive > 0), partial(step, given), state
     )
@@ -175,12 +181,10 @@ def first_state(given: Given, total: int, rows: Array | int, every_exit: bool) -
     )
 
 
-def leave_at_zero(given: Given, state: LoopState, logits: Array) -> LoopState:
-    """Rows that exit 0 is sure of leave before the first layer.
-
-    Args:
-      logits: float32 [N', C], exit 0's; the first `state.alive` rows are real.
-    """
+def leave_at_zero(given: Given, state: LoopState) -> LoopState:
+    """Rows that exit 0 is sure of leave before the first layer."""
+    logits = given.zero_logits
+    assert logits is not None
     size, number_of_exits = len(logits), given.last + 2
     temperature, before = given.temperatures[0], nothing_agreed((size,))
     score, agreed = score_exit(given.rule, logits, temperature, before, number_of_exits)
@@ -224,6 +228,9 @@ def step(given: Given, state: LoopState) -> LoopState:
         ],
         start, rows, state.hidden, state.mixed,
     )  # fmt: skip
+    if given.zero_logits is not None and given.weights.evidence is not None:
+        weight = given.weights.evidence[state.segment]
+        logits = logits + weight * given.zero_logits[rows.row]
     exit = state.segment + given.zero
     score, agreed = score_exit(
         given.rule, logits, given.temperatures[exit], rows.agreed, last + 1 + given.zero
@@ -332,7 +339,6 @@ def unstored(x: Array, dtype: str) -> Array:
     return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
-def pad_to_tiles(batch: Batch, tile: int) -> Batch:
-    """[N, T] -> [N', T]; the rows added are padding."""
-    extra = -batch.ids.shape[0] % tile
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, extra), (0, 0))), batch)
+def pad_to_tiles(rows: Any, tile: int) -> Any:
+    """[N, ...] -> [N', ...] for a batch or an array of two axes; the rows added are zeros."""
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, -len(leaf) % tile), (0, 0))), rows)

@@ -25,7 +25,8 @@ class Prepared(NamedTuple):
     layers: tuple[Any, ...]  # L trees
     columns: Array  # float32 [L, E], `mix_columns`, of the exits after layers
     heads: tuple[Any, ...]  # one tree per exit after a layer
-    ngrams: Any = None  # of exit 0
+    ngrams: Any = None  # of exit 0, where the model has one
+    evidence: Array | None = None  # float32 [E], of exit 0's logits in the exits after layers
 
 
 def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
@@ -38,6 +39,7 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
     if isinstance(variables, Prepared):
         return variables
     params, dtype = variables["params"], jnp.dtype(model.cfg.dtype)
+    grams = params.get("ngrams")
     turns = target() == "cpu" and dtype == jnp.float32
 
     def projection(leaf: Any) -> bool:
@@ -62,7 +64,8 @@ def prepare(model: EarlyExitBert, variables: Any) -> Prepared:
         unstacked(params["bert"]["layers"], model.exits.num_layers),
         mix_columns(jnp.asarray(params["heads"]["mix"]), model.exits.encoder),
         unstacked(params["heads"]["exits"], len(model.exits.encoder.layers)),
-        jax.tree.map(jnp.asarray, params["ngrams"]) if model.exits.has_zero else None,
+        jax.tree.map(jnp.asarray, grams) if model.exits.has_zero else None,
+        None if grams is None else jnp.asarray(grams["evidence"]),
     )
 
 

@@ -48,7 +48,7 @@ def probabilities(bundle: Bundle, texts: Sequence[Any], labels: Sequence[str]) -
     Raises:
       ValueError: naming a text whose logits are not finite.
     """
-    clf = EarlyExitClassifier(bundle.without_zero)
+    clf = EarlyExitClassifier(bundle)
     order = [bundle.labels.index(label) for label in labels]
     parts = []
     for start in range(0, len(texts), CHUNK_ROWS):
