@@ -46,13 +46,13 @@ WRITTEN = (ROWS, *FILES, "README.md")
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor of the formats before ROWS_APART
 NGRAMS = "ngrams."  # before the names of exit 0's tensors
-OLDER = (
-    "made by an older ejax, which rows it was trained and fitted on is not known, and so they "
-    "cannot be left out. Train it again to have them known."
-)
 UNSALTED = (
-    "made by an older ejax, its weights let anyone test whether a text was trained on. Load and "
-    "save it again before you share it."
+    "an older ejax made it, and with its files anyone can test whether a text was trained on. "
+    "Load and save it again before you share it."
+)
+OLDER = (
+    " Which rows it was trained and fitted on is not known, and so they cannot be left out: train "
+    "it again to have them known."
 )
 
 
@@ -113,8 +113,7 @@ def ledger_behind(folder: Path) -> Ledger:
 
 def _ledger(folder: Path, meta: dict[str, Any]) -> Ledger:
     """That of the bundle whose exits.json this is."""
-    path = folder / ROWS
-    version = meta.get("format_version", 0)
+    path, version = folder / ROWS, _version(folder, meta)
     if version < ROWS_APART:
         return _older_ledger(folder, meta.get("provenance") or {}, version)
     if not path.exists():
@@ -276,12 +275,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             + "A bundle is the folder that `ejax train --output` writes."
         )
     meta = _read(folder / "exits.json")
-    version = meta.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / 'exits.json'} must have a format_version of at most {FORMAT_VERSION}. "
-            f"Got {version!r}: update ejax to read this bundle."
-        )
+    version = _version(folder, meta)
     try:
         _check_weights(folder, meta)
         labels = _labels(folder / "config.json")
@@ -308,8 +302,8 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         )
         _check_unchanged(folder, meta)
         if version < ROWS_APART:
-            said = UNSALTED if bundle.ledger.complete else OLDER
-            warnings.warn(f"{folder}: {said}", stacklevel=2)
+            unknown = "" if bundle.ledger.complete else OLDER
+            warnings.warn(f"{folder}: {UNSALTED}{unknown}", stacklevel=2)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
     except ValueError as error:
@@ -344,6 +338,16 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             f"Got {bundle.abstain}."
         )
     return bundle
+
+
+def _version(folder: Path, meta: dict[str, Any]) -> int:
+    version = meta.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / 'exits.json'} must have a format_version of at most {FORMAT_VERSION}. "
+            f"Got {version!r}: update ejax to read this bundle."
+        )
+    return version
 
 
 def _check_weights(folder: Path, meta: dict[str, Any]) -> None:
@@ -519,8 +523,8 @@ def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
     p = bundle.provenance
     zero_gives_away = (
-        "Exit 0's table holds numbers for each word and word pair of at least three training "
-        "texts: it may still show that such a pair occurred."
+        "Exit 0's table has numbers for the hash of each token and pair of tokens that at least "
+        "three training texts hold: it may still show that such a pair occurred."
     )
     lines = [
         "---",

@@ -121,7 +121,7 @@ class EarlyExitClassifier:
         return cls(bundle, shapes=Shapes(profile=profile), one_type=one_type)
 
     def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
-        """As `ejax.bundle.save_bundle`; without rows.json, which names rows, by rows=False."""
+        """Writes the bundle; with rows=False without rows.json, see `ejax.bundle.save_bundle`."""
         return save_bundle(self.bundle, folder, rows=rows)
 
     def __call__(
