@@ -195,12 +195,17 @@ def training_pieces(
 
         def loss(heads: Any, mixed: Any) -> Any:
             logits: Any = ExitHeads(cfg, exits).apply({"params": heads}, mixed, keys)
-            return joint_loss(logits, rows.labels, rows.weights)[0]
+            return joint_loss(
+                logits, rows.labels, rows.weights, exit_weights=config.exit_weights,
+                class_weights=config.class_weights, distillation=config.distillation,
+                teacher=rows.teacher,
+            )[0]  # fmt: skip
 
         x, back = jax.vjp(embed, bert)
         return x, back(x_grad), jax.value_and_grad(loss, argnums=(0, 1))(heads, mixed)
 
-    labelled = Rows(batch, ints(rows), floats(rows), ints(rows))
+    teacher = floats(rows, exits.num_labels) if config.teacher else None
+    labelled = Rows(batch, ints(rows), floats(rows), ints(rows), teacher)
     embeddings = {"embeddings": params["bert"]["embeddings"]}
     optimizer = make_optimizer(config, STEPS)
 

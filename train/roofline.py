@@ -48,7 +48,6 @@ class Cost(NamedTuple):
             "seconds": seconds,
             "share_of_peak": compute / seconds,
             "xla_bytes": self.xla_bytes,
-            "share_of_peak_by_xla_bytes": compute / max(compute, self.xla_bytes / chip.bandwidth),
         }
 
 
