@@ -166,16 +166,18 @@ def training_pieces(
     mixed = floats(rows, len(exits.layers), cfg.hidden_size)
     column = floats(len(exits.layers))
 
-    def one(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
+    def layer_and_mix(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
         x = EncoderLayer(cfg).apply({"params": layer}, x, mask, keys)
         return x, mix_in(mixed, column, x, mask, exits)
 
     def forward(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
         """With what the backward pass will read."""
-        return jax.vjp(lambda a, b, c, d: one(a, b, c, d, mask, keys), layer, x, mixed, column)
+        return jax.vjp(
+            lambda a, b, c, d: layer_and_mix(a, b, c, d, mask, keys), layer, x, mixed, column
+        )
 
     given = (layer, x, mixed, column, batch.mask, keys)
-    alone = cost(one, device, *given)
+    alone = cost(layer_and_mix, device, *given)
     if config.remat:
 
         def both(grad: Any, *given: Any) -> Any:
