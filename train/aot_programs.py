@@ -167,16 +167,18 @@ def training_pieces(
     mixed = floats(rows, len(exits.layers), cfg.hidden_size)
     column = floats(len(exits.layers))
 
-    def one(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
+    def layer_and_mix(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
         x = EncoderLayer(cfg).apply({"params": layer}, x, mask, keys)
         return x, mix_in(mixed, column, x, mask, exits)
 
     def forward(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
         """With what the backward pass will read."""
-        return jax.vjp(lambda a, b, c, d: one(a, b, c, d, mask, keys), layer, x, mixed, column)
+        return jax.vjp(
+            lambda a, b, c, d: layer_and_mix(a, b, c, d, mask, keys), layer, x, mixed, column
+        )
 
     given = (layer, x, mixed, column, batch.mask, keys)
-    alone = cost(one, device, *given)
+    alone = cost(layer_and_mix, device, *given)
     if config.remat:
 
         def both(grad: Any, *given: Any) -> Any:
@@ -196,12 +198,17 @@ def training_pieces(
 
         def loss(heads: Any, mixed: Any) -> Any:
             logits: Any = ExitHeads(cfg, exits).apply({"params": heads}, mixed, keys)
-            return joint_loss(logits, rows.labels, rows.weights)[0]
+            return joint_loss(
+                logits, rows.labels, rows.weights, exit_weights=config.exit_weights,
+                class_weights=config.class_weights, distillation=config.distillation,
+                teacher=rows.teacher,
+            )[0]  # fmt: skip
 
         x, back = jax.vjp(embed, bert)
         return x, back(x_grad), jax.value_and_grad(loss, argnums=(0, 1))(heads, mixed)
 
-    labelled = Rows(batch, ints(rows), floats(rows), ints(rows))
+    teacher = floats(rows, exits.num_labels) if config.teacher else None
+    labelled = Rows(batch, ints(rows), floats(rows), ints(rows), teacher)
     embeddings = {"embeddings": params["bert"]["embeddings"]}
     optimizer = make_optimizer(config, STEPS)
 

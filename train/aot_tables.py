@@ -10,32 +10,23 @@ def overview(model: str, slices: list[dict[str, Any]]) -> Table:
     """A row per slice; memory and time of one chip, tokens per second of all."""
     made = Table(title=Text(f"{model}: compiled, not run", "italic"))
     for heading in (
-        "slice", "chips", "rows", "GiB", "of", "step, ms", "of peak", "tokens/s", "all-reduce, MiB",
-        "early exit: rows", "GiB", "a layer, of peak", "tokens/s, nobody leaves",
+        "slice", "rows per chip", "GiB", "step, ms", "of peak", "tokens/s, training",
+        "tokens/s, nobody leaves",
     ):  # fmt: skip
         made.add_column(heading, justify="right")
     for found in slices:
-        step, early, chips = found["training"], found["early_exit"], found["chips"]
-        cells = [found["topology"], str(chips), str(step["rows"])]
+        step, early = found["training"], found["early_exit"]
+        training, inference = ["does not fit", *["–"] * 3], "does not fit"
         if "memory" in step:
-            cells += [
-                f"{step['memory']['total'] / 2**30:.1f}",
-                f"{found['chip']['memory'] / 2**30:.0f}",
+            training = [
+                f"{step['memory']['total'] / 2**30:.1f} of {found['chip']['memory'] / 2**30:.0f}",
                 f"{1e3 * step['step']['seconds']:.1f}",
                 f"{step['step']['share_of_peak']:.2f}",
                 f"{step['tokens_per_second']:.3g}",
-                f"{step['collectives']['bytes'] / 2**20:.0f}",
             ]
-        else:
-            cells += ["does not fit", f"{found['chip']['memory'] / 2**30:.0f}", *["–"] * 4]
         if "memory" in early:
-            cells += [
-                str(early["rows"]),
-                f"{early['memory']['total'] / 2**30:.1f}",
-                f"{early['layer_forward']['share_of_peak']:.2f}",
-                f"{chips * early['tokens_per_second']:.3g}",
-            ]
-        made.add_row(*cells)
+            inference = f"{found['chips'] * early['tokens_per_second']:.3g}"
+        made.add_row(found["topology"], str(step["rows"]), *training, inference)
     return made
 
 
@@ -62,10 +53,7 @@ def table(model: str, found: dict[str, Any]) -> Table:
         fits = "" if part["fits"] else ": does not fit, lower batch_size, raise accumulate or remat"
         made.add_row("memory, GiB", ", ".join(cells) + fits)
         whole = part["step" if key == "training" else "full_depth"]
-        made.add_row(
-            "whole", f"{bound_text(whole)}; {whole['flops'] / part['analytic_flops']:.2f} of the "
-            "operations that its shapes ask for",
-        )  # fmt: skip
+        made.add_row("whole", bound_text(whole))
         made.add_row("a layer, forward", bound_text(part["layer_forward"]))
         if "layer" in part:
             made.add_row("a layer, both ways", bound_text(part["layer"]))
@@ -81,9 +69,7 @@ def table(model: str, found: dict[str, Any]) -> Table:
 
 
 def bound_text(part: dict[str, float]) -> str:
-    least = f", at least {part['least_bytes'] / 1e9:.3g}" if "least_bytes" in part else ""
     return (
         f"{1e3 * part['seconds']:.3g} ms: {part['flops'] / 1e12:.3g} TFLOP, "
-        f"{part['bytes'] / 1e9:.3g} GB of HBM (XLA's count {part['xla_bytes'] / 1e9:.3g}{least}), "
-        f"{part['share_of_peak']:.2f} of peak ({part['share_of_peak_by_xla_bytes']:.2f})"
+        f"{part['bytes'] / 1e9:.3g} GB of HBM, {part['share_of_peak']:.2f} of peak"
     )

@@ -157,7 +157,7 @@ def probe(
         )  # fmt: skip
     return {
         "exits": exits,
-        "mean_gap": float(np.mean([one["gap"] for one in exits])),
+        "mean_gap": float(np.mean([row["gap"] for row in exits])),
         "rows": len(test.labels),
         "rows_left_out": len(given["test"]) - len(test.labels),
         "fitted_rows": len(fitted.labels),
@@ -177,11 +177,11 @@ def probe_table(found: dict[str, Any]) -> Table:
     )
     for heading in ("layer", "exit", "regression", "gap, points", "95 %", "C"):
         made.add_column(heading, justify="right")
-    for one in found["exits"]:
+    for row in found["exits"]:
         made.add_row(
-            str(one["layer"]), f"{one['accuracy']:.4f}", f"{one['probe']:.4f}",
-            f"{one['gap']:z.2f}", f"{one['gap_low']:z.2f} to {one['gap_high']:z.2f}",
-            f"{one['c']:g}",
+            str(row["layer"]), f"{row['accuracy']:.4f}", f"{row['probe']:.4f}",
+            f"{row['gap']:z.2f}", f"{row['gap_low']:z.2f} to {row['gap_high']:z.2f}",
+            f"{row['c']:g}",
         )  # fmt: skip
     return made
 
@@ -189,10 +189,10 @@ def probe_table(found: dict[str, Any]) -> Table:
 def sentences(found: dict[str, Any]) -> list[str]:
     """One for each exit whose gap is beyond its interval; or that there is none."""
     return [
-        f"The head after layer {one['layer']} is under-trained: it is right on "
-        f"{one['accuracy']:.3f}, a logistic regression on the same vectors on {one['probe']:.3f}."
-        for one in found["exits"]
-        if one["gap_low"] > 0
+        f"The head after layer {row['layer']} is under-trained: it is right on "
+        f"{row['accuracy']:.3f}, a logistic regression on the same vectors on {row['probe']:.3f}."
+        for row in found["exits"]
+        if row["gap_low"] > 0
     ] or ["No head is below a logistic regression on the same vectors by more than chance."]
 
 

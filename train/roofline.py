@@ -33,10 +33,10 @@ class Cost(NamedTuple):
     xla_bytes: float  # as XLA counts: what stays in the memory on the chip counts too
 
     def __add__(self, other: Any) -> "Cost":
-        return Cost(*(one + two for one, two in zip(self, other, strict=True)))
+        return Cost(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
     def __mul__(self, times: Any) -> "Cost":
-        return Cost(*(times * one for one in self))
+        return Cost(*(times * value for value in self))
 
     def roofline(self, chip: Chip) -> dict[str, float]:
         """The time is the larger of FLOPs over peak and bytes over bandwidth."""
@@ -48,7 +48,6 @@ class Cost(NamedTuple):
             "seconds": seconds,
             "share_of_peak": compute / seconds,
             "xla_bytes": self.xla_bytes,
-            "share_of_peak_by_xla_bytes": compute / max(compute, self.xla_bytes / chip.bandwidth),
         }
 
 
@@ -122,11 +121,12 @@ def hbm_bytes(text: str) -> float:
         if kind in NO_COPY:
             continue
         if kind in ("copy-start", "slice-start"):  # (copy, original) and (original, part)
-            (one, here), (two, there) = arrays(shape)[:2]
-            total += (here + there) * min(one, two)
+            (size_a, a_in_hbm), (size_b, b_in_hbm) = arrays(shape)[:2]
+            total += (a_in_hbm + b_in_hbm) * min(size_a, size_b)
             continue
         given = [shapes.get(operand, "") for operand in re.findall(r"%([\w.-]+)", operands)]
-        total += sum(size * in_hbm for one in (shape, *given) for size, in_hbm in arrays(one))
+        every = [array for one_shape in (shape, *given) for array in arrays(one_shape)]
+        total += sum(size * in_hbm for size, in_hbm in every)
     return total
 
 

@@ -62,7 +62,9 @@ def main(
             dataclasses.replace(plain, data=files, epochs=steps[1] // batches[1]), steps[1],
         ),
     }  # fmt: skip
-    made = {name: one(*pair, workdir / name.split()[0]) for name, pair in runs.items()}
+    made = {
+        name: train_and_measure(*pair, workdir / name.split()[0]) for name, pair in runs.items()
+    }
     command = " ".join(["python -m train.teacher", *sys.argv[1:]])
     found = {"data": data, "labelled": labelled, "unlabelled": rows - labelled, "runs": made}
     found |= {"command": command, "date": time.strftime("%Y-%m-%d"), **environment()}
@@ -107,7 +109,7 @@ def write_files(
     return folder, sum(map(len, chosen))
 
 
-def one(config: TrainConfig, steps: int, workdir: Path) -> dict[str, Any]:
+def train_and_measure(config: TrainConfig, steps: int, workdir: Path) -> dict[str, Any]:
     """One run, and its accuracy per exit on test and dev-B."""
     bundle = load_bundle(finetune(config, workdir))
     metrics = bundle.provenance["metrics"]
