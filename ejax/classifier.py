@@ -224,14 +224,14 @@ class EarlyExitClassifier:
                 texts = Encoded(tokens, tokens.astype(np.int8), offsets)
                 self.decide_encoded(texts, threshold=FULL)  # beyond exit 0
 
-    def drift(self, taken: Any) -> Drift:
+    def drift(self, decision: Any) -> Drift:
         """Whether texts leave as deep as those that the bundle's thresholds are for.
 
         >>> clf.drift(clf.decide(texts)).sentence  # doctest: +SKIP
         'These texts leave later than those the thresholds are for: after 2.32 layers …'
 
         Args:
-          taken: what `decide` said at the bundle's own thresholds; or its `exit`, of many calls
+          decision: what `decide` said at the bundle's own thresholds; or its `exit`, of many calls
             together.
 
         Returns:
@@ -246,7 +246,7 @@ class EarlyExitClassifier:
                 "this bundle does not know how deep the texts went that its thresholds are for: "
                 "`ejax thresholds` or `ejax calibrate` records it."
             )
-        exits = taken.exit if isinstance(taken, Decision) else taken
+        exits = decision.exit if isinstance(decision, Decision) else decision
         if not len(exits):
             raise ValueError("drift needs at least one text.")
         return compare(self._exit_counts(exits), self.depth_record, self.bundle.exits.layers)

@@ -101,23 +101,23 @@ def predict_file(
     waiting: deque[tuple[Row, tuple[str, ...]]] = deque()
 
     def texts() -> Iterator[list[Text]]:
-        for some in chunks(rows, lambda read: row_size(read[0])):
-            waiting.extend((row, names) for row, _, names in some)
-            yield [text for _, text, _ in some]
+        for chunk in chunks(rows, lambda read: row_size(read[0])):
+            waiting.extend((row, names) for row, _, names in chunk)
+            yield [text for _, text, _ in chunk]
 
     with writing(output) as file:
         write: Writer | None = None
         for answer in clf.stream_chunks(texts(), threshold, top_k, abstain):
             row, names = waiting.popleft()
-            made = row | dict(zip(names, added(answer), strict=True))
+            row_out = row | dict(zip(names, added(answer), strict=True))
             if write is None:
-                write = Writer(kind, list(made))
+                write = Writer(kind, list(row_out))
                 file.write(write.header())
-            line, has_spaces = write.row(made)
+            line, has_spaces = write.row(row_out)
             file.write(line)
             spaced += has_spaces
-            exits[made[names[2]]] += 1
-            unanswered += made[names[0]] is None
+            exits[row_out[names[2]]] += 1
+            unanswered += row_out[names[0]] is None
             done += 1
             if done % PROGRESS_ROWS == 0:
                 progress(done)
@@ -234,8 +234,9 @@ def added(answer: Any) -> list[Any]:
     first = [top[0]["label"], round(top[0]["score"], 6), top[0]["exit_layer"]]
     if not isinstance(answer, list):
         return first
-    named = [one for one in top if one["label"] is not None]
-    return [*first, [{"label": one["label"], "score": round(one["score"], 6)} for one in named]]
+    pairs = [(likely["label"], round(likely["score"], 6)) for likely in top]
+    listed = [{"label": label, "score": score} for label, score in pairs if label is not None]
+    return [*first, listed]
 
 
 class Writer:

@@ -97,7 +97,7 @@ def pooled(x, mask, pooling):
 def exit_logits(heads, exits: ExitConfig, hidden, mask):
     """[E, B, C] from the hidden states [L + 1, B, T, D]."""
     heads = f64(heads)
-    found = []
+    logits = []
     for e, layer in enumerate(exits.layers):
         weights = softmax(heads["mix"][e, :layer])
         if exits.mix == "last":
@@ -108,8 +108,8 @@ def exit_logits(heads, exits: ExitConfig, hidden, mask):
         )
         p = at(heads["exits"], e)
         x = np.tanh(mixed @ p["dense"]["kernel"] + p["dense"]["bias"])
-        found.append(x @ p["classifier"]["kernel"] + p["classifier"]["bias"])
-    return np.stack(found)
+        logits.append(x @ p["classifier"]["kernel"] + p["classifier"]["bias"])
+    return np.stack(logits)
 
 
 def model_logits(variables, cfg: BertConfig, exits: ExitConfig, ids, mask, types):
@@ -136,14 +136,14 @@ def gram_buckets(ids, types, buckets):
 
 def zero_logits(p, exits, ids, mask, types):
     """Exit 0's [B, C], row by row."""
-    p, found = f64(p), []
+    p, logits = f64(p), []
     for row, real, kinds in zip(ids, mask, types, strict=True):
         n = int(real.sum())
         grams = gram_buckets(row[:n].tolist(), kinds[:n].tolist(), exits.buckets)
         total = p["table"][grams].sum(axis=0)
         vector = total[:-1] / math.sqrt(total[-1])
-        found.append(vector @ p.get("kernel", np.eye(exits.num_labels)) + p["bias"])
-    return np.stack(found)
+        logits.append(vector @ p.get("kernel", np.eye(exits.num_labels)) + p["bias"])
+    return np.stack(logits)
 
 
 def first_sure(logits, thresholds, temperatures):

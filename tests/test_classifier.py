@@ -28,11 +28,11 @@ def clf() -> EarlyExitClassifier:
 
 
 def test_what_it_learned(clf: EarlyExitClassifier) -> None:
-    found = clf(["the film was great", "the plot was awful"])
-    assert [row["label"] for row in found] == ["good", "bad"]
-    assert set(found[0]) == {"label", "score", "exit_layer"}
-    assert found[0]["score"] > 0.5
-    assert found[0]["exit_layer"] in (1, 3)
+    answers = clf(["the film was great", "the plot was awful"])
+    assert [row["label"] for row in answers] == ["good", "bad"]
+    assert set(answers[0]) == {"label", "score", "exit_layer"}
+    assert answers[0]["score"] > 0.5
+    assert answers[0]["exit_layer"] in (1, 3)
 
 
 def test_one_text_gives_a_list_of_one(clf: EarlyExitClassifier) -> None:
@@ -44,9 +44,11 @@ def test_one_text_gives_a_list_of_one(clf: EarlyExitClassifier) -> None:
 def test_top_k(clf: EarlyExitClassifier) -> None:
     best = clf(TEXTS)
     both = clf(TEXTS, top_k=None)
-    for one, rows in zip(best, both, strict=True):
-        assert rows[0] == one
-        assert [row["label"] for row in rows[1:]] == [{"good": "bad", "bad": "good"}[one["label"]]]
+    for likeliest, rows in zip(best, both, strict=True):
+        assert rows[0] == likeliest
+        assert [row["label"] for row in rows[1:]] == [
+            {"good": "bad", "bad": "good"}[likeliest["label"]]
+        ]
         assert sum(row["score"] for row in rows) == pytest.approx(1)
     probs = clf.predict_proba(TEXTS)
     assert probs.shape == (23, 2)
@@ -100,25 +102,25 @@ def test_many_rows_run_in_several_pools() -> None:
     bundle = ejax.load_bundle(tiny.trained()[0])
     small = EarlyExitClassifier(bundle, shapes=Shapes(tile_tokens=64, pool_tokens=160))
     assert len(list(small.pools(small.encode(TEXTS).lengths))) == 5
-    one, many = EarlyExitClassifier(bundle).decide(TEXTS), small.decide(TEXTS)
-    np.testing.assert_allclose(many.score, one.score, atol=1e-5)
-    np.testing.assert_array_equal(many.exit, one.exit)
+    one_pool, five_pools = EarlyExitClassifier(bundle).decide(TEXTS), small.decide(TEXTS)
+    np.testing.assert_allclose(five_pools.score, one_pool.score, atol=1e-5)
+    np.testing.assert_array_equal(five_pools.exit, one_pool.exit)
 
 
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_devices_share_the_rows(devices: int) -> None:
     """The same answers as on one (promise 1), thresholds per text included."""
     bundle = ejax.load_bundle(tiny.trained()[0])
-    one = EarlyExitClassifier(bundle, devices=ONE)
-    many = EarlyExitClassifier(bundle, devices=jax.devices()[:devices])
+    alone = EarlyExitClassifier(bundle, devices=ONE)
+    shared = EarlyExitClassifier(bundle, devices=jax.devices()[:devices])
     each = np.random.default_rng(0).uniform(0.4, 1.1, (23, 2))
     for count, threshold in ((23, 0.7), (1, 0.7), (2, 0.7), (23, each)):
-        wanted = one.decide(TEXTS[:count], threshold=threshold)
-        found = many.decide(TEXTS[:count], threshold=threshold)
-        np.testing.assert_allclose(found.score, wanted.score, atol=1e-5)
-        np.testing.assert_array_equal(found.exit, wanted.exit)
-    texts = one.encode(TEXTS)
-    np.testing.assert_allclose(many.exit_logits(texts), one.exit_logits(texts), atol=1e-5)
+        wanted = alone.decide(TEXTS[:count], threshold=threshold)
+        decision = shared.decide(TEXTS[:count], threshold=threshold)
+        np.testing.assert_allclose(decision.score, wanted.score, atol=1e-5)
+        np.testing.assert_array_equal(decision.exit, wanted.exit)
+    texts = alone.encode(TEXTS)
+    np.testing.assert_allclose(shared.exit_logits(texts), alone.exit_logits(texts), atol=1e-5)
 
 
 def test_the_number_of_programs_is_bounded() -> None:
@@ -137,10 +139,10 @@ def test_a_stream_answers_like_a_call(clf: EarlyExitClassifier, monkeypatch) -> 
     whole = clf(texts, threshold=0.7)
     for size in (1, 2, 7, 100):
         monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", size)
-        found = list(clf.stream(iter(texts), threshold=0.7))
-        assert [row["label"] for row in found] == [row["label"] for row in whole]
+        answers = list(clf.stream(iter(texts), threshold=0.7))
+        assert [row["label"] for row in answers] == [row["label"] for row in whole]
         np.testing.assert_allclose(
-            [row["score"] for row in found], [row["score"] for row in whole], atol=1e-5
+            [row["score"] for row in answers], [row["score"] for row in whole], atol=1e-5
         )
     assert list(clf.stream([])) == []
     assert len(next(clf.stream(texts, top_k=None))) == 2
@@ -258,8 +260,8 @@ def test_a_promise_names_the_compute_type_it_is_for(monkeypatch, tmp_path: Path)
         clf = EarlyExitClassifier.from_pretrained(folder)
         assert clf.shapes.profile.tile == {16: 8}
         wanted = EarlyExitClassifier(clf.bundle, devices=ONE)  # without a profile: one type
-        for one in (clf, clf.on_one_device()):
-            alone = one.decide(TEXTS[:1]).logits
+        for classifier in (clf, clf.on_one_device()):
+            alone = classifier.decide(TEXTS[:1]).logits
             np.testing.assert_array_equal(alone, wanted.decide(TEXTS[:1]).logits)
     # Another target ends the promise: what runs then is what is timed.
     timed, of_exits = [], targets.table_of
@@ -270,7 +272,8 @@ def test_a_promise_names_the_compute_type_it_is_for(monkeypatch, tmp_path: Path)
     for asked in (Target(budget=0.9), Target(risk=0.5)):
         targets.choose(clf, rows, asked)
     alike = [
-        (one.decide(TEXTS[:1]).logits == wanted.decide(TEXTS[:1]).logits).all() for one in timed
+        (classifier.decide(TEXTS[:1]).logits == wanted.decide(TEXTS[:1]).logits).all()
+        for classifier in timed
     ]
     assert alike == [False, True]
 
@@ -301,16 +304,16 @@ def test_a_doubtful_text_gets_no_answer(clf: EarlyExitClassifier) -> None:
     texts = ["the film was great", TWISTED[1], "the plot was awful"]
     plain = clf(texts)
     abstaining = EarlyExitClassifier(dataclasses.replace(clf.bundle, abstain=0.75))
-    found = abstaining(texts)
-    assert [row["label"] for row in found] == ["good", None, "bad"]
-    assert [row | {"label": None} for row in found] == [row | {"label": None} for row in plain]
+    answers = abstaining(texts)
+    assert [row["label"] for row in answers] == ["good", None, "bad"]
+    assert [row | {"label": None} for row in answers] == [row | {"label": None} for row in plain]
     assert abstaining(texts, abstain=0) == abstaining(texts, abstain=0.0) == plain
     assert {row["label"] for row in clf(texts, abstain=1.0)} == {None}
-    assert list(abstaining.stream(texts)) == found
+    assert list(abstaining.stream(texts)) == answers
     assert list(abstaining.stream(texts, abstain=0.0)) == plain
     # The likeliest stay to be seen.
     first, *both = abstaining(TWISTED[1:], top_k=None)[0]
-    assert first == found[1]
+    assert first == answers[1]
     assert both == abstaining(TWISTED[1:], top_k=None, abstain=0)[0]
     np.testing.assert_array_equal(abstaining.predict_proba(texts), clf.predict_proba(texts))
     for wrong in (lambda: clf(texts, abstain=2), lambda: next(clf.stream(texts, abstain=-1))):
@@ -323,15 +326,15 @@ def test_texts_that_go_deeper_are_noticed(tmp_path: Path, monkeypatch) -> None:
     like = clf.drift(clf.decide(TEXTS))
     assert (like.depth, like.depth_then, like.sentence) == (1, 1, "")
     deep = clf.decide(TWISTED * 6)
-    found = clf.drift(deep)
-    assert (found.depth, found.depth_then) == (3, 1)
-    assert found.sentence.startswith("These texts leave later than those the thresholds are for")
-    assert found.p_value < 1e-6
-    assert clf.drift(np.repeat(deep.exit, 2)).p_value < found.p_value
+    drift = clf.drift(deep)
+    assert (drift.depth, drift.depth_then) == (3, 1)
+    assert drift.sentence.startswith("These texts leave later than those the thresholds are for")
+    assert drift.p_value < 1e-6
+    assert clf.drift(np.repeat(deep.exit, 2)).p_value < drift.p_value
     monkeypatch.setattr("ejax.streaming.CHUNK_ROWS", 5)  # no chunk alone is enough
     with pytest.warns(UserWarning, match="These texts leave later than") as warned:
         list(clf.stream(TWISTED * 6))
-    assert [one.filename for one in warned] == [__file__]
+    assert [warning.filename for warning in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clf(TWISTED * 6)  # a single call says nothing
@@ -347,8 +350,8 @@ def test_texts_that_go_deeper_are_noticed(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_empty_and_huge_texts(clf: EarlyExitClassifier) -> None:
-    found = clf(["", "the film was great " * 60_000])
-    assert [row["label"] in ("good", "bad") for row in found] == [True, True]
+    answers = clf(["", "the film was great " * 60_000])
+    assert [row["label"] in ("good", "bad") for row in answers] == [True, True]
 
 
 def test_what_is_not_a_text_is_named(clf: EarlyExitClassifier) -> None:

@@ -128,8 +128,8 @@ def scores_of(logits, temperatures):
     return np.asarray(confidence(logits, column))
 
 
-def check(found, logits, thresholds, temperatures, bound, rows=None):
-    """The first `rows` of `found` against all exits' logits [E, N, C], within a bound on scores.
+def check(decision, logits, thresholds, temperatures, bound, rows=None):
+    """The first `rows` of `decision` against all exits' logits [E, N, C], within a bound on scores.
 
     Returns the largest differences of scores, logits and recomputed scores, and how many
     exits differ.
@@ -142,23 +142,23 @@ def check(found, logits, thresholds, temperatures, bound, rows=None):
         np.asarray(select_exit(logits, thresholds + delta, temperatures).exit)[front]
         for delta in (-np.float32(bound), np.float32(bound), np.float32(0))
     )
-    taken, score = found.exit[front], found.score[front]
-    assert (early <= taken).all()
-    assert (taken <= late).all()
+    exit, score = decision.exit[front], decision.score[front]
+    assert (early <= exit).all()
+    assert (exit <= late).all()
 
     row = np.arange(total)[front]
-    off_logits = np.abs(found.logits[front] - logits[taken, row]).max()
+    off_logits = np.abs(decision.logits[front] - logits[exit, row]).max()
     assert off_logits <= bound * (1 + np.abs(logits).max())
-    off_score = np.abs(score - scores_of(logits, temperatures)[taken, row]).max()
+    off_score = np.abs(score - scores_of(logits, temperatures)[exit, row]).max()
     assert off_score <= bound
     # The score follows from the returned logits. Not to the bit: here each step of the rule is
     # a program of its own, there XLA fuses them, and rounds the exponent elsewhere.
-    again = np.asarray(confidence(found.logits, temperatures[found.exit]))[front]
+    again = np.asarray(confidence(decision.logits, temperatures[decision.exit]))[front]
     off_again = np.abs(score - again).max()
     assert off_again <= NEAR
     # And the exit from the returned score, exactly: who left was sure.
-    assert ((score >= thresholds[row, taken]) | (taken == exits - 1)).all()
-    return off_score, off_logits, off_again, (plain != taken).sum()
+    assert ((score >= thresholds[row, exit]) | (exit == exits - 1)).all()
+    return off_score, off_logits, off_again, (plain != exit).sum()
 
 
 level = st.one_of(st.floats(0.25, 1.0, width=32), st.sampled_from([0.0, 1.0, 2.0]))
@@ -192,8 +192,8 @@ few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @few
 def test_the_loop_is_select_exit_over_the_plain_model(case, data):
     variables, batch, thresholds, temperatures, _ = draw(data, case)
-    found = case.run(variables, batch, thresholds, temperatures=temperatures)
-    check(found, applied(case, variables, batch), thresholds, temperatures, case.bound)
+    decision = case.run(variables, batch, thresholds, temperatures=temperatures)
+    check(decision, applied(case, variables, batch), thresholds, temperatures, case.bound)
 
 
 @pytest.mark.parametrize("rule", [name for name in RULE_NAMES if name != "confidence"])
@@ -202,17 +202,17 @@ def test_the_loop_is_select_exit_over_the_plain_model(case, data):
 def test_every_rule_is_the_reference_rule(rule, data):
     variables, batch, _, temperatures, _ = draw(data, FIRST)
     threshold = data.draw(st.sampled_from([0.1, 0.3, 0.5, 0.9]))
-    found = FIRST.run(variables, batch, threshold, temperatures=temperatures, rule=rule)
+    decision = FIRST.run(variables, batch, threshold, temperatures=temperatures, rule=rule)
     logits = forced(FIRST, variables, batch)
     early, late = (
         np.asarray(select_exit(logits, threshold + delta, temperatures, rule=rule).exit)
         for delta in (-SLOPE * NEAR, SLOPE * NEAR)
     )
-    assert (early <= found.exit).all()
-    assert (found.exit <= late).all()
+    assert (early <= decision.exit).all()
+    assert (decision.exit <= late).all()
     scores = np.asarray(exit_scores(logits, jnp.asarray(temperatures), rule))
-    own = scores[found.exit, np.arange(FIRST.rows)]
-    np.testing.assert_allclose(found.score, own, rtol=0, atol=SLOPE * NEAR)
+    own = scores[decision.exit, np.arange(FIRST.rows)]
+    np.testing.assert_allclose(decision.score, own, rtol=0, atol=SLOPE * NEAR)
 
 
 @pytest.mark.parametrize("name", ["ragged last tile", "bfloat16 operands", "bfloat16 stream"])
@@ -227,8 +227,8 @@ def test_order_and_companions_change_nothing(name, data):
     rows = np.where(rng.random(case.rows) < data.draw(st.sampled_from([0.0, 0.5])), rows[0], rows)
     if np.ndim(thresholds) == 2:
         thresholds = thresholds[rows]
-    found = case.run(variables, of_rows(batch, rows), thresholds, temperatures=temperatures)
-    check(found, alone[:, rows], thresholds, temperatures, NEAR)
+    decision = case.run(variables, of_rows(batch, rows), thresholds, temperatures=temperatures)
+    check(decision, alone[:, rows], thresholds, temperatures, NEAR)
 
 
 @given(data=st.data())
@@ -236,11 +236,11 @@ def test_order_and_companions_change_nothing(name, data):
 def test_rows_at_the_front_alone_are_run(data):
     variables, batch, thresholds, temperatures, _ = draw(data, FIRST)
     rows = data.draw(st.integers(0, FIRST.rows))
-    found = FIRST.run(variables, batch, thresholds, temperatures=temperatures, rows=rows)
-    for column in found:
+    decision = FIRST.run(variables, batch, thresholds, temperatures=temperatures, rows=rows)
+    for column in decision:
         assert (column[rows:] == 0).all()
     if rows:
-        check(found, forced(FIRST, variables, batch), thresholds, temperatures, NEAR, rows)
+        check(decision, forced(FIRST, variables, batch), thresholds, temperatures, NEAR, rows)
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(23, 64), (16, 8)])
@@ -250,8 +250,8 @@ def test_pool_and_tile_change_nothing(rows, tile):
         variables, batch = inputs(FIRST, seed)
         alone = forced(FIRST, variables, batch)[:, :rows]
         for threshold in (0.45, 0.6, 0.8):
-            found = other.run(variables, of_rows(batch, np.arange(rows)), threshold)
-            check(found, alone, threshold, np.ones(4), NEAR)
+            decision = other.run(variables, of_rows(batch, np.arange(rows)), threshold)
+            check(decision, alone, threshold, np.ones(4), NEAR)
 
 
 def test_the_device_changes_nothing():
@@ -282,29 +282,31 @@ def test_another_length_or_single_rows_stay_near(name, length, tile):
         pad = ((0, 0), (0, length - case.length))
         long = jax.tree.map(lambda leaf, pad=pad: np.pad(leaf, pad), batch)
         for threshold in (0.45, 0.6, 0.8):
-            found = case.run(variables, long, threshold, tile=tile)
-            check(found, alone, threshold, np.ones(len(alone)), case.bound)
+            decision = case.run(variables, long, threshold, tile=tile)
+            check(decision, alone, threshold, np.ones(len(alone)), case.bound)
 
 
 def test_rows_of_these_models_leave_at_every_exit():
     """Else the tests above would say little."""
     for name in ("ragged last tile", "whole tiles, an exit after every layer"):
-        case, taken = CASES[name], set()
+        case, exits = CASES[name], set()
         for seed in range(5):
-            taken |= set(case.run(*inputs(case, seed), 0.6).exit.tolist())
-        assert taken == set(range(len(case.exits.layers)))
+            exits |= set(case.run(*inputs(case, seed), 0.6).exit.tolist())
+        assert exits == set(range(len(case.exits.layers)))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_exit_logits_of_one_run_are_those_of_a_run_to_each_exit(case):
     variables, batch = inputs(case, 4)
-    found = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile))
+    logits = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile))
     wanted = forced(case, variables, batch)  # by another program, which may round otherwise
-    np.testing.assert_allclose(found.swapaxes(0, 1), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(logits.swapaxes(0, 1), wanted, rtol=0, atol=1e-6)
     rows = case.rows - 2
-    some = np.asarray(exit_logits(case.model, variables, batch, tile=case.tile, rows=rows))
-    np.testing.assert_allclose(some[:rows], found[:rows], rtol=0, atol=case.bound)
-    assert (some[rows:] == 0).all()
+    logits_of_front = np.asarray(
+        exit_logits(case.model, variables, batch, tile=case.tile, rows=rows)
+    )
+    np.testing.assert_allclose(logits_of_front[:rows], logits[:rows], rtol=0, atol=case.bound)
+    assert (logits_of_front[rows:] == 0).all()
 
 
 # Promise 2: the limits
@@ -353,8 +355,8 @@ def test_an_easy_row_leaves_whatever_the_others_do(place, easy_rows):
     threshold = (scores[0, easy] + scores[:3, hard].max()) / 2
     rows = np.full(FIRST.rows, hard if easy_rows == 1 else easy)
     rows[place] = easy if easy_rows == 1 else hard
-    found = FIRST.run(variables, of_rows(batch, rows), threshold)
-    np.testing.assert_array_equal(found.exit, np.where(rows == easy, 0, 3))
+    decision = FIRST.run(variables, of_rows(batch, rows), threshold)
+    np.testing.assert_array_equal(decision.exit, np.where(rows == easy, 0, 3))
 
 
 def test_temperature_moves_exits_the_right_way():
@@ -396,8 +398,8 @@ def count_steps(case, variables, batch, thresholds, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(lax, "while_loop", counted)
         given, settings = arguments(case, variables, batch, thresholds)
-        found = run_pool.__wrapped__(*given, **settings)
-    return Decision(*map(np.asarray, found)), len(steps)
+        decision = run_pool.__wrapped__(*given, **settings)
+    return Decision(*map(np.asarray, decision)), len(steps)
 
 
 def tiles_of(alive, tile):
@@ -416,14 +418,14 @@ def test_the_tiles_run_are_those_of_the_rows_alive(name, monkeypatch):
     variables, batch = inputs(case, 7)
     exits = len(case.exits.layers)
     for thresholds in (0.0, 0.6):
-        found, steps = count_steps(case, variables, batch, thresholds, monkeypatch)
-        alive = [(found.exit >= e).sum() for e in range(exits)]
+        decision, steps = count_steps(case, variables, batch, thresholds, monkeypatch)
+        alive = [(decision.exit >= e).sum() for e in range(exits)]
         assert steps == sum(tiles_of(rows, case.tile) for rows in alive)
         if thresholds == 0:
             assert steps == tiles_of(case.rows, case.tile) == 3
         compiled = case.run(variables, batch, thresholds)
-        np.testing.assert_array_equal(found.exit, compiled.exit)
-        np.testing.assert_allclose(found.logits, compiled.logits, rtol=0, atol=F32)
+        np.testing.assert_array_equal(decision.exit, compiled.exit)
+        np.testing.assert_allclose(decision.logits, compiled.logits, rtol=0, atol=F32)
     assert tiles_of(case.rows, case.tile) < steps < exits * tiles_of(case.rows, case.tile)
 
 
@@ -438,28 +440,30 @@ def test_layers_above_an_exit_are_not_read_by_who_left():
     all_leave = FIRST.run(variables, batch, 0.0)
     np.testing.assert_array_equal(all_leave.logits, clean.logits)
     threshold = np.median(clean.score)
-    found = FIRST.run(variables, batch, threshold)
+    decision = FIRST.run(variables, batch, threshold)
     left = clean.score >= threshold
     assert 0 < left.sum() < FIRST.rows
-    np.testing.assert_array_equal(found.exit, np.where(left, 0, 3))
-    np.testing.assert_allclose(found.logits[left], clean.logits[left], rtol=0, atol=F32)
-    assert np.isnan(found.logits[~left]).all()
+    np.testing.assert_array_equal(decision.exit, np.where(left, 0, 3))
+    np.testing.assert_allclose(decision.logits[left], clean.logits[left], rtol=0, atol=F32)
+    assert np.isnan(decision.logits[~left]).all()
 
 
 @pytest.mark.parametrize("name", ["ragged last tile", "bfloat16 stream"])
 def test_full_depth_is_the_last_exit_of_the_plain_model(name):
     case = CASES[name]
     variables, batch = inputs(case, 9)
-    found = np.asarray(full_depth(case.model, variables, batch, tile=case.tile))
+    logits = np.asarray(full_depth(case.model, variables, batch, tile=case.tile))
     plain = applied(case, variables, batch)[-1]
-    assert np.abs(found - plain).max() <= case.bound * (1 + np.abs(plain).max())
-    engines = case.run(variables, batch, 2.0).logits
-    assert np.abs(found - engines).max() <= case.bound * (1 + np.abs(plain).max())
-    small = np.asarray(full_depth(case.model, variables, batch, tile=16))  # 23 rows: and one of 8
-    assert np.abs(small - plain).max() <= case.bound * (1 + np.abs(plain).max())
-    some = np.asarray(full_depth(case.model, variables, batch, tile=case.tile, rows=3))
-    np.testing.assert_allclose(some[:3], found[:3], rtol=0, atol=case.bound)
-    assert (some[max(3, case.tile) :] == 0).all()
+    assert np.abs(logits - plain).max() <= case.bound * (1 + np.abs(plain).max())
+    of_engine = case.run(variables, batch, 2.0).logits
+    assert np.abs(logits - of_engine).max() <= case.bound * (1 + np.abs(plain).max())
+    in_small_tiles = np.asarray(
+        full_depth(case.model, variables, batch, tile=16)
+    )  # 23 rows: and one of 8
+    assert np.abs(in_small_tiles - plain).max() <= case.bound * (1 + np.abs(plain).max())
+    logits_of_front = np.asarray(full_depth(case.model, variables, batch, tile=case.tile, rows=3))
+    np.testing.assert_allclose(logits_of_front[:3], logits[:3], rtol=0, atol=case.bound)
+    assert (logits_of_front[max(3, case.tile) :] == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, FEW_ROWS, FEW_ROWS + 1, 300])
@@ -538,8 +542,8 @@ def test_the_pool_is_written_in_place(name):
     """
     case = CASES[name]
     text = lowered(case, *inputs(case, 0)).compile().as_text()
-    for kept in (case.length, len(case.exits.layers) - 1):
-        whole = rf"\[32,{kept},12\]"  # the rows, in whole tiles, and one tile more
+    for axis in (case.length, len(case.exits.layers) - 1):
+        whole = rf"\[32,{axis},12\]"  # the rows, in whole tiles, and one tile more
         assert re.search(rf" = \w+{whole}\S* dynamic-update-slice\(", text)
         assert not re.findall(rf" = (?:\w+{whole}\S* copy|f32{whole}\S* convert)\(", text)
 

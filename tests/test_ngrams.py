@@ -17,7 +17,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import pad
 from ejax.data.tokenizer import Encoded
-from ejax.inference.engine import early_exit
+from ejax.inference.engine import early_exit, full_depth
 from ejax.inference.policy import select_exit
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
@@ -174,9 +174,9 @@ def bundle():
     exits = dataclasses.replace(trained.exits, layers=(0, *trained.exits.layers))
     encoded = trained.tokenizer.encode([text for _, text in rows], 16)
     labels = np.array([trained.labels.index(label) for label, _ in rows])
-    params = trained.variables["params"] | {
-        "ngrams": fit_ngrams(encoded, np.eye(exits.num_labels)[labels], exits)
-    }
+    grams = fit_ngrams(encoded, np.eye(exits.num_labels)[labels], exits)
+    grams["evidence"] = np.array([0.6, 0.3], np.float32)
+    params = trained.variables["params"] | {"ngrams": grams}
     return dataclasses.replace(
         trained, exits=exits, variables={"params": params}, thresholds=(0.9, 0.8, 0.0),
         temperatures=(0.7, *trained.temperatures),
@@ -207,6 +207,21 @@ def test_a_classifier_answers_as_all_exits_say(bundle) -> None:
     assert clf(TEXTS[3]) == [answers[3]]
 
 
+def test_later_exits_add_what_it_says(bundle) -> None:
+    clf, heads = EarlyExitClassifier(bundle), EarlyExitClassifier(bundle.without_zero)
+    encoded = clf.encode(TEXTS)
+    logits, alone = clf.exit_logits(encoded), heads.exit_logits(encoded)
+    wanted = alone + np.array([0.6, 0.3])[:, None, None] * logits[:1]
+    # float32, and tiles of other sizes
+    np.testing.assert_allclose(logits[1:], wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(clf.full_logits(encoded), wanted[-1], rtol=0, atol=1e-5)
+    batch = pad(encoded, np.arange(len(TEXTS)), 16)
+    full = full_depth(bundle.model, bundle.variables, batch, tile=8)
+    np.testing.assert_allclose(full, wanted[-1], rtol=0, atol=1e-5)
+    one = clf.decide([TEXTS[3]], threshold=2.0)
+    np.testing.assert_allclose(one.logits[0], wanted[-1, 3], rtol=0, atol=1e-5)
+
+
 def test_the_compiled_program_answers_as_the_classifier_on_texts_that_fit(bundle) -> None:
     clf = EarlyExitClassifier(bundle)
     encoded = clf.encode(TEXTS)
@@ -229,7 +244,9 @@ def test_exit_0_reads_what_the_encoder_does_not(bundle) -> None:
     assert encoded.whole_lengths.tolist() == [25, 25]
     at_zero = [answer["label"] for answer in clf(texts, threshold=0)]
     assert at_zero == ["good", "bad"]
-    assert len({str(answer) for answer in clf(texts, threshold=2)}) == 1
+    heads = EarlyExitClassifier(bundle.without_zero)
+    assert len({str(answer) for answer in heads(texts)}) == 1
+    assert len({str(answer) for answer in clf(texts, threshold=2)}) == 2  # it tells later exits
     cut = pad(encoded, np.arange(2), 16)
     logits = np.asarray(bundle.model.apply(bundle.variables, cut))[0]
     np.testing.assert_array_equal(logits[0], logits[1])

@@ -20,16 +20,16 @@ def binary(gaps):
 
 def exits(logits, thresholds, temperatures=None):
     decision = select_exit(logits, thresholds, temperatures)
-    taken = np.asarray(decision.exit)
+    exit = np.asarray(decision.exit)
     # Whatever is decided, logits and score are those of the exit taken.
-    own = np.asarray(logits, np.float32)[taken, np.arange(taken.size)]
+    own = np.asarray(logits, np.float32)[exit, np.arange(exit.size)]
     np.testing.assert_array_equal(decision.logits, own)
     scale = np.ones(len(logits)) if temperatures is None else np.asarray(temperatures)
     scale = np.broadcast_to(scale, len(logits)).astype(np.float32)
-    np.testing.assert_array_equal(decision.score, confidence(own, scale[taken]))
+    np.testing.assert_array_equal(decision.score, confidence(own, scale[exit]))
     assert decision.exit.dtype == np.int32
     assert decision.score.dtype == decision.logits.dtype == np.float32
-    return taken.tolist()
+    return exit.tolist()
 
 
 EASY, HARD = 3.0, 0.1  # gaps: confidence 0.953 and 0.525
@@ -37,8 +37,8 @@ LOGITS = binary([[EASY, HARD, HARD, 0], [HARD, EASY, HARD, 0], [HARD, HARD, EASY
 
 
 def test_confidence_by_hand():
-    found = confidence(np.array([[0, 0], [0, math.log(3)]], np.float32), np.float32(1))
-    np.testing.assert_allclose(found, [0.5, 0.75], rtol=1e-6)
+    scores = confidence(np.array([[0, 0], [0, math.log(3)]], np.float32), np.float32(1))
+    np.testing.assert_allclose(scores, [0.5, 0.75], rtol=1e-6)
     three = np.array([math.log(1), math.log(4), math.log(9)], np.float32)
     np.testing.assert_allclose(confidence(three, np.float32(0.5)), 81 / 98, rtol=1e-6)
     np.testing.assert_allclose(confidence(three, np.float32(2)), 3 / 6, rtol=1e-6)
@@ -46,23 +46,23 @@ def test_confidence_by_hand():
 
 def test_confidence_of_huge_logits_is_finite():
     huge = np.array([[3e38, -3e38], [1e30, 1e30]], np.float32)
-    found = confidence(huge / np.float32(4), np.float32(0.5))
-    np.testing.assert_array_equal(found, [1.0, 0.5])
+    scores = confidence(huge / np.float32(4), np.float32(0.5))
+    np.testing.assert_array_equal(scores, [1.0, 0.5])
 
 
 def test_margin_and_entropy_by_hand():
     p = np.array([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]])
     logits = np.log(p).astype(np.float32)
-    one = np.float32(1)
-    np.testing.assert_allclose(RULES["margin"](logits, one), [0.2, 0, 0.85], atol=1e-6)
+    temperature = np.float32(1)
+    np.testing.assert_allclose(RULES["margin"](logits, temperature), [0.2, 0, 0.85], atol=1e-6)
     wanted = 1 + (p * np.log(p)).sum(axis=1) / math.log(3)
-    np.testing.assert_allclose(RULES["entropy"](logits, one), wanted, atol=1e-6)
+    np.testing.assert_allclose(RULES["entropy"](logits, temperature), wanted, atol=1e-6)
     sure = np.array([[200.0, 0, 0]], np.float32)
-    assert [float(RULES[name](sure, one)[0]) for name in RULES] == [1, 1, 1]
+    assert [float(RULES[name](sure, temperature)[0]) for name in RULES] == [1, 1, 1]
     # A long tail of unlikely classes adds doubt to no row.
     tail = np.full((1, 1000), -9.0, np.float32)
     tail[0, 7] = 1
-    assert RULES["entropy"](tail, one)[0] > 0.99
+    assert RULES["entropy"](tail, temperature)[0] > 0.99
 
 
 def test_no_rule_is_sure_of_what_is_not_finite():
@@ -78,11 +78,11 @@ def test_agreement_counts_the_exits_that_said_the_same_before():
     np.testing.assert_allclose(
         4 * scores, [[0, 0, 0], [1, 0, 0], [2, 1, 0], [0, 2, 0], [1, 3, 0]], atol=1e-6
     )
-    taken = {
+    exit_by_patience = {
         patience: select_exit(logits, (patience - 0.5) / 4, rule="agreement").exit.tolist()
         for patience in (1, 2, 3)
     }
-    assert taken == {1: [1, 2, 4], 2: [2, 3, 4], 3: [4, 4, 4]}
+    assert exit_by_patience == {1: [1, 2, 4], 2: [2, 3, 4], 3: [4, 4, 4]}
 
 
 def test_each_row_leaves_at_its_first_sure_exit():
@@ -159,12 +159,12 @@ def test_a_row_by_row_loop_agrees():
     logits = rng.normal(size=(5, 203, 7)).astype(np.float32) * 3
     temperatures = rng.uniform(0.5, 2, 5).astype(np.float32)
     thresholds = rng.uniform(0.3, 1, (203, 5)).astype(np.float32)
-    taken, score, own = first_sure(logits, thresholds, temperatures)
-    assert len(set(taken)) == 5
-    found = select_exit(logits, thresholds, temperatures)
-    np.testing.assert_array_equal(found.exit, taken)
-    np.testing.assert_allclose(found.score, score, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(found.logits, own)
+    exit, score, own = first_sure(logits, thresholds, temperatures)
+    assert len(set(exit)) == 5
+    decision = select_exit(logits, thresholds, temperatures)
+    np.testing.assert_array_equal(decision.exit, exit)
+    np.testing.assert_allclose(decision.score, score, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(decision.logits, own)
 
 
 @pytest.mark.parametrize(

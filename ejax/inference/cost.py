@@ -123,8 +123,8 @@ class Profile:
         types = (self.dtype, self.single_dtype)
         if older is None or (older.dtype, older.single_dtype) != types:
             return self
-        kept = {shape: s for shape, s in older.seconds.items() if shape[1] not in self.tile}
-        return dataclasses.replace(self, tile=older.tile | self.tile, seconds=kept | self.seconds)
+        others = {shape: s for shape, s in older.seconds.items() if shape[1] not in self.tile}
+        return dataclasses.replace(self, tile=older.tile | self.tile, seconds=others | self.seconds)
 
     def predict(self, exits: ExitConfig, exit: Any, tile: int, length: int) -> float:
         """Seconds of one pool of `length` tokens whose rows leave at `exit`, int [N].

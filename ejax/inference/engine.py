@@ -18,12 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.hardware import free_bytes
-from ejax.inference.policy import (
-    Decision,
-    broadcast_thresholds,
-    check_rule,
-    check_temperatures,
-)
+from ejax.inference.policy import Decision, broadcast_thresholds, check_rule, check_temperatures
 from ejax.inference.pool import pad_to_tiles, run_pool
 from ejax.inference.prepared import Prepared, prepare, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes

@@ -153,9 +153,9 @@ def select_exit(
     temperatures = check_temperatures(temperatures, exits)
     scores = exit_scores(logits, temperatures, check_rule(rule))
     leave = (scores >= thresholds.T).at[-1].set(True)
-    taken = jnp.argmax(leave, axis=0).astype(jnp.int32)
+    exit = jnp.argmax(leave, axis=0).astype(jnp.int32)
     row = jnp.arange(rows)
-    return Decision(logits[taken, row], taken, scores[taken, row])
+    return Decision(logits[exit, row], exit, scores[exit, row])
 
 
 def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:

@@ -185,30 +185,14 @@ def leave_at_zero(given: Given, state: LoopState) -> LoopState:
     """Rows that exit 0 is sure of leave before the first layer."""
     logits = given.zero_logits
     assert logits is not None
-    size, number_of_exits = len(logits), given.last + 2
-    temperature, before = given.temperatures[0], nothing_agreed((size,))
-    score, agreed = score_exit(given.rule, logits, temperature, before, number_of_exits)
-    real = jnp.arange(size) < state.alive
-    threshold = jnp.pad(given.thresholds[:, 0], (0, size - len(given.thresholds)))
-    leave = real & (score >= threshold)
-    row, none = jnp.arange(size), jnp.int32(0)
-    decision = Decision(logits, jnp.zeros(size, jnp.int32), score)
-    answered_row, answers = append(
-        (state.answered_row, state.answers), (row, decision), leave, none
-    )
-    waiting = append(state.waiting, Waiting(row, row, agreed), real & ~leave, none)
-    all_logits = state.all_logits
-    if all_logits is not None:
-        all_logits = all_logits.at[:size, 0].set(logits)
-    answered = leave.sum(dtype=jnp.int32)
-    return state._replace(
-        waiting=waiting,
-        answered_row=answered_row,
-        answers=answers,
-        all_logits=all_logits,
-        alive=state.alive - answered,
-        answered=answered,
-    )
+    size = len(logits)
+    row = jnp.arange(size)
+    state = take_exit(
+        given, state, Waiting(row, row, nothing_agreed((size,))), logits, 0,
+        threshold=jnp.pad(given.thresholds[:, 0], (0, size - len(given.thresholds))),
+        real=row < state.alive, last=False, start=0,
+    )  # fmt: skip
+    return state._replace(alive=state.stayed, stayed=jnp.zeros_like(state.stayed))
 
 
 def step(given: Given, state: LoopState) -> LoopState:
@@ -232,49 +216,69 @@ def step(given: Given, state: LoopState) -> LoopState:
         weight = given.weights.evidence[state.segment]
         logits = logits + weight * given.zero_logits[rows.row]
     exit = state.segment + given.zero
-    score, agreed = score_exit(
-        given.rule, logits, given.temperatures[exit], rows.agreed, last + 1 + given.zero
+    state = take_exit(
+        given, state, rows._replace(place=start + jnp.arange(tile)), logits, exit,
+        threshold=given.thresholds[rows.row, exit],
+        real=jnp.arange(tile) < jnp.minimum(width, rest), last=state.segment == last, start=start,
+    )  # fmt: skip
+    done = width >= rest  # with this segment
+    return state._replace(
+        # No row stands before its index: what is overwritten here has been read.
+        hidden=lax.dynamic_update_slice_in_dim(state.hidden, hidden, start, 0),
+        mixed=lax.dynamic_update_slice_in_dim(state.mixed, mixed, start, 0),
+        segment=state.segment + done.astype(jnp.int32),
+        start=jnp.where(done, 0, start + width),
+        alive=jnp.where(done, state.stayed, state.alive),
+        stayed=jnp.where(done, 0, state.stayed),
     )
-    real = jnp.arange(tile) < jnp.minimum(width, rest)
-    leave = real & ((score >= given.thresholds[rows.row, exit]) | (state.segment == last))
-    stay = real & ~leave
 
-    # No row stands before its index: what is overwritten here has been read.
-    all_hidden = lax.dynamic_update_slice_in_dim(state.hidden, hidden, start, 0)
-    all_mixed = lax.dynamic_update_slice_in_dim(state.mixed, mixed, start, 0)
-    place = start + jnp.arange(tile)
-    decision = Decision(logits, jnp.full((tile,), exit), score)
+
+def take_exit(
+    given: Given,
+    state: LoopState,
+    rows: Waiting,
+    logits: Array,
+    exit: Array | int,
+    *,
+    threshold: Array,
+    real: Array,
+    last: Array | bool,
+    start: Array | int,
+) -> LoopState:
+    """Rows that an exit is sure of go to the answers, the others on the list of the next segment.
+
+    Args:
+      rows: [B] each, with the place where their hidden states stand from now on.
+      logits: float32 [B, C], of that exit.
+      threshold: float32 [B].
+      real: bool [B]; the others are padding, and go nowhere.
+      last: whether nobody may go on.
+      start: of the tile, for `all_logits`.
+    """
+    number_of_exits = given.last + 1 + given.zero
+    temperature = given.temperatures[exit]
+    score, agreed = score_exit(given.rule, logits, temperature, rows.agreed, number_of_exits)
+    leave = real & ((score >= threshold) | last)
+    stay = real & ~leave
+    decision = Decision(logits, jnp.full(score.shape, exit), score)
     answered_row, answers = append(
         (state.answered_row, state.answers), (rows.row, decision), leave, state.answered
     )
     all_logits = state.all_logits
     if all_logits is not None:  # nobody leaves before the end: rows stand as in the input
         all_logits = lax.dynamic_update_slice(all_logits, logits[:, None], (start, exit, 0))
-    stayed = state.stayed + stay.sum(dtype=jnp.int32)
-    done = width >= rest  # with this segment
-    return LoopState(
-        hidden=all_hidden,
-        mixed=all_mixed,
-        waiting=append(state.waiting, Waiting(rows.row, place, agreed), stay, state.stayed),
+    return state._replace(
+        waiting=append(state.waiting, rows._replace(agreed=agreed), stay, state.stayed),
         answered_row=answered_row,
         answers=answers,
         all_logits=all_logits,
-        segment=state.segment + done.astype(jnp.int32),
-        start=jnp.where(done, 0, start + width),
-        alive=jnp.where(done, stayed, state.alive),
-        stayed=jnp.where(done, 0, stayed),
+        stayed=state.stayed + stay.sum(dtype=jnp.int32),
         answered=state.answered + leave.sum(dtype=jnp.int32),
     )
 
 
 def run_segment(
-    given: Given,
-    segment: int,
-    width: int,
-    start: Array,
-    rows: Waiting,
-    hidden: Array,
-    mixed: Array,
+    given: Given, segment: int, width: int, start: Array, rows: Waiting, hidden: Array, mixed: Array
 ) -> tuple[Array, Array, Array]:
     """The first `width` rows of a tile through the layers of one segment and its exit's head.
 
