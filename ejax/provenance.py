@@ -134,7 +134,7 @@ class Ledger:
         return {
             "complete": self.complete,
             "trainings": [
-                {"salt": one.salt, "rows": {n: sorted(held) for n, held in one.rows.items()}}
+                {"salt": one.salt, "rows": {n: sorted(one.rows[n]) for n in sorted(one.rows)}}
                 for one in self.trainings
             ],
         }

@@ -21,7 +21,7 @@ from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Tokenizer
 from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
-from ejax.provenance import ON_WORD, TRAINED, UNKNOWN, UNKNOWN_BEHIND
+from ejax.provenance import ON_WORD, PICKED, TRAINED, UNKNOWN, UNKNOWN_BEHIND, Ledger
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -128,6 +128,20 @@ def test_rows_json_alone_tells_what_was_trained_on() -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
     again = bundle.ledger.behind().with_training({"train": train})  # of the same rows
     assert not again.trainings[1].rows["train"] & salted
+
+
+def test_a_start_that_is_its_own_teacher_is_one_training() -> None:
+    rows = [f"{i:012x}" for i in range(9)]
+    first = Ledger(complete=True).with_training({"train": rows[:4], "dev_a": rows[4:6]})
+    used = first.with_rows("calibration", rows[6:8])
+    teacher = used.behind(picked=[*PICKED, "calibration"])
+    both = first.behind().merged(teacher).with_training({"train": rows[8:]})
+    assert both.complete
+    assert len(both.trainings) == 2
+    assert both.among(rows, TRAINED) == {*rows[:4], *rows[8:]}
+    assert both.among(rows, ["picked"]) == {*rows[4:8]}
+    assert Ledger.from_json(json.loads(json.dumps(both.to_json()))) == both
+    assert not first.merged(Ledger()).complete
 
 
 def test_without_rows_json_what_needs_it_refuses_and_the_rest_says_so(tmp_path: Path) -> None:
