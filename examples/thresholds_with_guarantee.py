@@ -12,7 +12,8 @@ import csv
 import sys
 
 import ejax
-from ejax.calibration.thresholds import make_table, risk_thresholds
+from ejax.calibration.risk import risk_thresholds
+from ejax.calibration.thresholds import make_table
 
 folder, file, *more = sys.argv[1:]
 risk = float(more[0]) if more else 0.05

@@ -100,9 +100,9 @@ def test_the_shapes_are_those_of_bert() -> None:
     found = python(
         "import sys, json, jax; from pathlib import Path; import train.aot\n"
         "from train.__main__ import load_config\n"
-        "from train.aot_programs import model_of, shapes_of\n"
+        "from train.aot_programs import models_of, shapes_of\n"
         "def count(path):\n"
-        "    model = model_of(load_config(Path(path)), 0)\n"
+        "    model, _ = models_of(load_config(Path(path)), 0)\n"
         "    shapes = shapes_of(model)\n"
         "    return sum(leaf.size for leaf in jax.tree.leaves(shapes['bert'])), "
         "shapes['heads']['exits']['classifier']['bias'].shape\n"
@@ -212,10 +212,12 @@ def test_a_config_fits_a_chip(path: Path) -> None:
         "import json, sys; from pathlib import Path; from train.aot import slice_of\n"
         "from ejax.hardware import compiling_for\n"
         "from train.__main__ import load_config\n"
-        "from train.aot_programs import model_of, step_program; from train.roofline import memory\n"
+        "from train.aot_programs import models_of, step_program\n"
+        "from train.roofline import memory\n"
         "config, (chip,) = load_config(Path(sys.argv[1])), slice_of('v5e:1x1')\n"
         "with compiling_for('tpu'):\n"
-        "    made = step_program(config, model_of(config, 0), [chip], config.batch_size, 128)[0]\n"
+        "    model, _ = models_of(config, 0)\n"
+        "    made = step_program(config, model, [chip], config.batch_size, 128)[0]\n"
         "print(json.dumps(memory(made)))",
         str(path),
     )

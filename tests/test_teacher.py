@@ -348,7 +348,7 @@ def test_labels_in_the_texts_are_said_to_be_ignored(tmp_path: Path) -> None:
     texts = tiny.write_tsv(tmp_path / "more.tsv", tiny.rows(9, 3))
     config = TrainConfig(data=DataConfig(path=str(tiny.data()), unlabelled=str(texts)))
     said = io.StringIO()
-    rows = with_unlabelled(load(config.data)["train"], config, Console(file=said))
+    rows = with_unlabelled(load(config.data)["train"], config, Console(file=said, width=500))
     assert [row.label for row in rows[-9:]] == [-1] * 9
     assert f"9 unlabelled rows: {texts} (its column label is not read)" in " ".join(
         said.getvalue().split()

@@ -19,18 +19,21 @@ import tiny
 from ejax.bundle import FORMAT_VERSION
 from ejax.classifier import EarlyExitClassifier
 
-folder = Path(sys.argv[1])
-args = [*tiny.train_args(tiny.HOME / "golden"), "epochs=6"]
-if FORMAT_VERSION >= 3:
-    args[args.index("--layers") + 1] = "0,1,3"
-done = tiny.ejax(*args)
-assert done.code == 0, done.err
-shutil.copytree(tiny.HOME / "golden", folder)
-texts = {
-    name: [line.split("\t")[1] for line in tiny.file(name).read_text().splitlines()[1:6]]
-    for name in ("train", "dev", "test")
-}
-clf = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
-asked = [text for part in texts.values() for text in part]
-said = [{**answer, "score": float(answer["score"])} for answer in clf(asked)]
-(folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": said}, indent=1) + "\n")
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    args = [*tiny.train_args(tiny.HOME / "golden"), "epochs=6"]
+    if FORMAT_VERSION >= 3:
+        args[args.index("--layers") + 1] = "0,1,3"
+    done = tiny.ejax(*args)
+    assert done.code == 0, done.err
+    shutil.copytree(tiny.HOME / "golden", folder)
+    texts = {
+        name: [line.split("\t")[1] for line in tiny.file(name).read_text().splitlines()[1:6]]
+        for name in ("train", "dev", "test")
+    }
+    clf = EarlyExitClassifier.from_pretrained(folder, dtype="float32")
+    asked = [text for part in texts.values() for text in part]
+    said = [{**answer, "score": float(answer["score"])} for answer in clf(asked)]
+    (folder / "answers.json").write_text(
+        json.dumps({"texts": texts, "answers": said}, indent=1) + "\n"
+    )
