@@ -51,16 +51,13 @@ CELLS = {  # training rows, of each set that has so many
 TEST_ROWS = 4_000  # at most
 POINTS = {"no loss": 0.0, "0.5 points": 0.5, "1 point": 1.0}  # expected to be lost, on dev rows
 CUT = f"{TFIDF}, on the text as the encoder reads it"
-LINEAR = (TFIDF, CUT, FROZEN)
 ACCURACY = (
-    "data", "training rows", "test rows", "TF-IDF", "TF-IDF, cut text", "frozen encoder", "exit 0",
-    "full depth", "points better than linear", "default", "layers run",
+    "accuracy", "training rows", "TF-IDF", "frozen encoder", "exit 0", "full depth",
+    "points above linear",
 )  # fmt: skip
 SPEED = ("texts per second", "TF-IDF", "frozen encoder", "exit 0", "default", "full depth")
-GAIN = (
-    "data", "allowed loss", "accuracy", "points lost", "layers run", "speed-up",
-    "speed-up from text", "ideal",
-)  # fmt: skip
+GAIN_DIGITS = {"mean_depth": 2, "speedup": 1, "ideal_speedup": 1}
+GAIN = ("data", "thresholds for", "accuracy", "points lost", "layers run", "speed-up", "ideal")
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -193,12 +190,10 @@ def tables(known: Sequence[dict[str, Any]]) -> str:
     """Accuracy of all cells, and speed of each set's first, as Markdown."""
     accuracies = [
         [
-            of["data"], f"{of['config']['data']['limit'] or 'all'}", of["rows"],
-            *(f"{of['linear'][name]:.3f}" if name in of["linear"] else "" for name in LINEAR),
+            of["data"], f"{of['config']['data']['limit'] or 'all'}",
+            *(f"{of['linear'][name]:.3f}" for name in (TFIDF, FROZEN)),
             f"{of['exit_accuracy'][0]:.3f}" if of["layers"][0] == 0 else "",
             f"{of['full']['accuracy']:.3f}", least_gain(of),
-            f"{of['thresholds']['default']['accuracy']:.3f}",
-            f"{of['thresholds']['default']['mean_depth']:.2f}",
         ]
         for of in known
     ]  # fmt: skip
@@ -216,12 +211,11 @@ def tables(known: Sequence[dict[str, Any]]) -> str:
         [
             of["data"], name, f"{point['accuracy']:.3f}",
             f"{point['drop']:.1f} ({point['drop_low']:.1f} to {point['drop_high']:.1f})",
-            f"{point['mean_depth']:.2f}", f"{point['speedup']:.1f}",
-            f"{point['from_text'] / of['full']['from_text']:.1f}", f"{point['ideal_speedup']:.1f}",
+            *(f"{point[field]:.{digits}f}" for field, digits in GAIN_DIGITS.items()),
         ]
         for of in largest
         for name, point in of["thresholds"].items()
-        if name in POINTS
+        if name != "first exit"
     ]  # fmt: skip
     return "\n\n".join(
         markdown(headings, rows)
