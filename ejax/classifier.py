@@ -17,6 +17,7 @@ from ejax.calibration.abstain import certainty, check_abstain
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded, Text
+from ejax.errors import UserError
 from ejax.hardware import fastest_dtype
 from ejax.inference.cost import load_profile, profile_path
 from ejax.inference.engine import early_exit, exit_logits, full_depth, replicate
@@ -176,12 +177,12 @@ class EarlyExitClassifier:
         """
         check_top_k(top_k)
         if isinstance(texts, str | tuple | Mapping) or not isinstance(texts, Iterable):
-            raise ValueError(
+            raise UserError(
                 "texts must be many texts, such as a list or a file; a tuple is one pair. "
                 f"Got one {type(texts).__name__}."
             )
         if np.ndim(threshold) > 1:
-            raise ValueError(
+            raise UserError(
                 "threshold must be a number or one per exit: a stream has no number of texts. "
                 f"Got shape {np.shape(threshold)}."
             )
@@ -242,13 +243,13 @@ class EarlyExitClassifier:
           ValueError: where the bundle does not know how deep those went, or there is no text.
         """
         if not self.depth_record:
-            raise ValueError(
+            raise UserError(
                 "this bundle does not know how deep the texts went that its thresholds are for: "
                 "`ejax thresholds` or `ejax calibrate` records it."
             )
         exits = decision.exit if isinstance(decision, Decision) else decision
         if not len(exits):
-            raise ValueError("drift needs at least one text.")
+            raise UserError("drift needs at least one text.")
         return compare(self._exit_counts(exits), self.depth_record, self.bundle.exits.layers)
 
     @property
@@ -351,7 +352,7 @@ class EarlyExitClassifier:
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
         """Exit 0's logits float32 [N, C], on the whole texts."""
         if encoded.whole is None:
-            raise ValueError(
+            raise UserError(
                 "texts must be tokenised by `encode` of this classifier or its bundle: exit 0 "
                 "reads them whole."
             )
@@ -424,7 +425,7 @@ class EarlyExitClassifier:
 def as_list(texts: Any) -> Sequence[Text]:
     """A single text or pair as a list of one."""
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
-        raise ValueError(
+        raise UserError(
             "texts must be a string, a pair (text, pair), or a list of either. "
             f"Got one {type(texts).__name__}."
         )
@@ -433,7 +434,7 @@ def as_list(texts: Any) -> Sequence[Text]:
 
 def check_top_k(top_k: Any) -> None:
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
+        raise UserError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
 
 
 def characters(text: Any) -> int:

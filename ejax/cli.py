@@ -37,6 +37,7 @@ from ejax.command import (
     setting,
     train_rows_of,
 )
+from ejax.errors import UserError
 from ejax.storage import path_of
 
 app = typer.Typer(
@@ -178,7 +179,7 @@ def predict(
     from ejax.predict import predict_file
 
     if on_error not in ("stop", "skip"):
-        raise ValueError(f"--on-error must be stop or skip. Got {on_error!r}.")
+        raise UserError(f"--on-error must be stop or skip. Got {on_error!r}.")
     level, count = parse_threshold(threshold) if threshold else None, parse_top_k(top_k)
     if abstain is not None:
         check_abstain(abstain)
@@ -430,7 +431,7 @@ def export(
     from ejax.export import export_hf
 
     if format != "hf":
-        raise ValueError(f"--format must be hf. Got {format!r}.")
+        raise UserError(f"--format must be hf. Got {format!r}.")
     note(f"written: {export_hf(load_bundle(bundle), output)}")
 
 
@@ -605,7 +606,7 @@ def place(
     check_output(output)
     check_max_drop(max_drop)
     if output.resolve() == bundle.resolve():
-        raise ValueError(
+        raise UserError(
             f"--output must not be {bundle}: the layers it loses could not be had back."
         )
     clf = EarlyExitClassifier.from_pretrained(bundle)

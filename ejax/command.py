@@ -1,7 +1,6 @@
 """What every command shares: exit codes, words for errors, options and checks."""
 
 import dataclasses
-import dis
 import errno
 import hashlib
 import json
@@ -17,6 +16,7 @@ from typer.core import TyperCommand
 
 from ejax import storage
 from ejax.config import TrainConfig, field_sentences, field_types
+from ejax.errors import UserError
 from ejax.storage import path_of
 
 # Of click or of typer's own copy of it, by version; not public under its name in either.
@@ -175,7 +175,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
 
 def explain(error: Exception) -> str:
     """What the user can mend, as a sentence; "" for a bug."""
-    if hasattr(error, "exit_code") or (isinstance(error, ValueError) and _is_ours(error)):
+    if hasattr(error, "exit_code") or isinstance(error, UserError):
         return str(error)
     if storage.is_of_client(error):
         return f"object storage cannot be reached: {storage.first_line(error)}."
@@ -188,18 +188,6 @@ def explain(error: Exception) -> str:
                 f"repeat the command."
             )
     return ""
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether a `raise` of this package made it, rather than a call that went wrong."""
-    last = error.__traceback__
-    while last and last.tb_next:
-        last = last.tb_next
-    if last is None:
-        return False
-    code, module = last.tb_frame.f_code, last.tb_frame.f_globals.get("__name__", "")
-    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and module.partition(".")[0] in ("ejax", "train", "__main__")
 
 
 def _say(name: str, sentence: str, code: int) -> int:
@@ -222,7 +210,7 @@ def parse_threshold(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"a threshold must be a number of at least 0, or full for full depth. Got {text!r}."
         )
     return value
@@ -242,14 +230,14 @@ def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
         alike = sum(path.name == other.name for other in paths) > 1
         name = f"{path.parent.name}/{path.name}" if alike else path.name
         if name in found:
-            raise ValueError(f"--beside {name} is given twice.")
+            raise UserError(f"--beside {name} is given twice.")
         found[name] = EarlyExitClassifier.from_pretrained(path)
     return found
 
 
 def check_split(split: str) -> None:
     if split == "train":
-        raise ValueError("--split must be dev or test: confidences on trained rows are too high.")
+        raise UserError("--split must be dev or test: confidences on trained rows are too high.")
 
 
 def parse_top_k(text: str) -> int | None:
@@ -257,7 +245,7 @@ def parse_top_k(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--top-k must be a positive number or all. Got {text!r}.")
+        raise UserError(f"--top-k must be a positive number or all. Got {text!r}.")
     return int(text)
 
 
@@ -269,15 +257,15 @@ def check_output_file(output: Path, suffix: str) -> None:
     """Before the work: whether the result can be written."""
     path_of(output)  # not on gs://
     if output.suffix != suffix:
-        raise ValueError(f"--output must end in {suffix}. Got {output}.")
+        raise UserError(f"--output must end in {suffix}. Got {output}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"--output must be a file in a folder that exists. Got {output}.")
+        raise UserError(f"--output must be a file in a folder that exists. Got {output}.")
     probe = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--output {output} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
 
 
 def name_of(bundle: Path) -> str:
@@ -297,7 +285,7 @@ def train_rows_of(
 ) -> list[Any]:
     """Those that --train names, for linear models; none without it."""
     if encoder and not train:
-        raise ValueError("--encoder needs --train, the rows to fit a linear model to.")
+        raise UserError("--encoder needs --train, the rows to fit a linear model to.")
     return list(rows_of(clf, train, "train", text, label)) if train else []
 
 

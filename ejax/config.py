@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any, Literal, get_args, get_origin
 
+from ejax.errors import UserError
+
 T = typing.TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
@@ -29,7 +31,7 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
 def _check(ok: bool, sentence: str) -> None:
     if not ok:
-        raise ValueError(sentence)
+        raise UserError(sentence)
 
 
 def _check_types(config: Any) -> None:
@@ -37,7 +39,7 @@ def _check_types(config: Any) -> None:
     for field, hint in field_types(type(config)).items():
         value = getattr(config, field)
         if not _fits(value, hint):
-            raise ValueError(
+            raise UserError(
                 f"{type(config).__name__}.{field} must be {_describe(hint)}. Got {value!r}."
             )
 
@@ -351,7 +353,7 @@ def _check_known(name: str, fields: Mapping[str, Any], where: str) -> None:
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(fields)}."
-        raise ValueError(f"{where} has no field {name!r}.{hint}")
+        raise UserError(f"{where} has no field {name!r}.{hint}")
 
 
 def override(config: T, assignments: typing.Sequence[str]) -> T:

@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from ejax import storage
 from ejax.bundle import Bundle, hf_config, replacing
+from ejax.errors import UserError
 from ejax.models.weights import to_hf
 
 
@@ -23,13 +24,13 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
     folder = storage.path_of(folder)
     with storage.reaching(folder):
         if (folder / "exits.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is a bundle, which a plain classifier would replace: "
                 f"choose another output folder."
             )
     exits = bundle.exits
     if exits.pooling != "cls" or (exits.mix != "last" and exits.num_layers > 1):
-        raise ValueError(
+        raise UserError(
             f"this bundle has pooling {exits.pooling!r} and mix {exits.mix!r}: a plain Hugging "
             f"Face classifier reads the first token of the last layer: train with pooling=cls "
             f"and mix=last to export."

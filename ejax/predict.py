@@ -23,6 +23,7 @@ from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
 from ejax.data.files import Row, path_format, read_rows, texts_of
+from ejax.errors import UserError
 from ejax.streaming import chunks
 
 FORMATS = ("tsv", "csv", "jsonl")
@@ -130,7 +131,7 @@ def output_format(source: str, output: str, format: str = "") -> str:
     """ "tsv", "csv" or "jsonl": by the ending of `output`, or else that of the input."""
     kind = path_format(output) if output != "-" else ""
     if kind and kind not in FORMATS:
-        raise ValueError(
+        raise UserError(
             f"{output}: cannot write that format. Expected an ending .tsv, .csv or .jsonl, "
             f"each also with .gz."
         )
@@ -217,12 +218,12 @@ def _check_columns(
 ) -> None:
     clash = [name for name in row if name in names]
     if clash:
-        raise ValueError(
+        raise UserError(
             f"{where}: column {clash[0]!r} would be overwritten; the first row does not have it."
         )
     extra = [name for name in row if name not in known]
     if extra and kind != "jsonl":
-        raise ValueError(
+        raise UserError(
             f"{where}: column {extra[0]!r} is not in the first row, and a {kind} has the same "
             f"columns in every row: write .jsonl."
         )
@@ -285,7 +286,7 @@ def writing(output: str) -> Iterator[BinaryIO]:
         with storage.reaching(output):
             taken = target.is_dir()
         if taken:
-            raise ValueError(f"{output} is a folder: give the name of a file to write.")
+            raise UserError(f"{output} is a folder: give the name of a file to write.")
         probe = target.with_name(f".{target.name}.probe")
         with storage.reaching(output):  # the right to write is asked for before the work
             probe.write_text("")
@@ -297,7 +298,7 @@ def writing(output: str) -> Iterator[BinaryIO]:
         return
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"{output} is a folder: give the name of a file to write.")
+        raise UserError(f"{output} is a folder: give the name of a file to write.")
     device = path.exists() and not path.is_file()  # or a pipe: it stays what it is
     if not device:
         path = Path(os.path.realpath(path))
@@ -314,7 +315,7 @@ def writing(output: str) -> Iterator[BinaryIO]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{output} cannot be written: {error.strerror or error}. Nothing of it was kept."
         ) from error
     finally:

@@ -12,6 +12,8 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ejax.errors import UserError
+
 TRAINED = ("train",)  # the weights
 PICKED = ("dev_a", "placed", "picked")  # which weights and exits are kept
 FITTED = (*TRAINED, *PICKED, "calibration")  # those, and temperatures: they choose no thresholds
@@ -146,7 +148,7 @@ class Ledger:
         for one in values["trainings"]:
             rows = {name: frozenset(held) for name, held in one["rows"].items()}
             if not all(len(salted) == 12 for held in rows.values() for salted in held):
-                raise ValueError("a hash has 12 digits")
+                raise UserError("a hash has 12 digits")
             trainings.append(Training(str(one["salt"]), rows))
         return cls(tuple(trainings), values["complete"] is True)
 
@@ -154,7 +156,7 @@ class Ledger:
 def check_known(ledger: Ledger, rows_are_new: bool, what: str) -> None:
     """Raises ValueError for `what` on rows that may have trained the bundle for all one knows."""
     if not (ledger.complete or rows_are_new):
-        raise ValueError(
+        raise UserError(
             f"{what} needs to know which rows trained this bundle, whose rows.json is missing or "
             f"incomplete: give --rows-are-new (rows_are_new=True) where none of these rows did."
         )

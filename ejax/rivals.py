@@ -26,6 +26,7 @@ from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded, Text, load_tokenizer
+from ejax.errors import UserError
 from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
@@ -103,7 +104,7 @@ def fit_rivals(
             f"fitted to them."
         )
     if len({row.label for row in kept}) < 2:
-        raise ValueError(
+        raise UserError(
             f"the rivals need training rows of two labels or more that are not reported on. Got "
             f"{len(kept)} rows."
         )
@@ -163,7 +164,7 @@ def fit_frozen(
     for field in ("hidden_size", "vocab_size"):
         ours, its = getattr(bundle.cfg, field), getattr(cfg, field)
         if not encoder and ours != its:  # a folder's name that is also one on the hub
-            raise ValueError(f"{name} has {field} {its}, and this bundle {ours}.")
+            raise UserError(f"{name} has {field} {its}, and this bundle {ours}.")
     tokenizer = load_tokenizer(folder)
     max_length = min(bundle.max_length, cfg.max_position_embeddings)
     of_tokens = mean_vectors(cfg, bert, max_length, bundle.buckets)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from ejax.errors import UserError
+
 SCHEME = "gs://"
 
 
@@ -27,14 +29,14 @@ def path_of(path: str | Path) -> Path:
       ValueError: for storage that is not known, or whose library is not installed.
     """
     if re.match(r"[a-z][a-z0-9]+:/(?!/)", str(path)):  # what pathlib makes of gs://
-        raise ValueError(f"{path} must be a folder here, or gs:// as a string where that can be.")
+        raise UserError(f"{path} must be a folder here, or gs:// as a string where that can be.")
     if "://" not in str(path):
         text = str(path)
         return Path(path).expanduser() if text == "~" or text.startswith("~/") else Path(path)
     if not is_remote(path):
-        raise ValueError(f"{path}: only folders and gs:// are known here.")
+        raise UserError(f"{path}: only folders and gs:// are known here.")
     if not importlib.util.find_spec("gcsfs"):
-        raise ValueError(f"{path}: for gs:// pip install '.[gcs]' in ejax's folder.")
+        raise UserError(f"{path}: for gs:// pip install '.[gcs]' in ejax's folder.")
     import fsspec
     from etils import epath
 
@@ -55,7 +57,7 @@ def reaching(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        raise ValueError(f"{path} cannot be reached: {first_line(error)}.") from error
+        raise UserError(f"{path} cannot be reached: {first_line(error)}.") from error
 
 
 def first_line(error: Exception) -> str:
@@ -106,11 +108,11 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
                     part.copy(target)
             after = contents(source / names[-1]) if names else None
         if names and before != after:
-            raise ValueError(f"{path} is being written at this moment: try again.")
+            raise UserError(f"{path} is being written at this moment: try again.")
         try:
             yield copy
         except ValueError as error:
-            raise ValueError(str(error).replace(str(copy), str(path))) from error
+            raise UserError(str(error).replace(str(copy), str(path))) from error
 
 
 def contents(path: Any) -> bytes | None:

@@ -12,6 +12,7 @@ import typer
 from ejax.cli import train_and_show
 from ejax.command import keep_programs, run
 from ejax.config import TrainConfig, override, smoke
+from ejax.errors import UserError
 from ejax.storage import path_of
 from ejax.training import processes
 
@@ -67,15 +68,15 @@ def load_config(path: Path) -> TrainConfig:
     whole, colon, name = str(path).rpartition(".py:")
     path, name = (Path(f"{whole}.py"), name) if colon else (path, "config")
     if not path.is_file():
-        raise ValueError(f"No such file: {path} (--config).")
+        raise UserError(f"No such file: {path} (--config).")
     try:
         found = runpy.run_path(str(path))
     except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     config = found.get(name)
     if not isinstance(config, TrainConfig):
         has = ", ".join(name for name, value in found.items() if isinstance(value, TrainConfig))
-        raise ValueError(
+        raise UserError(
             f"{path} must define `{name} = TrainConfig(…)`. Got {type(config).__name__}."
             + (f" As {path}:NAME it has {has}." if has else "")
         )

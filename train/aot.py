@@ -32,6 +32,7 @@ from rich.console import Console
 from ejax.command import check_json, run
 from ejax.config import TrainConfig, override, to_json
 from ejax.data.batches import bucket_of
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import compiling_for, environment
 from train.__main__ import load_config
@@ -113,9 +114,9 @@ def known_slices(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
         known = json.loads(output.read_text())
         found = {part["topology"]: part for part in known["slices"]}
     except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{output} is no file of train.aot: choose another --output.") from None
+        raise UserError(f"{output} is no file of train.aot: choose another --output.") from None
     if known.get("asked") != asked:
-        raise ValueError(f"{output} is of another config or version: choose another --output.")
+        raise UserError(f"{output} is of another config or version: choose another --output.")
     return found
 
 
@@ -127,7 +128,7 @@ def slice_of(topology: str) -> list[jax.Device]:
     """
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise ValueError(
+        raise UserError(
             f"--topology must be one of {', '.join(CHIPS)} and its chips, such as v5e:4x8. "
             f"Got {topology!r}."
         )
@@ -142,7 +143,7 @@ def slice_of(topology: str) -> list[jax.Device]:
     try:
         made = topologies.get_topology_desc(topology, "tpu", **given)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the TPU compiler does not know {topology} ({' '.join(str(error).split())[:160]}): "
             f"choose chips that exist, and pip install '.[tpu]' for the compiler itself."
         ) from None

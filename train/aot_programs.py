@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from ejax import assets
 from ejax.config import BertConfig, TrainConfig
 from ejax.data.named import TFDS
+from ejax.errors import UserError
 from ejax.inference.cost import head_flops, layer_flops
 from ejax.inference.engine import prepare, run_head, run_layer, run_pool
 from ejax.models.bert import Batch, BertModel, EncoderLayer
@@ -52,9 +53,9 @@ def models_of(config: TrainConfig, labels: int) -> tuple[EarlyExitBert, EarlyExi
     known = TFDS.get(config.data.name)
     classes = labels or (known.classes if known else 0)
     if not classes:
-        raise ValueError("--labels must be given: the config names no data set of known classes.")
+        raise UserError("--labels must be given: the config names no data set of known classes.")
     if config.dtype == "float32":
-        raise ValueError(
+        raise UserError(
             'dtype must be "bfloat16" or "auto": the peaks it is measured against are of bfloat16. '
             "Got 'float32'."
         )

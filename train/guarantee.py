@@ -27,6 +27,7 @@ from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, t
 from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, check_json, check_split, run
 from ejax.data.rows import encode
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of
@@ -102,7 +103,7 @@ def parse_case(text: str, loss: str) -> tuple[float, float, int]:
             if loss == "drop"
             else ("RISK,DELTA,ROWS, such as 0.02,0.05,2000")
         )
-        raise ValueError(f"--case must be {what}. Got {text!r}.")
+        raise UserError(f"--case must be {what}. Got {text!r}.")
     return found
 
 

@@ -21,6 +21,7 @@ from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan
 from ejax.data.rows import encode
+from ejax.errors import UserError
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import environment
@@ -74,7 +75,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     exits = exits_of(config, cfg, len(split.labels)).encoder
     layers = exits.layers
     if len(layers) < 2:
-        raise ValueError(f"{config.model}: layers must name two exits or more. Got {layers}.")
+        raise UserError(f"{config.model}: layers must name two exits or more. Got {layers}.")
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
         rows = encode(split, lambda texts: tokenizer.encode(texts, max_length))

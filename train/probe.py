@@ -21,6 +21,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, LabelColumn, TextColumns, check_json, check_split, run
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
+from ejax.errors import UserError
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
@@ -105,7 +106,7 @@ def probe(
     trained = bundle.ledger.among(hashes, TRAINED)
     ours = np.array([name in trained for name in train.hashes])
     if not ours.any():
-        raise ValueError(
+        raise UserError(
             f"no row of {given['train'].origin} is known to have trained this bundle: --train "
             f"takes the rows that did, which its rows.json names."
         )
@@ -118,7 +119,7 @@ def probe(
     fitted = train.take(np.flatnonzero(ours))
     fitted = fitted.take(draw(len(fitted.labels)))
     if len(set(fitted.labels.tolist())) < 2:
-        raise ValueError("--train must hold rows of two labels or more. Got one label.")
+        raise UserError("--train must hold rows of two labels or more. Got one label.")
     test = tasks["test"]
     seen = bundle.ledger.among(test.hashes, CHOSEN).union(train.hashes, dev.hashes)
     test = test.take(

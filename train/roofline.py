@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from ejax.errors import UserError
+
 
 class Chip(NamedTuple):
     """Google's figures, from the system architecture pages of the Cloud TPU documentation."""
@@ -51,7 +53,7 @@ class Cost(NamedTuple):
         }
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(UserError):
     """The compiler's own word that a program needs more memory than the chip has."""
 
 

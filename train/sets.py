@@ -27,6 +27,7 @@ from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data import sources
 from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded, Tokenizer
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import evaluate, write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.quickstart import data_config
@@ -90,7 +91,7 @@ def main(
     every = [Cell(name, rows) for name, sizes in CELLS.items() for rows in sizes]
     chosen = [cell for cell in every if fnmatch.fnmatch(cell.name, cells)]
     if not chosen:
-        raise ValueError(f"--cells {cells!r} names no cell. They are {every[0].name}, ….")
+        raise UserError(f"--cells {cells!r} names no cell. They are {every[0].name}, ….")
     console = Console(stderr=True)
     for number, cell in enumerate([] if show else chosen, 1):
         path = results / f"{cell.name}.json"
@@ -126,7 +127,7 @@ def files_of(cell: Cell, root: Path, workdir: Path, console: Console) -> DataCon
         found = data_config("", workdir / "bbc", console)
         return DataConfig(path=found.path, limit=cell.rows)
     if not (root / cell.data).is_dir():
-        raise ValueError(f"--data {root} must hold a folder {cell.data}. There is none.")
+        raise UserError(f"--data {root} must hold a folder {cell.data}. There is none.")
     return DataConfig(path=str(root / cell.data), limit=cell.rows)
 
 

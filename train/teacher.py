@@ -20,6 +20,7 @@ from ejax.bundle import load_bundle
 from ejax.command import check_json, keep_programs, run
 from ejax.config import DataConfig, TrainConfig, epochs_of, override, to_json
 from ejax.data import sources
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import environment
 from ejax.training.finetune import finetune
@@ -87,7 +88,7 @@ def write_files(
     splits = sources.load(config.data, seed=config.seed)
     order = np.random.default_rng(0).permutation(len(splits["train"]))
     if len(order) < labelled + 1:
-        raise ValueError(
+        raise UserError(
             f"train must have more than {labelled} rows (--labelled). Got {len(order)}."
         )
     chosen = [np.sort(order[:labelled]), np.sort(order[labelled:][:unlabelled])]

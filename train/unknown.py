@@ -23,6 +23,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.command import Bundle, Data, TextColumns, check_json, check_split, count_fitted, run
 from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.hardware import environment
@@ -92,7 +93,7 @@ def main(
     read = read_texts(clf, unknown, columns, "", "jsonl", (), None, lambda _: None)
     other = clf.encode([text for _, text, _ in read])
     if not len(other):
-        raise ValueError(f"{unknown} holds no text.")
+        raise UserError(f"{unknown} holds no text.")
     decided, decided_other = clf.decide_encoded(task.encoded), clf.decide_encoded(other)
     known, others = scores(clf, task.encoded, decided), scores(clf, other, decided_other)
     layers = np.array(clf.bundle.exits.layers)

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import softmax
 
 from ejax.calibration.metrics import wilson_interval
+from ejax.errors import UserError
 
 
 def certainty(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
@@ -33,7 +34,7 @@ def check_abstain(threshold: Any) -> np.float32:
     except (TypeError, ValueError):
         value = np.float32(np.nan)
     if not 0 <= value <= 1:
-        raise ValueError(
+        raise UserError(
             f"abstain must be a number from 0, where every text gets an answer, to 1. "
             f"Got {threshold!r}."
         )
@@ -43,7 +44,7 @@ def check_abstain(threshold: Any) -> np.float32:
 def check_accuracy(accuracy: float) -> None:
     """Of the answered, as a target."""
     if not 0 < accuracy <= 1:
-        raise ValueError(
+        raise UserError(
             f"abstain must be a share of right answers, above 0 and at most 1. Got {accuracy}."
         )
 
@@ -102,7 +103,7 @@ def lowest_abstain(certainties: Any, right: Any, accuracy: float) -> float:
     share = np.bincount(at, right).cumsum() / rows
     enough = np.flatnonzero(share >= accuracy)
     if not enough.size:
-        raise ValueError(
+        raise UserError(
             f"abstain: no threshold makes the answers right on {accuracy:g} of {rows[-1]} rows; "
             f"the most is {share.max():.4g}, on the most confident {rows[share.argmax()]}."
         )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
+from ejax.errors import UserError
 from ejax.inference.policy import check_temperatures
 
 Float = npt.NDArray[np.float64]
@@ -29,7 +30,7 @@ def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
     """
     values = np.asarray(logits, np.float64)
     if values.ndim != 3 or values.shape[0] < 1 or values.shape[2] < 2:
-        raise ValueError(
+        raise UserError(
             "logits must have shape [exits, rows, classes] with at least two classes. "
             f"Got {values.shape}."
         )
@@ -37,7 +38,7 @@ def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
     checked = _check_labels(labels, rows, classes)
     if not np.isfinite(values).all():
         exit, row, _ = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(
+        raise UserError(
             f"logits must be finite. Got NaN or infinity at exit {exit} (of {exits}, counted "
             f"from 0), row {row}: the run that made them diverged, or its weights are damaged."
         )
@@ -47,15 +48,15 @@ def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
 def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
     values = np.asarray(labels)
     if rows < 1:
-        raise ValueError("at least one labelled row is needed. Got 0 rows.")
+        raise UserError("at least one labelled row is needed. Got 0 rows.")
     if values.shape != (rows,):
-        raise ValueError(f"labels must have shape ({rows},), one per row. Got {values.shape}.")
+        raise UserError(f"labels must have shape ({rows},), one per row. Got {values.shape}.")
     if values.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers. Got dtype {values.dtype}.")
+        raise UserError(f"labels must be integers. Got dtype {values.dtype}.")
     wrong = np.flatnonzero((values < 0) | (values >= (math.inf if classes is None else classes)))
     if wrong.size:
         allowed = "0 or above" if classes is None else f"in 0..{classes - 1}"
-        raise ValueError(
+        raise UserError(
             f"labels must be {allowed}. Got {values[wrong[0]]} at row {wrong[0]}: leave out rows "
             "without a label (such as GLUE test, where it is -1)."
         )
@@ -65,14 +66,14 @@ def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
 def _check_probs(probs: Any) -> Float:
     values = np.asarray(probs, np.float64)
     if values.ndim != 2 or values.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             f"probs must have shape [rows, classes] with at least two classes. Got {values.shape}."
         )
     if values.shape[0] < 1:
-        raise ValueError("at least one labelled row is needed. Got 0 rows.")
+        raise UserError("at least one labelled row is needed. Got 0 rows.")
     sums = np.abs(values.sum(axis=1) - 1) <= SUM_TOLERANCE
     if not (sums.all() and (values >= 0).all()):
-        raise ValueError(
+        raise UserError(
             "probs must be probabilities that sum to 1 in each row. Got rows that sum to "
             f"{values.sum(axis=1).min():g} to {values.sum(axis=1).max():g}, smallest entry "
             f"{values.min():g}: apply softmax to logits first."
@@ -88,7 +89,7 @@ def softmax(logits: Any, *, temperature: float = 1.0) -> Float:
 
 def _positive(temperature: float) -> float:
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a positive number. Got {temperature}.")
+        raise UserError(f"temperature must be a positive number. Got {temperature}.")
     return float(temperature)
 
 
@@ -148,7 +149,7 @@ def macro_f1(predictions: Any, labels: Any) -> float:
 def _check_predictions(predictions: Any, rows: int) -> Int:
     values = np.asarray(predictions)
     if values.shape != (rows,) or values.dtype.kind not in "iu" or (values < 0).any():
-        raise ValueError(
+        raise UserError(
             f"predictions must be {rows} class indices, one per label: take the argmax of logits "
             f"first. Got shape {values.shape}, dtype {values.dtype}."
         )
@@ -274,14 +275,14 @@ def _top(probs: Any, labels: Any) -> tuple[Float, Float]:
 
 def _bin(confidence: Float, bins: int, binning: Binning) -> Int:
     if bins < 1:
-        raise ValueError(f"bins must be at least 1. Got {bins}.")
+        raise UserError(f"bins must be at least 1. Got {bins}.")
     if binning == "width":
         edges = np.linspace(0, 1, bins + 1)[1:-1]
     elif binning == "mass":
         last = -(-confidence.size * np.arange(1, bins) // bins) - 1
         edges = np.sort(confidence)[last]
     else:
-        raise ValueError(f"binning must be 'width' or 'mass'. Got {binning!r}.")
+        raise UserError(f"binning must be 'width' or 'mass'. Got {binning!r}.")
     return np.searchsorted(edges, confidence, side="left").astype(np.int64)
 
 
@@ -371,12 +372,12 @@ def paired_interval(
     """
     a, b = np.asarray(correct_a), np.asarray(correct_b)
     if a.ndim != 1 or a.shape != b.shape or a.size < 1 or not a.dtype == b.dtype == np.bool_:
-        raise ValueError(
+        raise UserError(
             "correct_a and correct_b must be boolean, of one length [rows], with at least one "
             f"row. Got {a.dtype} {a.shape} and {b.dtype} {b.shape}."
         )
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1. Got {level}.")
+        raise UserError(f"level must be between 0 and 1. Got {level}.")
     n = a.size
     both, only_a, only_b = (int(x.sum()) for x in (a & b, a & ~b, ~a & b))
     neither = n - both - only_a - only_b

@@ -21,6 +21,7 @@ from ejax.calibration.thresholds import (
     totals,
     within_drop,
 )
+from ejax.errors import UserError
 
 MOST_SUBSETS = 20_000  # some minutes
 
@@ -85,10 +86,10 @@ def _first_of_least(costs: Any) -> int:
 def check_count(count: int, exits: int) -> None:
     """Raises ValueError unless so many of the exits can be kept, and all choices be tried."""
     if not 1 <= count <= exits:
-        raise ValueError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
+        raise UserError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
     subsets = sum(comb(exits, size) for size in range(1, count + 1))
     if subsets > MOST_SUBSETS:
-        raise ValueError(
+        raise UserError(
             f"{count} of {exits} exits can be kept in {subsets:,} ways, and at most "
             f"{MOST_SUBSETS:,} are tried: keep fewer."
         )

@@ -30,9 +30,10 @@ from ejax.calibration.thresholds import (
     rounded_up,
     totals,
 )
+from ejax.errors import UserError
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A promise that not even full depth was shown to keep."""
 
 
@@ -152,7 +153,7 @@ def promised_drop(
     check_promise(max_drop, delta)
     first, rest = split_rows(table, seed)
     if not rest.size:
-        raise ValueError("a promise needs at least 2 rows, to order policies and to test them.")
+        raise UserError("a promise needs at least 2 rows, to order policies and to test them.")
     ordering, tested = table.take(first), table.take(rest)
     # By losses alone, not less gains: in 32 trials 17 ran less deep so, by up to a layer, and 10
     # deeper, by up to half of one.
@@ -198,10 +199,10 @@ def split_rows(table: Table, seed: int = 0) -> tuple[Int, Int]:
 def check_promise(points: float, delta: float) -> None:
     """Of a drop that is promised: no number of rows shows that nothing at all is lost."""
     if not 0 < points < 100:
-        raise ValueError(f"with delta, max_drop must be above 0 and below 100. Got {points}.")
+        raise UserError(f"with delta, max_drop must be above 0 and below 100. Got {points}.")
     check_share("delta", delta)
 
 
 def check_share(name: str, value: float) -> None:
     if not 1e-9 <= value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, and at least 1e-9. Got {value}.")
+        raise UserError(f"{name} must be between 0 and 1, and at least 1e-9. Got {value}.")

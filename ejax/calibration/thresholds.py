@@ -21,6 +21,7 @@ from scipy.special import log_softmax
 from ejax.calibration.fits import LEAST, curve, pooled
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval
 from ejax.config import check_layers
+from ejax.errors import UserError
 from ejax.inference.policy import as_float32, check_rule, check_temperatures, exit_scores
 
 FULL = 2.0  # above every score: nobody leaves early
@@ -153,17 +154,17 @@ def make_table(
     exits, rows, _ = values.shape
     check_layers(tuple(layers))
     if len(layers) != exits:
-        raise ValueError(
+        raise UserError(
             f"layers must hold one layer per exit ({exits}). Got {len(layers)}: {tuple(layers)}."
         )
     counts = np.asarray(tokens)
     if counts.shape != (rows,) or counts.dtype.kind not in "iu" or (counts < 1).any():
-        raise ValueError(
+        raise UserError(
             f"tokens must be {rows} integers of at least 1, the real tokens of each row. "
             f"Got shape {counts.shape}, dtype {counts.dtype}, smallest {counts.min(initial=1)}."
         )
     if not (math.isfinite(exit0_cost) and exit0_cost >= 0) or (exit0_cost and layers[0]):
-        raise ValueError(
+        raise UserError(
             f"exit0_cost must be a number of layers, 0 or above, and is for exits that begin with "
             f"layer 0. Got {exit0_cost} and {tuple(layers)}."
         )
@@ -201,7 +202,7 @@ def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
     """
     values = np.asarray(threshold, np.float64)
     if values.shape not in ((), (len(table.layers),)) or np.isnan(values).any():
-        raise ValueError(
+        raise UserError(
             f"threshold must be one number, or one per exit ({len(table.layers)}). "
             f"Got {threshold!r}."
         )
@@ -311,7 +312,7 @@ def budget_thresholds(
         point = operating_point(table, ordered[p].tolist())
         return point | {"budget": float(budget), "spent": float(spent[p])}
     unit = " ms" if cost else ""
-    raise ValueError(
+    raise UserError(
         f"a budget must be at least {rounded_up(spent.min()):g}{unit}, what these rows cost when "
         f"all leave at the first exit. Got {budget:g}{unit}."
     )
@@ -319,12 +320,12 @@ def budget_thresholds(
 
 def check_max_drop(points: float) -> None:
     if not (math.isfinite(points) and points >= 0):
-        raise ValueError(f"max_drop must be 0 points or above. Got {points}.")
+        raise UserError(f"max_drop must be 0 points or above. Got {points}.")
 
 
 def check_budget(value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"a budget must be a number above 0. Got {value}.")
+        raise UserError(f"a budget must be a number above 0. Got {value}.")
 
 
 def rounded_up(value: float) -> float:
@@ -337,7 +338,7 @@ def check_loss(loss: str) -> Loss:
     for known in get_args(Loss):
         if loss == known:
             return cast(Loss, known)
-    raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}. Got {loss!r}.")
+    raise UserError(f"loss must be one of {', '.join(get_args(Loss))}. Got {loss!r}.")
 
 
 def policies(table: Table, family: Family, lost: Any = None) -> Float:
@@ -366,7 +367,7 @@ def policies(table: Table, family: Family, lost: Any = None) -> Float:
         bounds = np.unique(np.quantile(worst, np.linspace(0, 1, STEPS)))
         columns = [_lowest(worst[e], grid[e], bounds) for e in range(early)]
     else:
-        raise ValueError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
+        raise UserError(f"family must be 'per exit' or 'one number'. Got {family!r}.")
     between = np.stack([*columns, np.zeros_like(columns[0])], axis=1)
     none, all_at_first = np.full((1, early + 1), FULL), np.zeros((1, early + 1))
     return np.concatenate([none, between, all_at_first])

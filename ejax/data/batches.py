@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ejax.data.tokenizer import Encoded, bucket_of
+from ejax.errors import UserError
 from ejax.models.bert import Batch
 
 __all__ = ["Step", "bucket_of", "eval_plan", "pad", "take", "train_plan", "worth_compiling"]
@@ -57,7 +58,7 @@ def train_plan(
     _check_batch_size(batch_size)
     for name, value in (("seed", seed), ("epoch", epoch)):
         if value < 0:
-            raise ValueError(f"{name} must be 0 or above. Got {value}.")
+            raise UserError(f"{name} must be 0 or above. Got {value}.")
     bucket = bucket_of(lengths, buckets, max_length)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(bucket))
@@ -105,13 +106,13 @@ def pad(encoded: Encoded, rows: np.ndarray, length: int) -> Batch:
     """
     rows = np.asarray(rows, np.int64)
     if len(rows) and rows.max() >= len(encoded):
-        raise ValueError(f"rows must be below {len(encoded)}. Got {rows.max()}.")
+        raise UserError(f"rows must be below {len(encoded)}. Got {rows.max()}.")
     real = rows >= 0
     starts, counts = np.zeros_like(rows), np.zeros_like(rows)
     starts[real] = encoded.offsets[rows[real]]
     counts[real] = encoded.offsets[rows[real] + 1] - starts[real]
     if len(rows) and counts.max() > length:
-        raise ValueError(
+        raise UserError(
             f"length must be at least {counts.max()}, the tokens of row "
             f"{rows[counts.argmax()]}. Got {length}."
         )
@@ -130,7 +131,7 @@ def take(encoded: Encoded, labels: np.ndarray, step: Step) -> tuple[Batch, np.nd
     Padding rows have mask 0, label 0 and weight 0; all others have weight 1.
     """
     if len(labels) != len(encoded):
-        raise ValueError(f"labels must be one per row, {len(encoded)}. Got {len(labels)}.")
+        raise UserError(f"labels must be one per row, {len(encoded)}. Got {len(labels)}.")
     real = step.rows >= 0
     taken = np.zeros(len(step.rows), np.int32)
     taken[real] = np.asarray(labels)[step.rows[real]]
@@ -183,4 +184,4 @@ def _filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1. Got {batch_size}.")
+        raise UserError(f"batch_size must be at least 1. Got {batch_size}.")

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ejax.errors import UserError
+
 LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target", "gold_label")
 # Recognised text columns, the first match wins.
 TEXT_COLUMNS = (
@@ -64,7 +66,7 @@ def find_label_column(
         what = f"{path}: which column holds the label, {' or '.join(found)}?"
     if given:
         what = f"{path} has no column {given!r} for the label. Its columns: {', '.join(columns)}."
-    raise ValueError(
+    raise UserError(
         f"{what} Name it with label_column (--label-column).{_no_header(columns, path)}"
     )
 
@@ -90,18 +92,18 @@ def find_text_columns(
             return found
         if found := recognised_texts(names):
             return found
-        raise ValueError(
+        raise UserError(
             f"{path}: which column holds the text? Its columns: {', '.join(columns)}. Name one or "
             f"two with text_columns (--text-column).{_no_header(columns, path)}"
         )
     if len(given) > 2:
-        raise ValueError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
+        raise UserError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
     for name in given:
         if not find_column(columns, name):
-            raise ValueError(f"{path} has no column {name!r}. Its columns: {', '.join(columns)}.")
+            raise UserError(f"{path} has no column {name!r}. Its columns: {', '.join(columns)}.")
     found = tuple(find_column(columns, name) for name in given)
     if label_column in found or len(set(found)) < len(found):
-        raise ValueError(
+        raise UserError(
             f"text_columns must be one or two columns other than that of the label, "
             f"{label_column!r}. Got {', '.join(given)}."
         )
@@ -145,7 +147,7 @@ def check_still(
         with suppress(ValueError):
             found = tuple(find(row))
     if found != tuple(chosen):
-        raise ValueError(
+        raise UserError(
             f"{where}: the {what} is in {', '.join(found)}, and was read from {', '.join(chosen)} "
             f"before: name the columns of the {what} (--{what}-column)."
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 from ejax import storage
 from ejax.data.columns import TEXT_COLUMNS, find_column, names_columns, recognised_texts
+from ejax.errors import UserError
 
 FORMATS = ("tsv", "csv", "jsonl", "txt")
 HEADERLESS = {2: ("label", "text"), 3: ("label", "text_a", "text_b")}
@@ -66,13 +67,13 @@ def read_rows(
     path = str(path)
     kind = format or (path != "-" and format_of(path)) or ""
     if kind and kind not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}. Got {format!r}.")
+        raise UserError(f"format must be one of {', '.join(FORMATS)}. Got {format!r}.")
     lines = _lines(path, None if kind == "csv" else skip)
     first = next(lines, None)
     if first is None:
         if path == "-" or kind in ("jsonl", "txt"):
             return
-        raise ValueError(f"{path} is empty.")
+        raise UserError(f"{path} is empty.")
     kind = kind or _sniff(first[1], text_columns)
     lines = itertools.chain([first], lines)
     if kind == "txt":
@@ -101,7 +102,7 @@ def read_rows(
 
 def _refuse(sentence: str, skip: Skip) -> None:
     if skip is None:
-        raise ValueError(sentence) from None
+        raise UserError(sentence) from None
     skip(sentence)
 
 
@@ -115,11 +116,11 @@ def texts_of(
     """
     for name in columns:
         if name not in row:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {line}: no column {name!r}. Its columns: {', '.join(row)}."
             )
         if not isinstance(row[name], str):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {line}: column {name!r} must hold text. Got {row[name]!r}."
             )
         _check_characters(row[name], f"{path}, line {line}: column {name!r}")
@@ -133,20 +134,20 @@ def label_of(row: Mapping[str, Any], column: str, path: str | Path, line: int) -
       ValueError: when there is no label, or one of another kind of problem.
     """
     if column not in row:
-        raise ValueError(
+        raise UserError(
             f"{path}, line {line}: no column {column!r} for the label. "
             f"Its columns: {', '.join(row)}. Name it with label_column (--label-column)."
         )
     label, typed = row[column], path_format(path) == "jsonl"
     where = f"{path}, line {line}: the label"
     if isinstance(label, list):
-        raise ValueError(
+        raise UserError(
             f'{where} is a list: problem_type "multi_label_classification" is not supported yet.'
         )
     if isinstance(label, float) or (
         isinstance(label, str) and not typed and re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)", label)
     ):
-        raise ValueError(
+        raise UserError(
             f"{where} {label} is a number with a fraction: "
             f'problem_type "regression" is not supported yet.'
         )
@@ -155,9 +156,9 @@ def label_of(row: Mapping[str, Any], column: str, path: str | Path, line: int) -
     if isinstance(label, int):
         return str(label)
     if not isinstance(label, str) or not label:
-        raise ValueError(f"{where} is missing: expected a name. Got {label!r}.")
+        raise UserError(f"{where} is missing: expected a name. Got {label!r}.")
     if label != label.strip():
-        raise ValueError(f"{where} must not begin or end with a space. Got {label!r}.")
+        raise UserError(f"{where} must not begin or end with a space. Got {label!r}.")
     _check_characters(label, where)
     return label
 
@@ -166,7 +167,7 @@ def _check_characters(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # "\ud800" in JSON
-        raise ValueError(f"{where} holds half a surrogate pair, which is no character.") from None
+        raise UserError(f"{where} holds half a surrogate pair, which is no character.") from None
 
 
 def path_format(path: str | Path) -> str:
@@ -180,7 +181,7 @@ def format_of(path: str | Path) -> str:
     check_file(path)
     kind = path_format(path)
     if kind not in FORMATS:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot tell the format by the ending. "
             f"Expected .tsv, .csv, .jsonl or .txt, each also with .gz."
         )
@@ -192,17 +193,17 @@ def check_file(path: str | Path) -> None:
     file = storage.path_of(path)
     try:
         if file.is_dir():
-            raise ValueError(f"{path} is a folder: expected a file.")
+            raise UserError(f"{path} is a folder: expected a file.")
         if file.is_file() or (not storage.is_remote(path) and file.is_fifo()):
             return
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not file.parent.is_dir():
-        raise ValueError(f"No such file: {path} (there is no folder {file.parent}).")
+        raise UserError(f"No such file: {path} (there is no folder {file.parent}).")
     names = sorted(other.name for other in file.parent.iterdir())
     near = difflib.get_close_matches(file.name, names, n=1)
     hint = f" Did you mean {file.parent / near[0]}?" if near else ""
-    raise ValueError(f"No such file: {path}.{hint}")
+    raise UserError(f"No such file: {path}.{hint}")
 
 
 def _open(path: str) -> AbstractContextManager[Iterable[bytes]]:
@@ -231,7 +232,7 @@ def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:
                         skip if number > 1 else None,
                     )
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name} cannot be read: {error}.") from error
+        raise UserError(f"{name} cannot be read: {error}.") from error
 
 
 def _strip(line: str) -> str:
@@ -327,10 +328,10 @@ def _columns(
         if re.fullmatch(r"-?\d+", name) or name in labels or any(row[0] == name for _, row in peek):
             return HEADERLESS[len(header)], itertools.chain([(number, header)], cells)
     if header == [""]:
-        raise ValueError(f"{path}, line {number}: expected a header with the column names.")
+        raise UserError(f"{path}, line {number}: expected a header with the column names.")
     alone = header[0].strip() if len(header) == 1 else ""
     if re.search(r"[,;|\t ]", alone) and not any(find_column(header, n) for n in text_columns):
-        raise ValueError(
+        raise UserError(
             f"{path}: {header[0]!r} does not look like the name of a column. A tsv has tabs "
             f"between its columns, a csv commas; one text per line without a header is a txt. If "
             f"it is a name, give it as text_columns (--text-column)."
@@ -339,5 +340,5 @@ def _columns(
         header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise ValueError(f"{path}: the header names column {twice[0]!r} twice.")
+        raise UserError(f"{path}: the header names column {twice[0]!r} twice.")
     return tuple(header), cells

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from ejax.data import files
 from ejax.data.columns import check_still, find_label_column, find_text_columns
+from ejax.errors import UserError
 
 FORMAT_VERSION = "1.0.3"  # of what is written: raise it when rows are read differently
 
@@ -93,10 +94,10 @@ def open_file(
         "text_columns": text_columns, "label_column": label_column, "labels": labels,
     }  # fmt: skip
     if files.format_of(path) == "txt":
-        raise ValueError(f"{path}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
+        raise UserError(f"{path}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
     line, first = next(files.read_rows(path, **options), (0, {}))
     if not first:
-        raise ValueError(f"{path} has no rows.")
+        raise UserError(f"{path} has no rows.")
 
     def find_label(row: files.Row) -> tuple[str]:
         return (find_label_column(row, label_column, preferred=preferred_label, path=path),)
@@ -140,7 +141,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
         (root / "locks").mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the cache folder {root} cannot be written ({error.strerror}): "
             f"set data.cache_dir or EJAX_CACHE to one that can."
         ) from error

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ejax.errors import UserError
+
 BLOCK = 4096  # rows read at once
 
 
@@ -85,7 +87,7 @@ def open_set(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, NamedSpl
     from ejax.data import local
 
     if name not in TFDS:
-        raise ValueError(f"data.name must be one of {', '.join(TFDS)}. Got {name!r}.")
+        raise UserError(f"data.name must be one of {', '.join(TFDS)}. Got {name!r}.")
     found: dict[str, NamedSplit] = {}
     notes = ""
     with local.locked(root, name.replace("/", "-")), local.quiet():
@@ -98,7 +100,7 @@ def open_set(name: str, root: Path) -> tuple[tuple[str, ...], dict[str, NamedSpl
                 notes = f"; the {theirs} split has no gold labels and is left out"
                 continue
             if len(rows) == 0:
-                raise ValueError(f"{origin}: no row has a gold label.")
+                raise UserError(f"{origin}: no row has a gold label.")
             if len(rows) < len(source):
                 origin += f", {len(source) - len(rows)} rows without a gold label dropped"
             found[split] = NamedSplit(source, rows, origin)
@@ -120,7 +122,7 @@ def _prepare(name: str, root: Path) -> Any:
             builder.download_and_prepare(file_format="array_record", download_dir=downloads)
     except Exception as error:  # TFDS raises many kinds: network, checksum, archive, disk
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"{name} could not be downloaded and prepared ({reason}): put {archive} into "
             f"{downloads / 'manual'} by hand, or use local files (data.path)."
         ) from error

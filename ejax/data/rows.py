@@ -12,6 +12,7 @@ import numpy as np
 
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded
+from ejax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TokenizedSplit:
         """
         unseen = np.array([i for i, name in enumerate(self.hashes) if name not in seen], int)
         if not len(unseen):
-            raise ValueError(refusal)
+            raise UserError(refusal)
         return unseen
 
     def fingerprint(self) -> str:

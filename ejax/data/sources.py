@@ -20,6 +20,7 @@ from ejax.config import DataConfig
 from ejax.data import named
 from ejax.data.columns import find_text_columns, label_columns
 from ejax.data.files import read_rows, texts_of
+from ejax.errors import UserError
 
 __all__ = [
     "Example", "Split", "find_text_columns", "load", "read_rows", "row_hash", "split_dev",
@@ -131,14 +132,14 @@ def load(
     """
     wrong = [name for name in splits if name not in SPLITS]
     if wrong:
-        raise ValueError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
+        raise UserError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
     if config.path or config.train or config.dev or config.test:
         found = _load_files(config, root, splits, labels, preferred, preferred_label)
     elif config.name:
         found = _load_named(config.name, root, labels)
     else:
-        raise ValueError(
+        raise UserError(
             f"no data: set data.path to a folder with train.tsv, data.train to a file, "
             f"or data.name to one of {', '.join(named.TFDS)}."
         )
@@ -162,7 +163,7 @@ def split_dev(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
       ValueError: when n is below 2.
     """
     if n < 2:
-        raise ValueError(f"dev must have at least 2 rows to be halved. Got {n}.")
+        raise UserError(f"dev must have at least 2 rows to be halved. Got {n}.")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[: (n + 1) // 2]), np.sort(order[(n + 1) // 2 :])
 
@@ -203,7 +204,7 @@ def _load_files(
     if "train" in wanted:
         wanted.add("dev")  # a dev file keeps train whole
     if "train" in wanted and "train" not in paths:
-        raise ValueError("no training file: set data.train, or data.path to a folder with one.")
+        raise UserError("no training file: set data.train, or data.path to a folder with one.")
     found: dict[str, Split] = {}
     width = 0
     for name in (name for name in SPLITS if name in wanted and name in paths):
@@ -226,7 +227,7 @@ def _load_files(
                 file, root, preferred=preferred, preferred_label=preferred_label, **columns
             )
         if name == "train" and len(records.labels) < 2:
-            raise ValueError(
+            raise UserError(
                 f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
                 f"a classifier needs two classes."
             )
@@ -248,7 +249,7 @@ def _load_files(
         preferred_label = preferred_label or records.label_column
         _check_labels(records.labels, labels, paths[name])
         if width and len(records.text_columns) != width:
-            raise ValueError(
+            raise UserError(
                 f"{paths[name]} has {len(records.text_columns)} text columns "
                 f"({', '.join(records.text_columns)}), other splits have {width}."
             )
@@ -274,9 +275,9 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
     if config.path:
         folder = storage.path_of(config.path).expanduser()
         if folder.is_file():
-            raise ValueError(f"data.path must be a folder: set data.train={folder} for a file.")
+            raise UserError(f"data.path must be a folder: set data.train={folder} for a file.")
         if not folder.is_dir():
-            raise ValueError(f"No such folder: {folder} (data.path).")
+            raise UserError(f"No such folder: {folder} (data.path).")
         for name, stems in FILE_NAMES.items():
             matches = [
                 file
@@ -285,12 +286,12 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
             ]
             if len(matches) > 1 and not getattr(config, name):
                 both = " and ".join(match.name for match in matches[:2])
-                raise ValueError(f"{folder} holds {both}: set data.{name} to the one to use.")
+                raise UserError(f"{folder} holds {both}: set data.{name} to the one to use.")
             if matches:
                 paths[name] = matches[0]
         if not paths:
             held = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no train.tsv, train.csv or train.jsonl (each also .gz). "
                 f"It holds: {held}."
             )
@@ -309,7 +310,7 @@ def _check_labels(found: dict[str, int], known: Sequence[str], path: Path) -> No
     for label, line in found.items():
         if label not in known:
             names = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {line}: label {label!r} is not among the labels of train: {names}."
             )
 
@@ -319,7 +320,7 @@ def _load_named(name: str, root: Path, labels: Sequence[str]) -> dict[str, Split
     known = tuple(labels or own)
     missing = [label for label in own if label not in known]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name} has the label {missing[0]!r}, which is not among: {', '.join(known)}."
         )
     order = tuple(known.index(label) for label in own)

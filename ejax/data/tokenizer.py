@@ -19,6 +19,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from ejax.errors import UserError
+
 Text = str | tuple[str, str]
 
 MIN_LENGTH = 4  # [CLS] and two [SEP]s of a pair, and one token of text
@@ -93,7 +95,7 @@ class Tokenizer:
             or pair.ids != [*single.ids, single.ids[1]]
             or pair.type_ids != [0, 0, 1]
         ):
-            raise ValueError(
+            raise UserError(
                 f"{source} must frame a text as [CLS] text [SEP] and a pair as [CLS] first [SEP] "
                 f"second [SEP], as BERT does. Got {single.tokens} and {pair.tokens} with token "
                 f"types {pair.type_ids} around empty texts."
@@ -148,7 +150,7 @@ class Tokenizer:
             pair of strings (the message names its index).
         """
         if max_length < MIN_LENGTH:
-            raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens. Got {max_length}.")
+            raise UserError(f"max_length must be at least {MIN_LENGTH} tokens. Got {max_length}.")
         firsts, seconds = _split_pairs(texts, first)
         limits = (max_length, whole) if whole else (max_length,)
         chunks = [
@@ -269,7 +271,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a tokenizer that the tokenizers library "
                 f"{tokenizers.__version__} can read ({error}): fetch it again."
             ) from error
@@ -278,7 +280,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     if path.is_file():
         return Tokenizer(_from_vocab(path, _read_settings(folder / "tokenizer_config.json")), path)
     there = "has neither" if folder.is_dir() else "is not a folder"
-    raise ValueError(
+    raise UserError(
         f"a tokenizer needs a folder with tokenizer.json or vocab.txt: {folder} {there}."
     )
 
@@ -311,7 +313,7 @@ def bucket_of(lengths: np.ndarray, buckets: Sequence[int], max_length: int) -> n
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > max_length:
         row = int(lengths.argmax())
-        raise ValueError(
+        raise UserError(
             f"lengths must be at most max_length, {max_length}: encode with the same max_length. "
             f"Got {lengths[row]} tokens in row {row}."
         )
@@ -322,7 +324,7 @@ def bucket_of(lengths: np.ndarray, buckets: Sequence[int], max_length: int) -> n
 def _split_pairs(texts: Sequence[Text], first: int) -> tuple[list[str], list[str | None]]:
     """First texts, and second texts or None."""
     if isinstance(texts, str | bytes):
-        raise ValueError(f"texts must be a list of texts. Got one {type(texts).__name__}.")
+        raise UserError(f"texts must be a list of texts. Got one {type(texts).__name__}.")
     firsts: list[str] = []
     seconds: list[str | None] = []
     for i, text in enumerate(texts, first):
@@ -338,7 +340,7 @@ def _split_pairs(texts: Sequence[Text], first: int) -> tuple[list[str], list[str
             firsts.append(text[0])
             seconds.append(text[1])
         else:
-            raise ValueError(
+            raise UserError(
                 f"texts[{i}] must be a string or a pair of strings. Got {_shown(text)}."
             )
     return firsts, seconds
@@ -375,12 +377,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again.") from error
+        raise UserError(f"{path} is not JSON ({error}): fetch it again.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object. Got {_shown(settings)}.")
+        raise UserError(f"{path} must hold a JSON object. Got {_shown(settings)}.")
     kind = settings.get("tokenizer_class") or "BertTokenizer"
     if str(kind).removesuffix("Fast") not in BERT_CLASSES:
-        raise ValueError(
+        raise UserError(
             f"{path}: tokenizer_class must be one of {', '.join(BERT_CLASSES)} to be built from "
             f"vocab.txt. Got {kind!r}: add a tokenizer.json, which Hugging Face's fast "
             f"tokenizers save."
@@ -392,13 +394,13 @@ def _from_vocab(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text ({error}): fetch it again.") from error
+        raise UserError(f"{path} must be UTF-8 text ({error}): fetch it again.") from error
     if lines[-1] == "":
         lines.pop()
     vocab = {token: i for i, token in enumerate(lines)}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocab]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path} must hold one token per line, [UNK], [CLS] and [SEP] among them. "
             f"Got {len(lines)} lines without {', '.join(missing)}."
         )

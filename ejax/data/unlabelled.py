@@ -10,6 +10,7 @@ from ejax.config import DataConfig
 from ejax.data.columns import check_still, find_text_columns, label_columns
 from ejax.data.files import Row, format_of, read_rows, texts_of
 from ejax.data.sources import Example, Split
+from ejax.errors import UserError
 
 NO_LABEL = -1  # of an `Example`
 
@@ -45,7 +46,7 @@ def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tu
                 ignored = tuple(label_columns(row, config.label_column, train.label_column))
             columns = ("text",) if plain else find(row)
             if len(columns) != len(train.text_columns):
-                raise ValueError(
+                raise UserError(
                     f"{path} has {len(columns)} text columns ({', '.join(columns)}), train has "
                     f"{len(train.text_columns)} ({', '.join(train.text_columns)})."
                 )
@@ -53,7 +54,7 @@ def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tu
             check_still(row, first, columns, find, f"{path}, line {line}")
         rows.append(Example(*texts_of(row, columns, path, line), NO_LABEL))
     if not rows:
-        raise ValueError(f"{path} has no rows.")
+        raise UserError(f"{path} has no rows.")
     if config.limit and len(rows) > config.limit:  # drawn as those of a split
         order = np.random.default_rng(0).permutation(len(rows))
         rows = [rows[i] for i in np.sort(order[: config.limit])]

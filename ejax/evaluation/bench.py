@@ -23,6 +23,7 @@ from ejax.bundle import Bundle
 from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
+from ejax.errors import UserError
 from ejax.evaluation import contenders
 from ejax.evaluation.contenders import CORES, Run, Setting, Texts
 from ejax.evaluation.evaluate import (
@@ -119,7 +120,7 @@ def bench(
     """
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
-        raise ValueError(f"--against must be among {', '.join(AGAINST)}. Got {unknown[0]!r}.")
+        raise UserError(f"--against must be among {', '.join(AGAINST)}. Got {unknown[0]!r}.")
     check_beside(clf.bundle, beside or {})
     levels = clf.bundle.thresholds
     if threshold is not None:

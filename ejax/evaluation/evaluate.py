@@ -21,6 +21,7 @@ from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded, Text
+from ejax.errors import UserError
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
@@ -75,7 +76,7 @@ def evaluate(
     """
     rows = len(encoded)
     if rows == 0:
-        raise ValueError("evaluation needs at least one labelled row. Got none.")
+        raise UserError("evaluation needs at least one labelled row. Got none.")
     progress("choosing the baseline's tile")
     clf = clf.on_one_device()
     baseline = best_full_depth(clf, encoded)

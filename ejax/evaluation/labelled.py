@@ -8,6 +8,7 @@ from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
+from ejax.errors import UserError
 
 
 def labelled_rows(
@@ -37,7 +38,7 @@ def labelled_rows(
         file and the line.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}. Got {split!r}.")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}. Got {split!r}.")
     trained = bundle.provenance.get("config", {})
     options: dict[str, Any] = {
         "text_columns": tuple(text_columns),
@@ -54,7 +55,7 @@ def labelled_rows(
     elif data in TFDS:
         config = DataConfig(name=data, **options)
     else:
-        raise ValueError(
+        raise UserError(
             f"No such file or folder: {data}; nor is it one of the data sets {', '.join(TFDS)}."
         )
     seed = trained.get("seed", 0)
@@ -63,7 +64,7 @@ def labelled_rows(
         preferred=text_columns_of(bundle), preferred_label=label_column_of(bundle),
     )  # fmt: skip
     if split not in found:
-        raise ValueError(f"{data} has no labelled {split} split: choose another one (--split).")
+        raise UserError(f"{data} has no labelled {split} split: choose another one (--split).")
     if not text_columns or data in TFDS:  # of a named set none are chosen
         check_columns(bundle, found[split].text_columns, found[split].origin)
     return found[split]
@@ -73,13 +74,13 @@ def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():
         if other.bundle.labels != bundle.labels:
-            raise ValueError(
+            raise UserError(
                 f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "
                 f"order. Got {', '.join(other.bundle.labels)}."
             )
         ours, theirs = text_columns_of(bundle), text_columns_of(other.bundle)
         if ours and theirs and len(ours) != len(theirs):
-            raise ValueError(
+            raise UserError(
                 f"--beside {name} must be trained on {len(ours)} text columns, as this bundle "
                 f"({', '.join(ours)}). Got {len(theirs)} ({', '.join(theirs)})."
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ejax import storage
 from ejax.bundle import describe_thresholds
+from ejax.errors import UserError
 from ejax.evaluation.evaluate import describe, plain, save_figure, write_json
 
 CURVES = {"per exit": "C0", "one number": "C1"}
@@ -47,7 +48,7 @@ def check_report(path: Path) -> None:
     except (OSError, ValueError, TypeError):
         known = False
     if not known:
-        raise ValueError(
+        raise UserError(
             f"{path} exists and is not of a report, whose JSON would take its place: choose "
             f"another --output."
         )

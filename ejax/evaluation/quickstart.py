@@ -16,6 +16,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources
 from ejax.data.rows import encode
+from ejax.errors import UserError
 from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save
 from ejax.provenance import CHOSEN
@@ -173,7 +174,7 @@ def write_splits(rows: list[dict[str, str]], folder: Path) -> None:
 def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
     """Raises ValueError naming each exit that does no better than the commonest label."""
     if failed := no_better_than_chance(result["layers"], result["exit_accuracy"], labels):
-        raise ValueError(failed)
+        raise UserError(failed)
 
 
 def examples(clf: EarlyExitClassifier, rows: list[sources.Example]) -> Table:

@@ -12,6 +12,7 @@ from ejax.calibration.drift import depth_of
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.rows import encode
 from ejax.data.sources import Split
+from ejax.errors import UserError
 from ejax.provenance import ON_WORD, TRAINED, check_known
 
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
@@ -57,7 +58,7 @@ def recalibrate(
     )
     fit, kept = (np.flatnonzero(part_of == name) for name in ("calibration", "dev_b"))
     if len(fit) < FEWEST:
-        raise ValueError(
+        raise UserError(
             f"calibration needs at least {FEWEST} rows, and {split.origin} has {len(fit)} that "
             f"were neither trained on nor are in the dev-B of this bundle, which is kept for "
             f"reports: give other rows."

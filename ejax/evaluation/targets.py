@@ -23,6 +23,7 @@ from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
+from ejax.errors import UserError
 from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
@@ -60,23 +61,23 @@ class Target:
         names = ("max_drop", "budget", "budget_ms", "risk")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
+            raise UserError(
                 f"a target must be one of max_drop, budget, budget_ms and risk. "
                 f"Got {' and '.join(given) or 'none'}."
             )
         if self.risk is None and self.loss is not None:
-            raise ValueError(f"loss goes with risk alone. Got {given[0]}.")
+            raise UserError(f"loss goes with risk alone. Got {given[0]}.")
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
             if self.delta is not None:
                 risk.check_promise(self.max_drop, self.delta)
         elif self.risk is None and self.delta is not None:
-            raise ValueError(f"delta goes with risk or max_drop. Got {given[0]}.")
+            raise UserError(f"delta goes with risk or max_drop. Got {given[0]}.")
         for budget in (self.budget, self.budget_ms):
             if budget is not None:
                 thresholds.check_budget(budget)
         if self.budget is not None and self.budget > 1:
-            raise ValueError(
+            raise UserError(
                 f"budget must be a share of full depth, above 0 and at most 1. Got {self.budget}."
             )
         if self.risk is not None:
@@ -133,7 +134,7 @@ def choose(
     if one_type != clf.one_type:
         clf = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices, one_type=one_type)
     if len(bundle.exits.layers) == 1:
-        raise ValueError("this bundle has one exit: there are no thresholds to choose.")
+        raise UserError("this bundle has one exit: there are no thresholds to choose.")
     if target.budget_ms is not None:
         needed_profile(clf, "budget-ms", 1)
     task = rows_for_thresholds(bundle, split)
@@ -290,7 +291,7 @@ def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None)
     if profile is None or not all(
         (rows or clf.shapes.tile(length), length) in profile.seconds for length in lengths
     ):
-        raise ValueError(
+        raise UserError(
             f"{what} needs this machine's profile of this bundle's lengths: run `ejax profile` "
             f"for this bundle first."
         )

@@ -17,6 +17,7 @@ import numpy as np
 from ejax import storage
 from ejax.assets import cache_dir
 from ejax.config import BertConfig, Dtype, ExitConfig, to_json
+from ejax.errors import UserError
 from ejax.hardware import cpu_type, describe
 from ejax.inference.schedule import tiles
 
@@ -139,7 +140,7 @@ class Profile:
         for rows, run in zip(alive.tolist(), layers.tolist(), strict=True):
             for size, count in tiles(rows, tile):
                 if (size, length) not in self.seconds:
-                    raise ValueError(
+                    raise UserError(
                         f"the profile of this machine holds no tile of {size} rows of {length} "
                         f"tokens: run `ejax profile` again for this bundle."
                     )
@@ -189,6 +190,6 @@ def load_profile(path: Path) -> Profile | None:
         tile = {int(length): rows for length, rows in values.pop("tile").items()}
         return Profile(**values, tile=tile, seconds=seconds)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: {error!r}. Delete it, or run `ejax profile`."
         ) from None

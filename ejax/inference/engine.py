@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ejax.errors import UserError
 from ejax.hardware import free_bytes
 from ejax.inference.policy import Decision, broadcast_thresholds, check_rule, check_temperatures
 from ejax.inference.pool import pad_to_tiles, run_pool
@@ -195,7 +196,7 @@ def check_memory(
         needed *= len(devices)  # which share one memory
     free = free_bytes(devices[0])
     if free is not None and needed > free:
-        raise ValueError(
+        raise UserError(
             f"a pool of {rows} rows of {length} tokens needs {needed / 1e9:.1f} GB and "
             f"{devices[0]} has {free / 1e9:.1f} GB free: lower the rows of the pool (of a "
             f"classifier, Shapes.pool_tokens), or residual_dtype to bfloat16."
@@ -205,23 +206,23 @@ def check_memory(
 def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[Batch, int, Any]:
     """Numpy stays numpy: an operation before the program costs one text as much as a layer."""
     if tile < 1:
-        raise ValueError(f"tile must be at least 1 row. Got {tile}.")
+        raise UserError(f"tile must be at least 1 row. Got {tile}.")
     batch = batch.arrays()
     total = batch.ids.shape[0]
     if total == 0:
-        raise ValueError("batch must hold at least one row. Got none.")
+        raise UserError("batch must hold at least one row. Got none.")
     sizes = {"ids": model.cfg.vocab_size, "types": model.cfg.type_vocab_size}
     for name, size in sizes.items():
         values = getattr(batch, name)
         if isinstance(values, np.ndarray) and isinstance(batch.mask, np.ndarray):
             wrong = values[(batch.mask != 0) & ((values < 0) | (values >= size))]
             if wrong.size:
-                raise ValueError(
+                raise UserError(
                     f"batch.{name} must be at least 0 and below {size}. Got {wrong[0]}."
                 )
     rows = total if rows is None else rows
     if not isinstance(rows, Array) and not 0 <= rows <= total:
-        raise ValueError(f"rows must be between 0 and the {total} of the batch. Got {rows}.")
+        raise UserError(f"rows must be between 0 and the {total} of the batch. Got {rows}.")
     rows = jnp.asarray(rows, jnp.int32) if isinstance(rows, Array) else np.int32(rows)
     return batch, min(tile, total), rows
 

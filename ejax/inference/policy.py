@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
+from ejax.errors import UserError
+
 Array = jax.Array
 
 
@@ -147,7 +149,7 @@ def select_exit(
     """
     logits = jnp.asarray(logits, jnp.float32)
     if logits.ndim != 3:
-        raise ValueError(f"logits must have shape [E, N, C]. Got {logits.shape}.")
+        raise UserError(f"logits must have shape [E, N, C]. Got {logits.shape}.")
     exits, rows, _ = logits.shape
     thresholds = broadcast_thresholds(thresholds, rows, exits)
     temperatures = check_temperatures(temperatures, exits)
@@ -165,12 +167,12 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
     except (TypeError, ValueError):
         values = np.asarray(np.nan)
     if np.isnan(values).any():
-        raise ValueError(
+        raise UserError(
             f"thresholds must be numbers: one, one per exit [{exits}], or one per row and exit. "
             f"Got {thresholds!r}."
         )
     if values.shape not in ((), (exits,), (rows, exits)):
-        raise ValueError(
+        raise UserError(
             f"thresholds must have shape (), ({exits},) or ({rows}, {exits}). Got {values.shape}."
         )
     return np.broadcast_to(values, (rows, exits))
@@ -189,7 +191,7 @@ def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:
     except (TypeError, ValueError):
         values = np.asarray(np.nan)
     if values.shape not in ((), (exits,)) or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(
+        raise UserError(
             f"temperatures must be {exits} positive numbers, one per exit. Got {temperatures!r}."
         )
     return np.broadcast_to(values, (exits,))
@@ -197,5 +199,5 @@ def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:
 
 def check_rule(rule: str) -> str:
     if rule not in RULE_NAMES:
-        raise ValueError(f"rule must be one of {', '.join(RULE_NAMES)}. Got {rule!r}.")
+        raise UserError(f"rule must be one of {', '.join(RULE_NAMES)}. Got {rule!r}.")
     return rule

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ejax.errors import UserError
 from ejax.inference.cost import Profile
 from ejax.inference.policy import Decision
 from ejax.inference.schedule import SMALL_TILE, tile_sizes
@@ -127,7 +128,7 @@ def check_finite(logits: np.ndarray, first: int = 0) -> None:
     """Raises ValueError naming a text of [N, C] whose logits are not finite."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"text {first + bad[0]} (counted from 0) has logits that are not finite, "
             f"{logits[bad[0]].tolist()}: the weights of this bundle are damaged, or "
             f"its training diverged."

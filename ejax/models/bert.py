@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from ejax.config import BertConfig
+from ejax.errors import UserError
 from ejax.hardware import target
 
 Array = jax.Array
@@ -59,7 +60,7 @@ class Batch:
         types = zeros if self.types is None else _as_ids("types", self.types)
         for name, array in (("mask", mask), ("types", types)):
             if array.shape != ids.shape:
-                raise ValueError(f"batch.{name} must have shape {ids.shape}. Got {array.shape}.")
+                raise UserError(f"batch.{name} must have shape {ids.shape}. Got {array.shape}.")
         return Batch(ids, mask, types)
 
 
@@ -69,7 +70,7 @@ def _from_lists(name: str, values: Any) -> np.ndarray:
     except ValueError:
         array = np.asarray(None)
     if array.ndim != 2 or array.dtype.kind not in "iub":
-        raise ValueError(
+        raise UserError(
             f"batch.{name} must be rows of whole numbers of equal length: pad them first."
         )
     return array.astype(np.int32)
@@ -77,7 +78,7 @@ def _from_lists(name: str, values: Any) -> np.ndarray:
 
 def _as_ids(name: str, values: Any) -> Any:
     if values.ndim != 2 or np.dtype(values.dtype).kind not in "iub":
-        raise ValueError(
+        raise UserError(
             f"batch.{name} must be whole numbers of shape [B, T]. "
             f"Got {values.dtype} of shape {values.shape}."
         )
@@ -228,7 +229,7 @@ class Embeddings(nn.Module):
         cfg = self.cfg
         length = batch.ids.shape[1]
         if length > cfg.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"a batch must have at most {cfg.max_position_embeddings} tokens per row, the "
                 f"positions of this model. Got {length}: truncate the texts."
             )

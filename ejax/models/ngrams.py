@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejax.config import ExitConfig
+from ejax.errors import UserError
 from ejax.models.bert import Batch
 
 Array = jax.Array
@@ -112,7 +113,7 @@ def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str,
     if known.size and not 0 <= known.min() <= known.max() < exits.buckets:
         wrong.append("known")
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"does not fit exits.json: ngrams.{wrong[0]} is missing or of another shape."
         )
     table = np.zeros((exits.buckets, r + 1), np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ejax import assets
 from ejax.config import BertConfig, field_types, from_json, to_json
+from ejax.errors import UserError
 
 Params = dict[str, Any]
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -112,7 +113,7 @@ def load_bert(name: str | Path, **overrides: Any) -> tuple[BertConfig, Params]:
     try:
         return cfg, from_hf(tensors, cfg)
     except ValueError as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
+        raise UserError(f"{folder / 'model.safetensors'}: {error}") from None
 
 
 def read_config(folder: str | Path) -> BertConfig:
@@ -125,17 +126,17 @@ def read_config(folder: str | Path) -> BertConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
+        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+        raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object. Got {type(values).__name__}.")
+        raise UserError(f"{path} must hold a JSON object. Got {type(values).__name__}.")
     for key, allowed in _ONLY.items():
         value = values.get(key)
         if value is not None and value not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} must be {' or '.join(map(repr, allowed))}, the only one supported. "
                 f"Got {value!r}."
             )
@@ -144,7 +145,7 @@ def read_config(folder: str | Path) -> BertConfig:
     try:
         return from_json(BertConfig, given)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -154,7 +155,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "model.safetensors"
     if not path.is_file():
         held = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{folder} has no model.safetensors, the one format read; it holds {held}. Convert "
             f"pytorch_model.bin or shards once, where PyTorch and transformers are installed: "
             f"AutoModel.from_pretrained(name).save_pretrained(folder, max_shard_size='99GB')."
@@ -162,7 +163,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read, it may be damaged or cut short: {error}. Download it again."
         ) from None
 
@@ -237,12 +238,12 @@ def _misfit(name: str, tensor: np.ndarray | None, shape: tuple[int, ...]) -> str
 
 def _raise_misfits(problems: list[str], found: Mapping[str, Any], cfg: BertConfig) -> None:
     if not found:
-        raise ValueError("holds no tensor of a BERT encoder, such as bert.encoder.layer.0.…")
+        raise UserError("holds no tensor of a BERT encoder, such as bert.encoder.layer.0.…")
     numbers = {name.split(".")[2] for name in found if name.startswith("encoder.layer.")}
     layers = ""
     if len(numbers) != cfg.num_hidden_layers:
         layers = f" ({len(numbers)} layers found, num_hidden_layers is {cfg.num_hidden_layers})"
-    raise ValueError(
+    raise UserError(
         f"{len(problems)} of the encoder's tensors do not fit the config{layers}:\n  "
         + "\n  ".join(problems)
     )
@@ -282,16 +283,16 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
         shape differs.
     """
     if not isinstance(bert, Mapping) or "layers" not in bert:
-        raise ValueError("bert must be the parameters, the second value that load_bert returns.")
+        raise UserError("bert must be the parameters, the second value that load_bert returns.")
     if "bert" not in variables.get("params", {}):
-        raise ValueError('variables must be {"params": {"bert": …}}, as EarlyExitBert.init gives.')
+        raise UserError('variables must be {"params": {"bert": …}}, as EarlyExitBert.init gives.')
     params = variables["params"]
     ours = dict(_walk(params["bert"]))
     needed = ours["layers", "query", "bias"].shape[0]
     theirs = {path: x for path, x in _walk(bert) if path[0] != "pooler"}
     held = next(x.shape[0] for path, x in theirs.items() if path[0] == "layers")
     if held < needed:
-        raise ValueError(
+        raise UserError(
             f"the model needs {needed} layers and the checkpoint has {held}: choose exits up to "
             f"layer {held}."
         )
@@ -333,7 +334,7 @@ def _check_leaves(
         if path in got and want[path] != got[path]
     ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{len(problems)} of the parameters do not fit {whose}:\n  " + "\n  ".join(problems)
         )
 

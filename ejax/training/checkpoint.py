@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from ejax import storage
 from ejax.config import TrainConfig, to_json
+from ejax.errors import UserError
 from ejax.hardware import environment
 from ejax.training.processes import barrier
 
@@ -81,7 +82,7 @@ class Checkpoints:
         remote = storage.is_remote(self.workdir)
         free = math.inf if remote else shutil.disk_usage(self.workdir).free
         if free < 1.1 * need:
-            raise ValueError(
+            raise UserError(
                 f"{self.workdir} has {free / 1e6:.0f} MB free and a checkpoint needs "
                 f"{need / 1e6:.0f} MB: make room and repeat the command, which resumes."
             )
@@ -129,7 +130,7 @@ class Checkpoints:
         read = checksums(found["state"]) | dict(self.manager.metrics(step))
         differ = [name for name, value in read.items() if wanted.get(name) != value]
         if differ:
-            raise ValueError(f"checkpoint {step}: {differ[0]} is not what was saved")
+            raise UserError(f"checkpoint {step}: {differ[0]} is not what was saved")
         return jax.tree.map(_placed, found["state"], like)
 
     @property
@@ -306,13 +307,13 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
     try:
         theirs = _flat(json.loads(text))
     except (ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({error}): restore it, or choose a new workdir."
         ) from error
     asked, was = GONE | _flat(mine), GONE | _flat(default) | theirs  # a field may be newer
     differ = [key for key in asked | was if key not in CARRIED and asked.get(key) != was.get(key)]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{workdir} belongs to another training config (it differs in "
             f"{', '.join(differ)}): choose a new workdir, or repeat the first command."
         )
@@ -326,7 +327,7 @@ def claim_workdir(workdir: Any, config: TrainConfig, data: dict[str, str]) -> No
         if path.exists():
             return
         time.sleep(1)
-    raise ValueError(f"{workdir} must be a folder that all hosts share; this one sees none.")
+    raise UserError(f"{workdir} must be a folder that all hosts share; this one sees none.")
 
 
 @contextmanager
@@ -345,7 +346,7 @@ def alone_in(workdir: Any) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"another training runs in {workdir}: wait until it ends, or choose a new workdir."
             ) from None
         except OSError:  # a disk that knows no locks, as Lustre may be mounted
@@ -363,7 +364,7 @@ def check_alike(config: dict[str, Any]) -> None:
     every = np.asarray(multihost_utils.process_allgather(np.array(mine, np.uint32)))
     differ = [name for name, of in zip(fields, every.T, strict=True) if len(set(of.tolist())) > 1]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"the hosts must train alike; they differ in {', '.join(differ)}: start all of them "
             f"with one command."
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from ejax import storage
 from ejax.data.batches import Step
+from ejax.errors import UserError
 
 
 class Log:
@@ -82,7 +83,7 @@ def check_finite(held: list[tuple[int, Step, dict[str, Any]]], workdir: Path) ->
         if not all(np.isfinite(list(values.values()))):
             rows = sorted(int(row) for row in batch.rows if row >= 0)
             shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-            raise ValueError(
+            raise UserError(
                 f"training diverged at step {done} ({values}), on rows {shown} of train, counted "
                 f"from 0. Lower learning_rate, in a new workdir; {workdir} keeps the last good "
                 f"checkpoint."

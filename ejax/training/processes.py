@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ejax import storage
+from ejax.errors import UserError
 
 CHILD = "EJAX_TRAINING_PROCESS"
 LOST = 76  # exit code: another process is gone, to be repeated
@@ -106,7 +107,7 @@ def join(run: Callable[[], None]) -> None:
             **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"--distributed needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
             f"or a TPU pod, Slurm or Kubernetes that tell them. Got: {error}"
         ) from error

@@ -22,6 +22,7 @@ from ejax.data.batches import worth_compiling
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
+from ejax.errors import UserError
 from ejax.hardware import fastest_dtype
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
@@ -122,7 +123,7 @@ def numerics(config: TrainConfig, dtype: str) -> dict[str, Any]:
 def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
     """The pretrained encoder with the run's dropout and numerics, and its tokenizer."""
     if not config.model:
-        raise ValueError("model must be a Hugging Face folder, a hub id or a known name. Got ''.")
+        raise UserError("model must be a Hugging Face folder, a hub id or a known name. Got ''.")
     cfg, bert = load_bert(config.model, **numerics(config, fastest_dtype()))
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
 
@@ -140,7 +141,7 @@ def exits_of(config: TrainConfig, cfg: BertConfig, classes: int) -> ExitConfig:
         ("class_weights", config.class_weights, classes),
     ):
         if weights and len(weights) != count:
-            raise ValueError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
+            raise UserError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
     return exits
 
 
@@ -273,7 +274,7 @@ def check_apart(output: Path, workdir: Path) -> None:
     """Raises ValueError where the bundle's folder would be or hold the workdir."""
     bundle, work = (p if storage.is_remote(p) else p.absolute() for p in (output, workdir))
     if bundle == work or bundle in work.parents:
-        raise ValueError(
+        raise UserError(
             f"the bundle's folder must not be or hold the workdir {workdir}: choose another "
             f"output, such as {workdir / 'bundle'}. Got {output}."
         )
@@ -291,7 +292,7 @@ def check_not_changed(bundle: Path) -> None:
     except (ValueError, LookupError, TypeError):  # damaged: the run writes a new one
         since = []
     if since:
-        raise ValueError(
+        raise UserError(
             f"{bundle} has other thresholds since its training ({', '.join(since)} in its "
             f"exits.json), which would be lost: choose another output, or move it away."
         )
@@ -300,9 +301,9 @@ def check_not_changed(bundle: Path) -> None:
 def check_teaching(config: TrainConfig, exits: ExitConfig) -> None:
     """Raises ValueError where a teacher or unlabelled texts would teach nothing."""
     if config.distillation == 0 and (config.teacher or config.data.unlabelled):
-        raise ValueError("distillation must be above 0 with a teacher or unlabelled texts. Got 0.")
+        raise UserError("distillation must be above 0 with a teacher or unlabelled texts. Got 0.")
     if config.data.unlabelled and not config.teacher and len(exits.encoder.layers) < 2:
-        raise ValueError(
+        raise UserError(
             "unlabelled texts without a teacher are taught by the last exit to those before it: "
             f"layers must name two layers or more. Got {exits.layers}."
         )
@@ -315,7 +316,7 @@ def check_ids(model: str, tokenizer: Tokenizer, encoded: Encoded, cfg: BertConfi
         ("token types", int(encoded.types.max(initial=0)), cfg.type_vocab_size),
     ):
         if largest >= size:
-            raise ValueError(
+            raise UserError(
                 f"{model}: {what} of the tokenizer go up to {largest}, the model embeds {size}: "
                 f"tokenizer and data must fit the model."
             )
