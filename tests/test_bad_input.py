@@ -490,7 +490,7 @@ def test_an_empty_text_is_classified_and_a_megabyte_truncated(tmp_path):
         ("config = (\n", "{path} cannot be run: SyntaxError: '(' was never closed"),
         (
             "from ejax import TrainConfig\nconfig = TrainConfig(epochs=-1)\n",
-            "{path} cannot be run: ValueError: epochs must be 0 or above. Got -1.",
+            "{path}: epochs must be 0 or above. Got -1.",
         ),
     ],
 )

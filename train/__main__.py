@@ -71,6 +71,8 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"No such file: {path} (--config).")
     try:
         found = runpy.run_path(str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     config = found.get(name)
