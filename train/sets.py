@@ -28,7 +28,7 @@ from ejax.data import sources
 from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded, Tokenizer
 from ejax.errors import UserError
-from ejax.evaluation.evaluate import evaluate, write_json
+from ejax.evaluation.evaluate import evaluate, exit_accuracy, write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.quickstart import data_config
 from ejax.evaluation.targets import rows_for_thresholds, table_of
@@ -58,6 +58,9 @@ ACCURACY = (
 )  # fmt: skip
 SPEED = ("texts per second", "TF-IDF", "frozen encoder", "exit 0", "default", "full depth")
 GAIN_DIGITS = {"mean_depth": 2, "speedup": 1, "ideal_speedup": 1}
+ADDED = (
+    "accuracy", "exit 0", "layer 1 alone", "with exit 0", "full depth alone", "with exit 0",
+)  # fmt: skip
 GAIN = ("data", "thresholds for", "accuracy", "points lost", "layers run", "speed-up", "ideal")
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -137,7 +140,8 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
     The thresholds are the bundle's own, those that lose so many points on dev rows (`POINTS`), and
     0, where all texts leave at the first exit. `linear` has the accuracy of the linear models, also
     of one on texts that are cut as the encoder reads them; `better_than` how many points each exit
-    is better than they, with the paired 95 % interval.
+    is better than they, with the paired 95 % interval; `evidence` the weights of exit 0's logits
+    in the exits after layers, and `alone_accuracy` what these reach without them.
     """
     clf = EarlyExitClassifier.from_pretrained(folder)
     bundle, root = clf.bundle, config.data.path
@@ -167,10 +171,15 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
         cut = fit_tfidf(as_read(fit, bundle.tokenizer), labels, len(bundle.labels))
         right[CUT] = cut.scores(as_read(task.encoded, bundle.tokenizer))
     answers = {name: scores.argmax(axis=1) == task.labels for name, scores in right.items()}
-    exits = clf.exit_logits(task.encoded).argmax(axis=-1) == task.labels
+    logits = clf.exit_logits(task.encoded)
+    exits = logits.argmax(axis=-1) == task.labels
+    evidence = bundle.variables["params"].get("ngrams", {}).get("evidence", np.zeros(0))
+    alone = logits[1:] - evidence[:, None, None] * logits[0] if evidence.size else logits
     ours = dict(zip(map(str, bundle.exits.layers), exits, strict=True))
     return found | {
         "dev_rows": len(dev_task.labels),
+        "evidence": evidence.tolist(),
+        "alone_accuracy": exit_accuracy(alone, task.labels),
         "linear": {name: float(of.mean()) for name, of in answers.items()},
         "better_than": {
             name: {layer: paired_interval(of, other) for layer, of in ours.items()}
@@ -218,12 +227,22 @@ def tables(known: Sequence[dict[str, Any]]) -> str:
         for name, point in of["thresholds"].items()
         if name != "first exit"
     ]  # fmt: skip
+    added = [
+        [
+            of["data"], f"{of['exit_accuracy'][0]:.3f}",
+            f"{of['alone_accuracy'][0]:.3f}", f"{of['exit_accuracy'][1]:.3f}",
+            f"{of['alone_accuracy'][-1]:.3f}", f"{of['exit_accuracy'][-1]:.3f}",
+        ]
+        for of in largest
+        if of["evidence"]
+    ]  # fmt: skip
     return "\n\n".join(
         markdown(headings, rows)
         for headings, rows in (
             (ACCURACY, accuracies),
             (SPEED, speeds),
             (GAIN, gains),
+            (ADDED, added),
         )
     )
 
