@@ -90,6 +90,11 @@ class Bundle:
             temperatures=self.temperatures[1:], thresholds=self.thresholds[1:],
         )  # fmt: skip
 
+    @property
+    def adds_evidence(self) -> bool:
+        """Whether later exits add exit 0's logits to their own."""
+        return bool(self.exits.has_zero and self.variables["params"]["ngrams"]["evidence"].any())
+
     def encode(self, texts: Sequence[Any], *, first: int = 0) -> Encoded:
         """Tokenised as this bundle reads them: for exit 0 whole, see `Encoded.whole`."""
         whole = WHOLE_TOKENS if self.exits.has_zero else 0

@@ -68,7 +68,7 @@ class EarlyExitClassifier:
         # Exit 0 runs here, on whole texts that nobody padded; the programs hold the others.
         self.model = bundle.without_zero.model
         self._zero = int(bundle.exits.has_zero)
-        self._adds = bool(self._zero and bundle.variables["params"]["ngrams"]["evidence"].any())
+        self._adds = bundle.adds_evidence
         self._weights = self._prepared(self.model)
         several = len(self.devices) > 1
         self._copies = replicate(self._weights, self.devices) if several else self._weights

@@ -432,7 +432,12 @@ def export(
 
     if format != "hf":
         raise UserError(f"--format must be hf. Got {format!r}.")
-    note(f"written: {export_hf(load_bundle(bundle), output)}")
+    loaded = load_bundle(bundle)
+    note(f"written: {export_hf(loaded, output)}")
+    if loaded.adds_evidence:
+        note(
+            "What exit 0 adds to the last exit is left out: answers may differ from full depth here."
+        )
 
 
 @app.command(

@@ -15,7 +15,7 @@ from ejax.models.weights import to_hf
 def export_hf(bundle: Bundle, folder: str | Path) -> Path:
     """Writes what `BertForSequenceClassification.from_pretrained` loads: full depth, no exits.
 
-    Its logits are those of the last exit before temperature.
+    Its logits are those of the last exit before temperature, without what exit 0 adds to them.
 
     Raises:
       ValueError: when the last exit is no such classifier, or `folder` is a bundle or cannot
