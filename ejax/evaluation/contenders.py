@@ -90,10 +90,10 @@ def run_batches(
 
 def from_exit_0(bundle: Bundle, encoded: Encoded) -> np.ndarray:
     """What exit 0 adds to the exits after layers, float32 [E, N, C]; zeros without an exit 0."""
-    params = bundle.variables["params"].get("ngrams")
-    if params is None or not params["evidence"].any():
+    if not bundle.adds_evidence:
         count = len(bundle.exits.encoder.layers)
         return np.zeros((count, len(encoded), bundle.exits.num_labels), np.float32)
+    params = bundle.variables["params"]["ngrams"]
     whole = encoded.whole or encoded
     logits = ragged_logits(params, whole.ids, whole.types, whole.offsets)
     return np.asarray(params["evidence"])[:, None, None] * logits
