@@ -435,9 +435,7 @@ def export(
     loaded = load_bundle(bundle)
     note(f"written: {export_hf(loaded, output)}")
     if loaded.adds_evidence:
-        note(
-            "What exit 0 adds to the last exit is left out: answers may differ from full depth here."
-        )
+        note("What exit 0 adds to the last exit is left out, so answers may differ.")
 
 
 @app.command(
