@@ -126,6 +126,7 @@ def _ledger(folder: Path, meta: dict[str, Any]) -> Ledger:
         return Ledger()
     values = _read(path)
     if values.get("sha256") != meta.get("sha256"):
+        _check_unchanged(folder, meta)
         raise UserError(
             f"{path} is not of these weights: put back the one that was saved with them, or "
             f"remove it."

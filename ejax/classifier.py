@@ -223,6 +223,7 @@ class EarlyExitClassifier:
                 tokens = np.zeros(count * length, np.int32)
                 offsets = np.arange(count + 1, dtype=np.int64) * length
                 texts = Encoded(tokens, tokens.astype(np.int8), offsets)
+                texts = dataclasses.replace(texts, whole=texts)
                 self.decide_encoded(texts, threshold=FULL)  # beyond exit 0
 
     def drift(self, decision: Any) -> Drift:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ejax.config import TrainConfig
+from ejax.errors import UserError
 from ejax.training.checkpoint import Checkpoints
 
 
@@ -95,14 +96,14 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
                 checkpoints.restore_best(like)
     for step in ("2", "3"):
         damage(better / "checkpoints" / step / "about" / "metadata", "flip")
-    with Checkpoints(better) as checkpoints, pytest.raises(ValueError, match="cannot be read"):
+    with Checkpoints(better) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore_best(like)
     assert {path.name for path in (better / "checkpoints").iterdir()} >= {"2", "3"}
     shutil.rmtree(made / "checkpoints" / "1")
     damage(made / "checkpoints" / "2" / "about" / "metadata", "flip")
     with (
         Checkpoints(made) as checkpoints,
-        pytest.raises(ValueError, match="checkpoints that cannot be read"),
+        pytest.raises(UserError, match="checkpoints that cannot be read"),
     ):
         checkpoints.restore_newest(like)
     assert (made / "checkpoints" / "2").is_dir()

@@ -13,12 +13,19 @@ from sklearn.linear_model import LogisticRegression
 
 from ejax import classifier
 from ejax.bundle import load_bundle, save_bundle
+from ejax.calibration.placement import check_count, place
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import pad
+from ejax.data.rows import encode
+from ejax.data.sources import Example
 from ejax.data.tokenizer import Encoded
+from ejax.errors import UserError
+from ejax.evaluation.place import keep
+from ejax.evaluation.targets import table_of
 from ejax.inference.engine import early_exit, full_depth
 from ejax.inference.policy import select_exit
+from ejax.inference.pool import run_pool
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import hashed, packed_table, ragged_grams, ragged_logits, unpacked_table
@@ -220,6 +227,29 @@ def test_later_exits_add_what_it_says(bundle) -> None:
     np.testing.assert_allclose(full, wanted[-1], rtol=0, atol=1e-5)
     one = clf.decide([TEXTS[3]], threshold=2.0)
     np.testing.assert_allclose(one.logits[0], wanted[-1, 3], rtol=0, atol=1e-5)
+
+
+def test_a_warm_classifier_compiles_nothing_more(bundle) -> None:
+    clf = EarlyExitClassifier(bundle)
+    run_pool.clear_cache()
+    clf.warmup(rows=len(TEXTS))
+    compiled = run_pool._cache_size()
+    clf(TEXTS, threshold=2.0)
+    clf(TEXTS[:1], threshold=2.0)
+    assert run_pool._cache_size() == compiled > 0
+
+
+def test_exit_0_stays_where_later_exits_read_it(bundle) -> None:
+    placed = keep(bundle, [0, 2], [0.9, 0.0])
+    clf, whole = EarlyExitClassifier(placed), EarlyExitClassifier(bundle)
+    logits = whole.exit_logits(whole.encode(TEXTS))
+    # float32, and tiles of other sizes
+    np.testing.assert_allclose(clf.exit_logits(clf.encode(TEXTS)), logits[[0, 2]], atol=1e-5)
+    with pytest.raises(UserError, match=r"between 2 and 3, .*exit 0 stays.* Got 1"):
+        check_count(1, 3, bundle.adds_evidence)
+    table = table_of(whole, encode([Example(text, None, 0) for text in TEXTS], bundle.encode))
+    costs = np.ones(len(TEXTS)), np.zeros(len(TEXTS))
+    assert all(0 in one.exits for one in place(table, 3, *costs, with_first=True, max_drop=50))
 
 
 def test_the_compiled_program_answers_as_the_classifier_on_texts_that_fit(bundle) -> None:

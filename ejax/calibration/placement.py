@@ -42,7 +42,13 @@ class Placement(NamedTuple):
 
 
 def place(
-    table: Table, count: int, layer_cost: Any, exit_cost: Any, *, max_drop: float = 0.5
+    table: Table,
+    count: int,
+    layer_cost: Any,
+    exit_cost: Any,
+    *,
+    max_drop: float = 0.5,
+    with_first: bool = False,
 ) -> list[Placement]:
     """The cheapest placement within `max_drop` points of the whole model, for 1 to `count` exits.
 
@@ -54,20 +60,23 @@ def place(
       count: the most exits to keep, the last one counted.
       layer_cost: <float>[N], what a layer costs each row.
       exit_cost: <float>[N], what passing an exit costs it: head, scores, order.
+      with_first: whether the first exit stays, as later ones add its logits to their own; then
+        for 2 to `count` exits.
 
     Raises:
-      ValueError: on a count outside 1..E, or a `max_drop` below 0.
+      ValueError: on a count outside 1..E (2..E), or a `max_drop` below 0.
     """
     check_max_drop(max_drop)
     exits = len(table.layers)
-    check_count(count, exits)
+    check_count(count, exits, with_first)
     ordered = policies(table, "per exit")
     best: list[Placement] = []
-    for size in range(1, count + 1):
+    for size in range(1 + with_first, count + 1):
         tried = (
             _cheapest(table, kept, ordered, layer_cost, exit_cost, max_drop)
             for kept in combinations(range(exits), size)
             if table.layers[kept[-1]]  # exit 0 alone is no encoder
+            and (kept[0] == 0 or not with_first)
         )
         within = [placement for placement in tried if placement is not None]
         best.append(cheapest(within))  # the last exit alone loses nothing
@@ -83,10 +92,13 @@ def _first_of_least(costs: Any) -> int:
     return int(np.argmax(np.asarray(costs) <= np.min(costs) * (1 + ROUNDING)))
 
 
-def check_count(count: int, exits: int) -> None:
+def check_count(count: int, exits: int, with_first: bool = False) -> None:
     """Raises ValueError unless so many of the exits can be kept, and all choices be tried."""
-    if not 1 <= count <= exits:
-        raise UserError(f"exits must be between 1 and {exits}, those there are. Got {count}.")
+    least, why = (2, "; exit 0 stays, as later exits read it") if with_first else (1, "")
+    if not least <= count <= exits:
+        raise UserError(
+            f"exits must be between {least} and {exits}, those there are{why}. Got {count}."
+        )
     subsets = sum(comb(exits, size) for size in range(1, count + 1))
     if subsets > MOST_SUBSETS:
         raise UserError(

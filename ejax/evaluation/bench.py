@@ -216,7 +216,11 @@ def bench(
         "early_exit": {key: early[key] for key in ("mean_depth", "exit_share")}
         | {
             "ideal_speedup": ideal_speedup(
-                clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit
+                clf.bundle.cfg,
+                clf.bundle.exits,
+                encoded.lengths,
+                decision.exit,
+                encoded.whole_lengths,
             )
         },
         "exit_accuracy": exit_accuracy(clf.exit_logits(encoded), truth),

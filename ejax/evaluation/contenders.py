@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from ejax.bundle import Bundle, hf_config
 from ejax.data.batches import pad
@@ -93,10 +94,14 @@ def from_exit_0(bundle: Bundle, encoded: Encoded) -> np.ndarray:
     if not bundle.adds_evidence:
         count = len(bundle.exits.encoder.layers)
         return np.zeros((count, len(encoded), bundle.exits.num_labels), np.float32)
-    params = bundle.variables["params"]["ngrams"]
-    whole = encoded.whole or encoded
-    logits = ragged_logits(params, whole.ids, whole.types, whole.offsets)
-    return np.asarray(params["evidence"])[:, None, None] * logits
+    weights = np.asarray(bundle.variables["params"]["ngrams"]["evidence"])
+    return weights[:, None, None] * zero_logits(bundle, encoded)
+
+
+def zero_logits(bundle: Bundle, encoded: Encoded) -> np.ndarray:
+    """Those of exit 0 on whole texts, float32 [N, C]."""
+    params, whole = bundle.variables["params"]["ngrams"], encoded.whole or encoded
+    return ragged_logits(params, whole.ids, whole.types, whole.offsets)
 
 
 def torch_model(given: Bundle) -> Any:
@@ -181,11 +186,14 @@ def torch_full(bundle: Bundle, dtype: str) -> Run:
 
 
 def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
-    """One text at a time, leaving the layers' loop as soon as an exit is sure."""
+    """One text at a time, leaving the layers' loop as soon as an exit is sure.
+
+    Exit 0 runs on the host, before that.
+    """
     import torch
 
-    model, thresholds = torch_model(bundle), thresholds[bundle.exits.has_zero :]
-    temperatures = bundle.without_zero.temperatures
+    model, first = torch_model(bundle), int(bundle.exits.has_zero)
+    temperatures = bundle.temperatures
     exits = {layer: e for e, layer in enumerate(bundle.exits.encoder.layers)}
 
     def forward(batch: Any, added: np.ndarray) -> np.ndarray:
@@ -200,18 +208,22 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
                 if number in exits:
                     e = exits[number]
                     logits = model.exit_logits(pooled, e) + torch.from_numpy(added[e])
-                    score = torch.softmax(logits / temperatures[e], -1).max()
-                    if score >= thresholds[e]:
+                    score = torch.softmax(logits / temperatures[first + e], -1).max()
+                    if score >= thresholds[first + e]:
                         break
             assert logits is not None
             return logits.numpy()
 
     def run(encoded: Encoded, setting: Setting) -> np.ndarray:
         torch.set_num_threads(setting.threads)
-        added = from_exit_0(bundle, encoded)
-        logits = np.zeros(added.shape[1:], np.float32)
+        logits = np.zeros((len(encoded), bundle.exits.num_labels), np.float32)
+        added, stay = from_exit_0(bundle, encoded), np.ones(len(encoded), bool)
+        if first:
+            logits = zero_logits(bundle, encoded)
+            stay = softmax(logits / temperatures[0], axis=1).max(axis=1) < thresholds[0]
         for row, batch in batches(encoded, 1):
-            logits[row] = forward(batch, added[:, row])
+            if stay[row[0]]:
+                logits[row] = forward(batch, added[:, row])
         return logits
 
     return run

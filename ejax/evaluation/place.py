@@ -51,12 +51,15 @@ def place_exits(
     """
     bundle = clf.bundle
     needed_profile(clf, "placing exits")
-    check_count(count, len(bundle.exits.layers))
+    check_count(count, len(bundle.exits.layers), bundle.adds_evidence)
     task = rows_for_thresholds(bundle, split)
     progress("every exit's answers")
     table = table_of(clf, task)
     progress("trying placements")
-    found = place(table, count, *row_costs(clf, task.encoded), max_drop=max_drop)
+    found = place(
+        table, count, *row_costs(clf, task.encoded), max_drop=max_drop,
+        with_first=bundle.adds_evidence,
+    )  # fmt: skip
     best = cheapest(found)
     placed = keep(bundle, best.exits, best.thresholds)
     runs = {
@@ -135,7 +138,11 @@ def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, n
 
 
 def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> Bundle:
-    """The bundle with some of its exits, by index, and no layers above the last of them."""
+    """The bundle with some of its exits, by index, and no layers above the last of them.
+
+    Where later exits add exit 0's logits to their own, it has to be among them.
+    """
+    assert 0 in exits or not bundle.adds_evidence
     layers = tuple(bundle.exits.layers[e] for e in exits)
     config = dataclasses.replace(bundle.exits, layers=layers)
     params = bundle.variables["params"]

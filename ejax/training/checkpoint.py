@@ -196,9 +196,9 @@ class Checkpoints:
         if problems:
             self.manager.reload()
 
-    def _unreadable(self, problems: dict[int, Any]) -> ValueError:
+    def _unreadable(self, problems: dict[int, Any]) -> UserError:
         step, why = next(iter(problems.items()), (0, "there is none"))
-        return ValueError(
+        return UserError(
             f"{self.folder} holds checkpoints that cannot be read (step {step}: {_short(why)}): "
             f"mend it, or move it away to start anew."
         )
