@@ -188,7 +188,7 @@ def test_without_pip_the_error_says_what_to_do(tmp_path):
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: fetching 'bbc-news' needs pip, which")
+    assert last.startswith("ejax.errors.UserError: fetching 'bbc-news' needs pip, which")
     assert "uv pip install pip" in last
 
 
@@ -288,15 +288,17 @@ def test_an_unknown_hub_id(hub, tmp_path):
     done = resolve_elsewhere("org/brt", hub, tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
-        "ValueError: 'org/brt' is neither a folder here nor a public model on the hub: check the "
-        "name; for a private or gated model log in with `hf auth login`."
+        "ejax.errors.UserError: 'org/brt' is neither a folder here nor a public model on the "
+        "hub: check the name; for a private or gated model log in with `hf auth login`."
     )
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
     done = resolve_elsewhere("org/bert", "http://127.0.0.1:9", tmp_path)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: 'org/bert' is no folder here, and fetching it from the hub")
+    assert last.startswith(
+        "ejax.errors.UserError: 'org/bert' is no folder here, and fetching it from the hub"
+    )
     assert "check the network" in last
 
 
