@@ -48,7 +48,7 @@ def start(config: Path, workdir: Path, *more: str, devices: int = 1, **env: str)
 
 
 def launch(command: list, devices: int, **env: str) -> subprocess.Popen:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
