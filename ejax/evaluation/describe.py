@@ -32,6 +32,7 @@ def facts(bundle: Bundle) -> Table:
             "parameters": f"{count(bundle.variables):,}",
             "exits": exits_in_words(bundle.exits),
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
+            "exit 0 adds": weights_of_zero(bundle),
             "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
             "thresholds": f"{thresholds}. {p.get('thresholds_from', '')}".strip(),
             "no answer": p.get("abstain", {}).get("sentence", ""),
@@ -58,6 +59,14 @@ def model_facts(cfg: BertConfig, params: Any) -> Table:
             "exits": "none yet: `ejax train` adds them",
         }
     )
+
+
+def weights_of_zero(bundle: Bundle) -> str:
+    """What exit 0's logits weigh in each later exit; "" where they add nothing."""
+    if not bundle.adds_evidence:
+        return ""
+    weights = bundle.variables["params"]["ngrams"]["evidence"]
+    return f"its logits, times {', '.join(f'{weight:.2f}' for weight in weights)}, to later exits"
 
 
 def exit_tables(bundle: Bundle) -> list[Table]:
