@@ -21,6 +21,7 @@ check: .venv/for-development
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
+	$(IN_VENV) lint-imports --no-cache
 	$(IN_VENV) python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 all:

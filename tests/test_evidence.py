@@ -1,11 +1,17 @@
 """What exit 0 tells the later exits."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.special import softmax
 
+from ejax.calibration.calibrate import Answers
 from ejax.calibration.evidence import fit_evidence, with_evidence
 from ejax.calibration.metrics import nll
+from ejax.config import ExitConfig, TrainConfig
+from ejax.training.outcome import calibrated
 
 
 def two_views(rows: int, seed: int, share: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -45,3 +51,33 @@ def test_rows_without_an_error_have_a_weight() -> None:
     weight = fit_evidence(logits, labels)
     assert np.isfinite(weight).all()
     assert (softmax(with_evidence(logits, weight), axis=-1).argmax(axis=-1) == labels).all()
+
+
+def outcome(share: float) -> tuple:
+    """What a training makes of two exits, at 0 and 2; exit 0 knows so much of the label."""
+    parts = {}
+    for seed, name in enumerate(("dev_a", "dev_b")):
+        logits, labels = two_views(400, seed, share)
+        parts[name] = Answers(logits, labels, np.full(400, 8))
+    console = Console(file=io.StringIO(), width=200)
+    exits = ExitConfig((0, 2), 3)
+    return parts, calibrated(
+        exits, parts, TrainConfig(max_drop=0.0), exit0_cost=0.01, console=console
+    )
+
+
+def test_a_training_adds_what_pays() -> None:
+    given, (exits, evidence, parts, chosen) = outcome(1.0)
+    assert exits.layers == (0, 2)
+    assert evidence.tolist() == fit_evidence(given["dev_a"].logits, given["dev_a"].labels).tolist()
+    assert evidence[0] > 1
+    wanted = with_evidence(given["dev_b"].logits, evidence)
+    np.testing.assert_array_equal(parts["dev_b"].logits, wanted)
+    assert len(chosen["temperatures"]) == 2
+
+
+def test_without_exit_0_nothing_is_added() -> None:
+    given, (exits, _, parts, chosen) = outcome(0.0)
+    assert exits.layers == (2,)
+    np.testing.assert_array_equal(parts["dev_b"].logits, given["dev_b"].logits[1:])
+    assert len(chosen["temperatures"]) == 1

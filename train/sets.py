@@ -111,8 +111,11 @@ def main(
         trained = json.loads((workdir / cell.name / "result.json").read_text(encoding="utf-8"))
         write_json(
             {"command": f"python -m train.sets --data DATA --cells {cell.name}"}
-            | dataclasses.asdict(cell)
-            | {"config": to_json(public(config)), "training_seconds": trained["seconds"]}
+            | {
+                "data": cell.data,
+                "config": to_json(public(config)),
+                "training_seconds": trained["seconds"],
+            }
             | found,
             path,
         )
@@ -155,14 +158,15 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
     rows, task = [list(split)[i] for i in kept], task.take(kept)
     chosen = {name: tuple(drop_thresholds(dev, most)["threshold"]) for name, most in POINTS.items()}
     points = {"default": None, **chosen, "first exit": 0.0}
+    texts, logits = [row.inputs for row in rows], clf.exit_logits(task.encoded)
     rivals, _ = fit_rivals(bundle, train, set(task.hashes), encoder=config.model, progress=progress)
     found = evaluate(
         clf, task.encoded, task.labels, tuple(dict.fromkeys(points.values())), repeats=repeats,
-        texts=[row.inputs for row in rows], rivals=rivals, progress=progress,
+        exit_logits=logits, texts=texts, rivals=rivals, progress=progress,
     )  # fmt: skip
     of = dict(zip(dict.fromkeys(points.values()), found["thresholds"], strict=True))
     found["thresholds"] = {name: of[threshold] for name, threshold in points.items()}
-    right = {rival.name: rival.scores([row.inputs for row in rows]) for rival in rivals}
+    right = {rival.name: rival.scores(texts) for rival in rivals}
     if (task.encoded.whole_lengths > task.encoded.lengths).any():
         progress(f"fitting {CUT}")
         drawn = [train[i] for i in draw(len(train))]
@@ -171,7 +175,6 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
         cut = fit_tfidf(as_read(fit, bundle.tokenizer), labels, len(bundle.labels))
         right[CUT] = cut.scores(as_read(task.encoded, bundle.tokenizer))
     answers = {name: scores.argmax(axis=1) == task.labels for name, scores in right.items()}
-    logits = clf.exit_logits(task.encoded)
     exits = logits.argmax(axis=-1) == task.labels
     evidence = bundle.variables["params"].get("ngrams", {}).get("evidence", np.zeros(0))
     alone = logits[1:] - evidence[:, None, None] * logits[0] if evidence.size else logits

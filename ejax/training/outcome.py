@@ -30,7 +30,6 @@ from ejax.training.loop import Trained
 from ejax.training.setup import Setup
 
 ZERO_SAVES = 0.02  # of the layers run on dev-A, for exit 0 to be kept
-ZERO_GAINS = 0.5  # or so many points of full depth's accuracy there
 
 
 def answers(split: TokenizedSplit, zero: dict[str, np.ndarray], logits: np.ndarray) -> Answers:
@@ -56,7 +55,7 @@ def calibrated(
     exit0_cost: float,
     console: Console,
 ) -> tuple[ExitConfig, np.ndarray, dict[str, Answers], dict[str, Any]]:
-    """Temperatures and thresholds, and the exits: without exit 0 where it helps next to nothing.
+    """Temperatures and thresholds, and the exits: without exit 0 where it saves next to nothing.
 
     That is decided on dev-A, and only where no exits were asked for.
 
@@ -87,18 +86,10 @@ def calibrated(
     depth_with, depth_without = (
         chosen["operating_points"]["dev_a"]["mean_depth"] for chosen in (with_zero, without_zero)
     )
-    full_with, full_without = (
-        accuracy(some["dev_a"].logits[-1].argmax(axis=-1), some["dev_a"].labels)
-        for some in (parts_with, parts_without)
-    )
-    helps = (
-        depth_with <= (1 - ZERO_SAVES) * depth_without
-        or 100 * (full_with - full_without) >= ZERO_GAINS
-    )
+    helps = depth_with <= (1 - ZERO_SAVES) * depth_without
     console.print(
         f"exit 0, on n-grams, is {'kept' if helps else 'left out'}: with it the default thresholds "
-        f"run {depth_with:.2f} layers on dev-A, without it {depth_without:.2f}; full depth is "
-        f"right on {full_with:.3f}, without it {full_without:.3f}"
+        f"run {depth_with:.2f} layers on dev-A, without it {depth_without:.2f}"
     )
     if helps:
         return exits, evidence, parts_with, with_zero
