@@ -25,12 +25,10 @@ from ejax.config import BertConfig, ExitConfig
 from ejax.inference import engine
 from ejax.inference.engine import early_exit, exit_logits, full_depth
 from ejax.inference.policy import (
-    RULE_NAMES,
     Decision,
     broadcast_thresholds,
     check_temperatures,
     confidence,
-    exit_scores,
     select_exit,
 )
 from ejax.inference.pool import run_pool
@@ -151,7 +149,7 @@ def check(decision, logits, thresholds, temperatures, bound, rows=None):
     assert off_logits <= bound * (1 + np.abs(logits).max())
     off_score = np.abs(score - scores_of(logits, temperatures)[exit, row]).max()
     assert off_score <= bound
-    # The score follows from the returned logits. Not to the bit: here each step of the rule is
+    # The score follows from the returned logits. Not to the bit: here each step of it is
     # a program of its own, there XLA fuses them, and rounds the exponent elsewhere.
     again = np.asarray(confidence(decision.logits, temperatures[decision.exit]))[front]
     off_again = np.abs(score - again).max()
@@ -194,25 +192,6 @@ def test_the_loop_is_select_exit_over_the_plain_model(case, data):
     variables, batch, thresholds, temperatures, _ = draw(data, case)
     decision = case.run(variables, batch, thresholds, temperatures=temperatures)
     check(decision, applied(case, variables, batch), thresholds, temperatures, case.bound)
-
-
-@pytest.mark.parametrize("rule", [name for name in RULE_NAMES if name != "confidence"])
-@given(data=st.data())
-@few
-def test_every_rule_is_the_reference_rule(rule, data):
-    variables, batch, _, temperatures, _ = draw(data, FIRST)
-    threshold = data.draw(st.sampled_from([0.1, 0.3, 0.5, 0.9]))
-    decision = FIRST.run(variables, batch, threshold, temperatures=temperatures, rule=rule)
-    logits = forced(FIRST, variables, batch)
-    early, late = (
-        np.asarray(select_exit(logits, threshold + delta, temperatures, rule=rule).exit)
-        for delta in (-SLOPE * NEAR, SLOPE * NEAR)
-    )
-    assert (early <= decision.exit).all()
-    assert (decision.exit <= late).all()
-    scores = np.asarray(exit_scores(logits, jnp.asarray(temperatures), rule))
-    own = scores[decision.exit, np.arange(FIRST.rows)]
-    np.testing.assert_allclose(decision.score, own, rtol=0, atol=SLOPE * NEAR)
 
 
 @pytest.mark.parametrize("name", ["ragged last tile", "bfloat16 operands", "bfloat16 stream"])
@@ -376,7 +355,7 @@ def arguments(case, variables, batch, thresholds=0.5):
         broadcast_thresholds(thresholds, case.rows, exits),
         check_temperatures(None, exits), jnp.int32(case.rows),
     )  # fmt: skip
-    return given, {"rule": "confidence", "tile": case.tile}
+    return given, {"tile": case.tile}
 
 
 def lowered(case, variables, batch):
@@ -578,7 +557,6 @@ def test_a_pool_that_cannot_fit_says_what_it_needs(monkeypatch):
     ("settings", "text"),
     [
         ({"tile": 0}, r"tile must be at least 1 row. Got 0"),
-        ({"rule": "patience"}, r"rule must be one of confidence, .*Got 'patience'"),
         ({"thresholds": [0.5, 0.5]}, r"thresholds must have shape \(\), \(4,\) or \(23, 4\)"),
         ({"thresholds": float("nan")}, r"thresholds must be numbers"),
         ({"temperatures": [1, 1, 0, 1]}, r"temperatures must be 4 positive numbers"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import first_sure
 
-from ejax.inference.policy import RULES, confidence, exit_scores, select_exit
+from ejax.inference.policy import confidence, select_exit
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -50,39 +50,9 @@ def test_confidence_of_huge_logits_is_finite():
     np.testing.assert_array_equal(scores, [1.0, 0.5])
 
 
-def test_margin_and_entropy_by_hand():
-    p = np.array([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]])
-    logits = np.log(p).astype(np.float32)
-    temperature = np.float32(1)
-    np.testing.assert_allclose(RULES["margin"](logits, temperature), [0.2, 0, 0.85], atol=1e-6)
-    wanted = 1 + (p * np.log(p)).sum(axis=1) / math.log(3)
-    np.testing.assert_allclose(RULES["entropy"](logits, temperature), wanted, atol=1e-6)
-    sure = np.array([[200.0, 0, 0]], np.float32)
-    assert [float(RULES[name](sure, temperature)[0]) for name in RULES] == [1, 1, 1]
-    # A long tail of unlikely classes adds doubt to no row.
-    tail = np.full((1, 1000), -9.0, np.float32)
-    tail[0, 7] = 1
-    assert RULES["entropy"](tail, temperature)[0] > 0.99
-
-
-def test_no_rule_is_sure_of_what_is_not_finite():
+def test_nothing_is_sure_of_what_is_not_finite():
     broken = binary([[np.nan], [2.0]])
-    for rule in ("confidence", "margin", "entropy"):
-        assert np.asarray(select_exit(broken, 0.5, rule=rule).exit) == [1], rule
-
-
-def test_agreement_counts_the_exits_that_said_the_same_before():
-    labels = np.array([[0, 0, 0], [0, 1, 1], [0, 1, 0], [1, 1, 1], [1, 1, 0]])  # [E, N]
-    logits = np.eye(2, dtype=np.float32)[labels]
-    scores = np.asarray(exit_scores(logits, np.ones(5, np.float32), "agreement"))
-    np.testing.assert_allclose(
-        4 * scores, [[0, 0, 0], [1, 0, 0], [2, 1, 0], [0, 2, 0], [1, 3, 0]], atol=1e-6
-    )
-    exit_by_patience = {
-        patience: select_exit(logits, (patience - 0.5) / 4, rule="agreement").exit.tolist()
-        for patience in (1, 2, 3)
-    }
-    assert exit_by_patience == {1: [1, 2, 4], 2: [2, 3, 4], 3: [4, 4, 4]}
+    assert np.asarray(select_exit(broken, 0.5).exit) == [1]
 
 
 def test_each_row_leaves_at_its_first_sure_exit():
@@ -98,7 +68,7 @@ def test_limits():
 
 
 def test_a_score_equal_to_the_threshold_leaves():
-    scores = np.asarray(RULES["confidence"](LOGITS, np.ones((3, 1), np.float32)))
+    scores = np.asarray(confidence(LOGITS, np.ones((3, 1), np.float32)))
     equal = np.full((4, 3), 2, np.float32)
     equal[0, 0], equal[1, 1], equal[3, 1] = scores[0, 0], scores[1, 1], scores[1, 3]
     assert exits(LOGITS, equal) == [0, 1, 2, 1]
@@ -193,14 +163,6 @@ def test_wrong_thresholds(thresholds, text):
 def test_wrong_temperatures(temperatures):
     with pytest.raises(ValueError, match="temperatures must be 3 positive numbers"):
         select_exit(LOGITS, 0.9, temperatures)
-
-
-def test_an_unknown_rule():
-    with pytest.raises(
-        ValueError,
-        match=r"rule must be one of confidence, margin, entropy, agreement.*Got 'entropie'",
-    ):
-        select_exit(LOGITS, 0.9, rule="entropie")
 
 
 def test_logits_of_a_wrong_rank():

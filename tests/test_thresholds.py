@@ -371,12 +371,12 @@ def test_result_goes_into_json():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["confidence", "margin", "agreement"]))
-def test_a_table_leaves_where_select_exit_does(seed, rule):
+@given(st.integers(0, 2**32 - 1))
+def test_a_table_leaves_where_select_exit_does(seed):
     logits, labels, temperatures, tokens = rows(seed)
-    table = make_table(logits, labels, temperatures, LAYERS, tokens, rule)
+    table = make_table(logits, labels, temperatures, LAYERS, tokens)
     for threshold in (0.0, 0.55, [0.9, 0.4, 0.0], FULL):
-        expected = select_exit(logits, threshold, temperatures, rule=rule).exit
+        expected = select_exit(logits, threshold, temperatures).exit
         np.testing.assert_array_equal(table.leave(threshold), expected)
 
 
@@ -616,7 +616,6 @@ def test_the_oracle_leaves_at_the_first_right_exit():
         ({"tokens": np.ones(ROWS)}, "dtype float64"),
         ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be 3 positive numbers"),
         ({"labels": np.full(ROWS, 9)}, r"labels must be in 0\.\.4\. Got 9"),
-        ({"rule": "certainty"}, "rule must be one of"),
         ({"exit0_cost": 0.1}, r"begin with layer 0\. Got 0\.1 and \(1, 4, 6\)"),
         ({"exit0_cost": -1.0, "layers": (0, 1, 6)}, r"0 or above.* Got -1\.0"),
     ],

@@ -244,7 +244,7 @@ def inference(
     every = len(model.exits.layers)
     given = placed((batch, floats(rows, every), floats(every), ints()))
     try:
-        program = compiled(run_pool.lower(model, weights, *given, rule="confidence", tile=tile))
+        program = compiled(run_pool.lower(model, weights, *given, tile=tile))
     except DoesNotFit as error:
         return {"fits": False, "why": str(error)}
     x = floats(tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)

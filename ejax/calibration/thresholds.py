@@ -22,7 +22,7 @@ from ejax.calibration.fits import LEAST, curve, pooled
 from ejax.calibration.metrics import Float, Int, check_rows, paired_interval
 from ejax.config import check_layers
 from ejax.errors import UserError
-from ejax.inference.policy import as_float32, check_rule, check_temperatures, exit_scores
+from ejax.inference.policy import as_float32, check_temperatures, confidence
 
 FULL = 2.0  # above every score: nobody leaves early
 ROUNDING = 1e-9  # of sums that are equal, or nothing, written down exactly
@@ -62,13 +62,12 @@ Loss = Literal["disagreement", "error", "wrong"]
 class Table:
     """What every exit says on N rows: all that a choice of thresholds needs."""
 
-    scores: npt.NDArray[np.float32]  # [E, N], by the rule
+    scores: npt.NDArray[np.float32]  # [E, N]
     log_probs: Float  # [E, N, C], calibrated
     answers: Int  # [E, N], the class
     labels: Int  # [N]
     layers: Int  # [E]
     tokens: Int  # [N]
-    rule: str
     exit0_cost: float = 0.0  # in layers, of rows that pass exit 0
 
     @property
@@ -132,7 +131,6 @@ def make_table(
     temperatures: Any,
     layers: tuple[int, ...],
     tokens: Any,
-    rule: str = "confidence",
     *,
     exit0_cost: float = 0.0,
 ) -> Table:
@@ -144,11 +142,10 @@ def make_table(
       temperatures: <float>[E], positive.
       layers: the exits' layers, ascending, E of them; 0 is before the first layer.
       tokens: <int>[N], real tokens per row, at least 1.
-      rule: a name in `ejax.inference.policy.RULE_NAMES`.
       exit0_cost: what exit 0 costs each row that passes it, in layers.
 
     Raises:
-      ValueError: on a wrong shape, label, token count, layer, temperature or rule.
+      ValueError: on a wrong shape, label, token count, layer or temperature.
     """
     values, checked = check_rows(logits, labels)
     exits, rows, _ = values.shape
@@ -169,7 +166,7 @@ def make_table(
             f"layer 0. Got {exit0_cost} and {tuple(layers)}."
         )
     per_exit = check_temperatures(temperatures, exits)
-    scores = exit_scores(jnp.asarray(logits, jnp.float32), jnp.asarray(per_exit), check_rule(rule))
+    scores = confidence(jnp.asarray(logits, jnp.float32), jnp.asarray(per_exit)[:, None])
     return Table(
         np.asarray(scores),
         np.maximum(log_softmax(values / per_exit[:, None, None], axis=2), math.log(LEAST)),
@@ -177,7 +174,6 @@ def make_table(
         checked,
         np.asarray(layers, np.int64),
         counts.astype(np.int64),
-        rule,
         float(exit0_cost),
     )
 
@@ -189,7 +185,7 @@ def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
       threshold: one number, or one per exit [E]; above 1 is the full model.
 
     Returns:
-      Ready for JSON: `threshold`, `rule`, `rows`; `accuracy` and `full_accuracy` (of the last
+      Ready for JSON: `threshold`, `rows`; `accuracy` and `full_accuracy` (of the last
       exit) in [0, 1]; `drop`, `drop_low`, `drop_high`: accuracy lost in points with its
       95 % interval (`paired_interval`); `expected_drop`: the same by calibrated probabilities
       (`Table.expected`) instead of the labels; `disagreement`: the share of rows with another
@@ -216,7 +212,6 @@ def describe(table: Table, taken: Int) -> dict[str, Any]:
     drop, low, high = paired_interval(table.correct[-1], early)
     mean_depth = table.depth(taken)
     return {
-        "rule": table.rule,
         "rows": taken.size,
         "accuracy": float(early.mean()),
         "full_accuracy": float(table.correct[-1].mean()),

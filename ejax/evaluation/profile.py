@@ -164,7 +164,7 @@ class Pieces:
         return partial(
             run_pool, self.model, self.weights, Batch(ids.astype(np.int32)).arrays(),
             broadcast_thresholds(2.0, count, exits), check_temperatures(None, exits),
-            jnp.int32(count), rule="confidence", tile=rows, layer=layer,
+            jnp.int32(count), tile=rows, layer=layer,
         )  # fmt: skip
 
     def stream(self, rows: int, length: int) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.errors import UserError
 from ejax.hardware import free_bytes
-from ejax.inference.policy import Decision, broadcast_thresholds, check_rule, check_temperatures
+from ejax.inference.policy import Decision, broadcast_thresholds, check_temperatures
 from ejax.inference.pool import pad_to_tiles, run_pool
 from ejax.inference.prepared import Prepared, prepare, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
@@ -42,7 +42,6 @@ def early_exit(
     thresholds: Any,
     *,
     temperatures: Any = None,
-    rule: str = "confidence",
     tile: int = 32,
     rows: Any = None,
     zero_logits: Any = None,
@@ -51,7 +50,7 @@ def early_exit(
     """Runs every row to the first exit that is sure, in one compiled program.
 
     A new threshold, temperature or number of `rows` never recompiles; a new
-    shape [N, T], tile or rule does.
+    shape [N, T] or tile does.
 
     Args:
       model: the module; its variables as `model.init` or a bundle gives them, or
@@ -60,7 +59,6 @@ def early_exit(
       thresholds: a number, [E] or [N, E]; a row leaves at the first exit whose
         score is at or above it. Above 1: nobody leaves early.
       temperatures: float32 [E], positive; None means 1.
-      rule: a name in `ejax.inference.policy.RULE_NAMES`.
       tile: rows per step, B.
       rows: only so many rows at the front are real, the others are padding: they
         are not run and get exit 0, score 0 and logits 0. None means all.
@@ -74,13 +72,13 @@ def early_exit(
       A `Decision`: logits [N, C], exit [N], score [N], in the order of the input.
 
     Raises:
-      ValueError: on a wrong shape, threshold, temperature, rule or tile, for ids outside the
+      ValueError: on a wrong shape, threshold, temperature or tile, for ids outside the
         vocabulary (unless they are on a device already), and for a pool that does not fit into
         the device's memory.
     """
     decision: Decision = _run(
         model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
-        rule=rule, tile=tile,
+        tile=tile,
     )  # fmt: skip
     return decision
 
@@ -102,7 +100,7 @@ def exit_logits(
     """
     logits: Array = _run(
         model, variables, batch, NOBODY, None, rows, zero_logits, devices,
-        rule="confidence", tile=tile, every_exit=True,
+        tile=tile, every_exit=True,
     )  # fmt: skip
     return logits
 
@@ -117,24 +115,23 @@ def _run(
     zero_logits: Any,
     devices: Sequence[jax.Device] | None,
     *,
-    rule: str,
     tile: int,
     every_exit: bool = False,
 ) -> Any:
     batch, tile, rows = _checked(model, batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
     weights, thresholds = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
-    temperatures, rule = check_temperatures(temperatures, exits), check_rule(rule)
+    temperatures = check_temperatures(temperatures, exits)
     check_memory(model, total, batch.ids.shape[1], tile, devices or jax.local_devices()[:1])
     if devices is None or len(devices) == 1:
         weights = jax.device_put(weights, devices[0]) if devices else weights
         return run_pool(
             model, weights, batch, thresholds, temperatures, rows, zero_logits,
-            rule=rule, tile=tile, every_exit=every_exit,
+            tile=tile, every_exit=every_exit,
         )  # fmt: skip
     count = len(devices)
     run = _on_devices(
-        model, tuple(devices), rule=rule, tile=min(tile, -(-total // count)), every_exit=every_exit
+        model, tuple(devices), tile=min(tile, -(-total // count)), every_exit=every_exit
     )
     shares = np.maximum(np.asarray(rows) - np.arange(count) + count - 1, 0) // count
     batch, thresholds, zero_logits = jax.tree.map(

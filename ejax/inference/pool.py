@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejax.config import BertConfig, ExitConfig
-from ejax.inference.policy import Agreed, Decision, nothing_agreed, score_exit
+from ejax.inference.policy import Decision, confidence
 from ejax.inference.prepared import Prepared, RunLayer, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
@@ -48,7 +48,6 @@ class Given(NamedTuple):
     cfg: BertConfig
     exits: ExitConfig  # those after layers; one segment each
     zero: int  # exits before the first layer, 0 or 1
-    rule: str
     tile: int  # B
     layer: RunLayer
     weights: Prepared
@@ -73,7 +72,6 @@ class Waiting(NamedTuple):
 
     row: Array  # int32, the row's number in the input
     place: Array  # int32, where the segment before left its hidden states
-    agreed: Agreed  # int32 each
 
 
 class LoopState(NamedTuple):
@@ -90,7 +88,7 @@ class LoopState(NamedTuple):
     answered: Array  # int32, rows that have left
 
 
-@partial(jax.jit, static_argnames=("model", "rule", "tile", "every_exit", "layer"))
+@partial(jax.jit, static_argnames=("model", "tile", "every_exit", "layer"))
 def run_pool(
     model: EarlyExitBert,
     weights: Prepared,
@@ -100,7 +98,6 @@ def run_pool(
     rows: Array | int,
     zero_logits: Array | None = None,
     *,
-    rule: str,
     tile: int,
     every_exit: bool = False,
     layer: RunLayer = run_layer,
@@ -126,8 +123,8 @@ def run_pool(
     elif zero_logits is not None:
         zero_logits = pad_to_tiles(jnp.asarray(zero_logits), tile)
     given = Given(
-        cut(model.cfg, model.exits), model.exits.encoder, int(model.exits.has_zero), rule, tile,
-        layer, weights, padded, thresholds, temperatures, zero_logits,
+        cut(model.cfg, model.exits), model.exits.encoder, int(model.exits.has_zero), tile, layer,
+        weights, padded, thresholds, temperatures, zero_logits,
     )  # fmt: skip
     state = first_state(given, total, rows, every_exit)
     if given.zero:
@@ -159,9 +156,7 @@ def first_state(given: Given, total: int, rows: Array | int, every_exit: bool) -
     return LoopState(
         hidden=stored(zeros(room, length, cfg.hidden_size, dtype=cfg.residual_dtype)),
         mixed=zeros(room, given.mixes, cfg.hidden_size, dtype=jnp.float32),
-        waiting=Waiting(
-            jnp.minimum(jnp.arange(room), size - 1), zeros(room), nothing_agreed((room,))
-        ),
+        waiting=Waiting(jnp.minimum(jnp.arange(room), size - 1), zeros(room)),
         answered_row=jnp.full((room,), size),
         answers=Decision(
             zeros(room, exits.num_labels, dtype=jnp.float32),
@@ -188,7 +183,7 @@ def leave_at_zero(given: Given, state: LoopState) -> LoopState:
     size = len(logits)
     row = jnp.arange(size)
     state = take_exit(
-        given, state, Waiting(row, row, nothing_agreed((size,))), logits, 0,
+        given, state, Waiting(row, row), logits, 0,
         threshold=jnp.pad(given.thresholds[:, 0], (0, size - len(given.thresholds))),
         real=row < state.alive, last=False, start=0,
     )  # fmt: skip
@@ -255,9 +250,7 @@ def take_exit(
       last: whether nobody may go on.
       start: of the tile, for `all_logits`.
     """
-    number_of_exits = given.last + 1 + given.zero
-    temperature = given.temperatures[exit]
-    score, agreed = score_exit(given.rule, logits, temperature, rows.agreed, number_of_exits)
+    score = confidence(logits, given.temperatures[exit])
     leave = real & ((score >= threshold) | last)
     stay = real & ~leave
     decision = Decision(logits, jnp.full(score.shape, exit), score)
@@ -268,7 +261,7 @@ def take_exit(
     if all_logits is not None:  # nobody leaves before the end: rows stand as in the input
         all_logits = lax.dynamic_update_slice(all_logits, logits[:, None], (start, exit, 0))
     return state._replace(
-        waiting=append(state.waiting, rows._replace(agreed=agreed), stay, state.stayed),
+        waiting=append(state.waiting, rows, stay, state.stayed),
         answered_row=answered_row,
         answers=answers,
         all_logits=all_logits,
