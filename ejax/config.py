@@ -22,6 +22,7 @@ Dtype = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 Mix = Literal["softmax", "last"]
 Parallel = Literal["pmap", "shard_map"]
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 # From 16 to 160 each is at most a quarter longer than the one before: 8 % added to real texts.
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 LOW_RANK = 32  # of exit 0's table where there are more classes
@@ -135,7 +136,7 @@ class ExitConfig:
     Args:
       layers: ascending; the last one is the number of layers kept. 0 is before the first layer:
         a linear model on hashed n-grams of the tokens (`ejax.models.ngrams`).
-      num_labels: classes C, at least 2.
+      num_labels: classes C, at least 2; several labels at once, at least 1; of a score 1.
       pooling: "cls" reads the first token (the paper), "mean" the mean of the
         real tokens (trains faster in shallow exits of encoders whose [CLS] was
         not pretrained).
@@ -148,6 +149,9 @@ class ExitConfig:
     pooling: Pooling = "mean"
     mix: Mix = "softmax"
     buckets: int = 1 << 18  # of exit 0's hashed n-grams, G
+    problem_type: Problem = "single_label_classification"
+    center: float = 0.0  # of a regression: the mean of the scores in training
+    spread: float = 1.0  # and their standard deviation, above 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -157,11 +161,20 @@ class ExitConfig:
             self.buckets > 0 and self.buckets & (self.buckets - 1) == 0,
             f"ExitConfig.buckets must be a power of two. Got {self.buckets}.",
         )
-        _check(
-            self.num_labels >= 2,
-            f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
-            f"Got {self.num_labels}.",
-        )
+        if self.problem_type == "single_label_classification":
+            _check(
+                self.num_labels >= 2,
+                f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
+                f"Got {self.num_labels}.",
+            )
+        _check(self.num_labels >= 1, f"ExitConfig.num_labels must be 1. Got {self.num_labels}.")
+        if self.problem_type == "regression":
+            _check(
+                self.num_labels == 1 and not self.has_zero,
+                f"a regression has one label, and no exit before the first layer. Got "
+                f"{self.num_labels} labels and exits {self.layers}.",
+            )
+            _check(self.spread > 0, f"ExitConfig.spread must be above 0. Got {self.spread}.")
 
     @property
     def num_layers(self) -> int:

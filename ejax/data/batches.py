@@ -126,15 +126,15 @@ def pad(encoded: Encoded, rows: np.ndarray, length: int) -> Batch:
 
 
 def take(encoded: Encoded, labels: np.ndarray, step: Step) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """A step's (Batch [B, T], labels int32 [B], weights float32 [B]).
+    """A step's (Batch [B, T], labels [B, ...], weights float32 [B]).
 
     Padding rows have mask 0, label 0 and weight 0; all others have weight 1.
     """
     if len(labels) != len(encoded):
         raise UserError(f"labels must be one per row, {len(encoded)}. Got {len(labels)}.")
     real = step.rows >= 0
-    taken = np.zeros(len(step.rows), np.int32)
-    taken[real] = np.asarray(labels)[step.rows[real]]
+    taken = np.zeros((len(step.rows), *labels.shape[1:]), labels.dtype)
+    taken[real] = labels[step.rows[real]]
     return pad(encoded, step.rows, step.length), taken, real.astype(np.float32)
 
 

@@ -7,6 +7,8 @@ Here the weights are a softmax, where the paper's code normalises them to length
 Axes: B batch, T tokens, D width, L layers, E exits, C classes.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 
 from ejax.config import BertConfig, ExitConfig
 from ejax.models.bert import Projection, dropout, fold_in, pass_back
+from ejax.tasks import task_of
 
 Array = jax.Array
 
@@ -70,17 +73,31 @@ def mix_in(
 
 
 class ExitHead(nn.Module):
-    """Dense, tanh, dropout, linear: float32 [B, D] -> logits float32 [B, C]."""
+    """Dense, tanh, dropout, linear: float32 [B, D] -> logits float32 [B, O].
+
+    O is C, or 2 of a regression: the mean and the logarithm of its deviation, in the unit of the
+    scores.
+    """
 
     cfg: BertConfig
-    num_labels: int
+    exits: ExitConfig
 
     @nn.compact
     def __call__(self, mixed: Array, keys: Array | None = None) -> Array:
-        d, c = self.cfg.hidden_size, self.num_labels
+        d, c = self.cfg.hidden_size, task_of(self.exits).outputs
         x = jnp.tanh(Projection("bd,de->be", (d, d), (d,), self.cfg, name="dense")(mixed))
         x = dropout(x, self.cfg.hidden_dropout_prob, keys, 0)
-        return Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")(x)
+        out = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")(x)
+        if self.exits.problem_type == "regression":
+            mean, log_deviation = out[:, 0], out[:, 1]
+            out = jnp.stack(
+                [
+                    self.exits.center + self.exits.spread * mean,
+                    log_deviation + math.log(self.exits.spread),
+                ],
+                axis=1,
+            )
+        return out
 
 
 class ExitHeads(nn.Module):
@@ -99,7 +116,7 @@ class ExitHeads(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
         )
-        self.exits = stacked(self.cfg, self.config.num_labels)
+        self.exits = stacked(self.cfg, self.config)
 
     def columns(self) -> Array:
         """float32 [L, E]: what each layer adds to each exit's mix."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from ejax.tasks import Task
 
 Array = jax.Array
 
@@ -21,8 +22,9 @@ def joint_loss(
     class_weights: tuple[float, ...] = (),
     distillation: float = 0.0,
     teacher: Array | None = None,
+    task: Task | None = None,
 ) -> tuple[Array, Array]:
-    """The sum of the exits' cross-entropies, as a sum over rows and its count.
+    """The sum of the exits' losses, as a sum over rows and its count.
 
     `loss / count` is the mean over rows; both add up over devices, so that uneven
     masks stay exact. Schwartz et al. (ACL 2020), section 3.1; with class weights
@@ -36,13 +38,14 @@ def joint_loss(
     under its teacher's probabilities.
 
     Args:
-      logits: float32 [E, B, C].
-      labels: int32 [B], -1 for a row without one.
+      logits: float32 [E, B, O].
+      labels: as the task has them, see `ejax.data.rows.TokenizedSplit`.
       weights: float32 [B], 1 for a real row and 0 for padding.
       exit_weights: one per exit; () means 1 each.
       class_weights: one per class; () means 1 each.
       distillation: 0 means none.
-      teacher: its probabilities, float32 [B, C]; None means those of the last exit.
+      teacher: its `Task.beliefs`, float32 [B, ...]; None means those of the last exit.
+      task: None means one of several labels.
 
     Returns:
       float32 scalars (loss, count).
@@ -52,19 +55,16 @@ def joint_loss(
     >>> round(float(loss / count), 3) == round(2 * float(jnp.log(4)), 3)
     True
     """
-    has_label = labels >= 0
+    task = task or Task(logits.shape[-1])
+    has_label = task.has_label(labels)
     if teacher is None:
-        teacher = jax.nn.softmax(jax.lax.stop_gradient(logits[-1]))
+        teacher = task.beliefs(jax.lax.stop_gradient(logits[-1]))
     if class_weights:
         each = jnp.asarray(class_weights, jnp.float32)
         weights = weights * jnp.where(has_label, each[labels], teacher @ each)
-    rows = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.broadcast_to(labels[None], logits.shape[:2])
-    )
-    rows = jnp.where(has_label[None], rows, 0.0)
-    if distillation:
-        distances = optax.losses.kl_divergence(jax.nn.log_softmax(logits), teacher[None])
-        rows = rows + distillation * distances  # of the last exit as its own teacher: 0
+    rows = task.losses(logits, labels)
+    if distillation:  # of the last exit as its own teacher: 0
+        rows = rows + distillation * task.distances(logits, teacher)
     per_exit = (rows * weights[None]).sum(axis=1)
     scale = jnp.asarray(exit_weights if len(exit_weights) else jnp.ones(logits.shape[0]))
     return (per_exit * scale).sum(), weights.sum()

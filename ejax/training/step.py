@@ -14,6 +14,7 @@ import optax
 from ejax.config import TrainConfig
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.tasks import Task, task_of
 from ejax.training.losses import joint_loss
 
 Array = jax.Array
@@ -63,9 +64,11 @@ def make_train_step(
 
     Returns:
       A function (state, rows) -> (state, metrics), with metrics `loss` (joint, mean
-      over rows), `exit_loss` and `exit_accuracy` [E] (mean over the rows with a label; NaN
-      where there are none), `gradient_norm`.
+      over rows), `exit_loss` and, of one label, `exit_accuracy` [E] (mean over the rows with a
+      label; NaN where there are none), `gradient_norm`.
     """
+
+    task = task_of(model.exits)
 
     def sums(params: Any, step: Array, rows: Rows) -> Any:
         """Of these rows: the gradient of their summed loss, that loss, its count, per exit."""
@@ -88,11 +91,12 @@ def make_train_step(
                 class_weights=config.class_weights,
                 distillation=config.distillation,
                 teacher=rows.teacher,
+                task=task,
             )
             return loss, (count, logits)
 
         (loss, (count, logits)), grads = jax.value_and_grad(local_loss, has_aux=True)(params)
-        return grads, loss, count, exit_sums(logits, rows)
+        return grads, loss, count, exit_sums(task, logits, rows)
 
     def all_sums(params: Any, step: Array, rows: Rows) -> Any:
         if config.accumulate == 1:
@@ -108,13 +112,12 @@ def make_train_step(
 
     def step(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         total = jax.lax.psum(all_sums(state.params, state.step, rows), AXIS)
-        grads, loss, count, (exit_loss, exit_correct, real) = total
+        grads, loss, count, (of_exits, real) = total
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1e-9), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss / jnp.maximum(count, 1e-9),
-            "exit_loss": exit_loss / real,
-            "exit_accuracy": exit_correct / real,
+            **{name: total_of / real for name, total_of in of_exits.items()},
             "gradient_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
@@ -129,14 +132,11 @@ def make_train_step(
     return step
 
 
-def exit_sums(logits: Array, rows: Rows) -> tuple[Array, Array, Array]:
-    """Per exit the summed cross-entropy [E] and the correct rows [E]; the rows with a label."""
-    labels = jnp.broadcast_to(rows.labels[None], logits.shape[:2])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-    weights = rows.weights * (rows.labels >= 0)
-    return (
-        (losses * weights[None]).sum(axis=1),
-        (correct * weights[None]).sum(axis=1),
-        weights.sum(),
-    )
+def exit_sums(task: Task, logits: Array, rows: Rows) -> tuple[dict[str, Array], Array]:
+    """Per exit the summed loss, and of one label the correct rows, [E]; the rows with a label."""
+    weights = rows.weights * task.has_label(rows.labels)
+    sums = {"exit_loss": (task.losses(logits, rows.labels) * weights[None]).sum(axis=1)}
+    if task.metric == "accuracy":
+        correct = (logits.argmax(axis=-1) == rows.labels[None]).astype(jnp.float32)
+        sums["exit_accuracy"] = (correct * weights[None]).sum(axis=1)
+    return sums, weights.sum()

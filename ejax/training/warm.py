@@ -21,6 +21,7 @@ from rich.console import Console
 from ejax.config import TrainConfig
 from ejax.data.batches import eval_plan
 from ejax.models.early_exit import EarlyExitBert
+from ejax.tasks import task_of
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, decayed, is_mix
 from ejax.training.parallel import make_all_logits
@@ -81,7 +82,7 @@ def warm_heads(
     Args:
       heads: the parameters under "heads".
       vectors: float32 [L, N, D], see `EarlyExitBert.layer_vectors`.
-      labels: int [N], -1 for a row without one.
+      labels: as the task has them, [N, ...].
       teacher: its probabilities, float32 [N, C]; None where there is no teacher.
     """
     rng = np.random.default_rng([config.seed, 1])
@@ -90,7 +91,6 @@ def warm_heads(
     steps = min(max(PASSES * len(rest) // BATCH, FEWEST_STEPS), MOST_STEPS) // LOOKS * LOOKS
     orders = [rng.permutation(rest) for _ in range(-(-steps * BATCH // len(rest)))]
     picks = np.concatenate(orders)[: steps * BATCH].reshape(LOOKS, -1, BATCH)
-    labels = labels.astype(np.int32)
     trained = _train(model, heads, vectors, labels, picks, held, config, teacher)
     return jax.device_get(trained)
 
@@ -121,6 +121,7 @@ def _train(
             logits, labels[rows], jnp.ones(len(rows)), exit_weights=config.exit_weights,
             class_weights=config.class_weights, teacher=None if teacher is None else teacher[rows],
             distillation=0.0 if teacher is None else config.distillation,
+            task=task_of(model.exits),
         )  # fmt: skip
         return total / count
 
