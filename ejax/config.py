@@ -22,6 +22,7 @@ Dtype = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 Mix = Literal["softmax", "last"]
 Parallel = Literal["pmap", "shard_map"]
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 # From 16 to 160 each is at most a quarter longer than the one before: 8 % added to real texts.
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 LOW_RANK = 32  # of exit 0's table where there are more classes
@@ -215,6 +216,7 @@ class DataConfig:
     unlabelled: str = ""  # a file of texts without labels to learn from too: tsv, csv, jsonl, txt
     text_columns: tuple[str, ...] = ()  # one, or two for pairs; () = recognised from the header
     label_column: str = ""  # "" = the usual: label, labels, category, class, intent, target, …
+    problem_type: Problem = "single_label_classification"  # or several labels a row, or a number
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
     limit: int = 0  # at most so many rows of each split; 0 = all
     max_length: int = 128  # tokens; longer texts are truncated
