@@ -89,6 +89,7 @@ def train(
     seed: Annotated[str, setting("seed")] = "",
     text_column: TextColumns = None,
     label_column: Annotated[str, setting("data.label_column")] = "",
+    problem_type: Annotated[str, setting("data.problem_type")] = "",
     workdir: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +117,7 @@ def train(
         "layers": layers, "pooling": pooling, "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "data.max_length": max_length, "data.limit": limit,
         "seed": seed, "teacher": teacher, "data.unlabelled": unlabelled,
+        "data.problem_type": problem_type,
     }  # fmt: skip
     given = [f"{name}={value}" for name, value in short.items() if value]
     config = override(TrainConfig(model=model, data=data), [*given, *(fields or ())])

@@ -228,6 +228,7 @@ class DataConfig:
     unlabelled: str = ""  # a file of texts without labels to learn from too: tsv, csv, jsonl, txt
     text_columns: tuple[str, ...] = ()  # one, or two for pairs; () = recognised from the header
     label_column: str = ""  # "" = the usual: label, labels, category, class, intent, target, …
+    problem_type: Problem = "single_label_classification"  # or several labels a row, or a number
     dev_fraction: float = 0.1  # of train, seeded, where there is no dev split
     limit: int = 0  # at most so many rows of each split; 0 = all
     max_length: int = 128  # tokens; longer texts are truncated

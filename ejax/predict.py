@@ -206,7 +206,7 @@ def columns_of(
     """
     columns = find_text_columns(
         known, given, preferred=text_columns_of(bundle),
-        label_column=find_column(known, label_column_of(bundle)), path=source,
+        labels=(find_column(known, label_column_of(bundle)),), path=source,
     )  # fmt: skip
     if not given:
         check_columns(bundle, columns, source)

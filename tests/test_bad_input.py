@@ -55,11 +55,11 @@ def test_no_such_file_names_the_nearest(tmp_path):
             "cut.tsv.gz cannot be read",
         ),
         ("multi.jsonl", '{"text": "a", "label": ["x", "y"]}\n', "multi_label_classification"),
-        ("number.jsonl", '{"text": "a", "label": 0.5}\n', '"regression" is not supported'),
-        ("number.tsv", "label\ttext\n3.75\ta\n", '"regression" is not supported'),
+        ("number.jsonl", '{"text": "a", "label": 0.5}\n', "set problem_type=regression"),
+        ("number.tsv", "label\ttext\n3.75\ta\n", "set problem_type=regression"),
         ("broken.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "line 2: not JSON"),
         ("quote.csv", 'label,text\nbad,"a\n', "line 2: not csv"),
-        ("train.parquet", "PAR1", "cannot tell the format by the ending"),
+        ("train.parquet", "PAR1", "train.parquet cannot be read as parquet: "),
     ],
 )
 def test_a_training_file_that_does_not_fit(tmp_path, name, content, expected):

@@ -1,14 +1,16 @@
 """Which columns of a file hold the text and the label: those named, or those of a usual name.
 
-One rule for every name: the column called just so, or else the only one called so but for case
-and for spaces around it.
+One rule for every name: the column called just so, or else the only one called so but for case,
+spaces around it and invisible characters.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ejax.config import Problem
+from ejax.data.labels import FLAGS, INVISIBLE, REGRESSION, SCORE, SEVERAL, SINGLE
 from ejax.errors import UserError
 
 LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target", "gold_label")
@@ -26,7 +28,19 @@ TEXT_COLUMNS = (
 # Else the only one of these; not beside a heading, which may be half of the text.
 ONE_TEXT = ("review", "content", "comment", "message", "utterance", "query", "tweet", "body")
 HEADINGS = ("title", "headline", "subject", "summary")
+USUAL_TEXTS = {*ONE_TEXT, *HEADINGS}.union(*TEXT_COLUMNS)
 ROW_NUMBER_COLUMNS = ("idx", "index", "id", "")  # never the text, nor is pandas' "Unnamed: 0"
+
+
+class Columns(NamedTuple):
+    """Which columns are asked for, and which are read if the file has them and none are named."""
+
+    texts: Sequence[str] = ()
+    label: str = ""
+    preferred: Sequence[str] = ()
+    preferred_label: str = ""
+    problem: Problem = SINGLE
+    labels: Sequence[str] = ()  # known label names; they tell that a tsv has no header
 
 
 def find_column(columns: Collection[str], name: str) -> str:
@@ -37,38 +51,85 @@ def find_column(columns: Collection[str], name: str) -> str:
     """
     if name in columns:
         return name
-    alike = [column for column in columns if _plain(column) == _plain(name)]
+    alike = [column for column in columns if plain(column) == plain(name)]
     return alike[0] if len(alike) == 1 else ""
 
 
-def label_columns(columns: Collection[str], given: str = "", preferred: str = "") -> list[str]:
+def label_columns(
+    columns: Collection[str], given: str = "", preferred: str = "", problem: Problem = SINGLE
+) -> list[str]:
     """Those that may hold the label: the one given, or preferred, or `label`, or all usual ones."""
     given = given or (preferred and find_column(columns, preferred))
     if given or "label" in columns:
         named = find_column(columns, given or "label")
         return [named] if named else []
-    return [column for column in columns if _plain(column) in LABEL_COLUMNS]
+    usual = (*LABEL_COLUMNS, SCORE) if problem == REGRESSION else LABEL_COLUMNS
+    return [column for column in columns if plain(column) in usual]
 
 
 def find_label_column(
-    columns: Collection[str], given: str = "", *, preferred: str = "", path: str | Path = ""
+    columns: Collection[str],
+    given: str = "",
+    *,
+    preferred: str = "",
+    problem: Problem = SINGLE,
+    path: str | Path = "",
 ) -> str:
     """The column that holds the label: the one given, or preferred, or recognised.
 
     Raises:
       ValueError: where it is missing, or more than one is recognised.
     """
-    found = label_columns(columns, given, preferred)
+    found = label_columns(columns, given, preferred, problem)
     if len(found) == 1:
         return found[0]
-    what = f"{path}: which column holds the label? Its columns: {', '.join(columns)}."
+    what = f"{path}: which column holds the label? Its columns: {listed(columns)}."
     if found:
         what = f"{path}: which column holds the label, {' or '.join(found)}?"
     if given:
-        what = f"{path} has no column {given!r} for the label. Its columns: {', '.join(columns)}."
+        what = f"{path} has no column {given!r} for the label. Its columns: {listed(columns)}."
     raise UserError(
         f"{what} Name it with label_column (--label-column).{_no_header(columns, path)}"
     )
+
+
+def find_label_columns(
+    row: Mapping[str, Any],
+    given: str = "",
+    *,
+    preferred: str = "",
+    problem: Problem = SINGLE,
+    texts: Sequence[str] = (),
+    path: str | Path = "",
+) -> tuple[str, ...]:
+    """The column of the label; for several labels perhaps one column of 0 and 1 for each.
+
+    Those are named as "a,b,c", or all that are neither a text nor a row number.
+
+    Args:
+      row: the first of a file.
+      texts: the columns of text that are named.
+
+    Raises:
+      ValueError: as `find_label_column`.
+    """
+    if problem == SEVERAL:
+        for names in (given, preferred):
+            parts = tuple(find_column(row, name) for name in names.split(","))
+            if len(parts) > 1 and not find_column(row, names) and all(parts):
+                return parts
+        flags = _flag_columns(row, texts)
+        if not given and len(flags) > 1 and not label_columns(row, given, preferred):
+            return flags
+    return (find_label_column(row, given, preferred=preferred, problem=problem, path=path),)
+
+
+def _flag_columns(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[str, ...]:
+    """The columns of 0 and 1, if there is nothing else but text and row numbers."""
+    known = {find_column(row, name) for name in texts} or recognised_texts(row, alone=False)
+    left = [name for name in row if name not in known and not _is_other(plain(name))]
+    flags = tuple(name for name in left if str(row[name]).strip().lower() in FLAGS)
+    return flags if len(left) - len(flags) == (0 if known else 1) else ()
 
 
 def find_text_columns(
@@ -76,36 +137,45 @@ def find_text_columns(
     given: Sequence[str] = (),
     *,
     preferred: Sequence[str] = (),
-    label_column: str = "",
+    labels: Collection[str] = (),
     path: str | Path = "",
 ) -> tuple[str, ...]:
     """The one or two columns that hold the text: those given, or preferred, or recognised.
+
+    Args:
+      labels: the columns of the label, which hold no text.
 
     Raises:
       ValueError: when a given column is missing, or none is recognised; it lists the
         columns of the file.
     """
     if not given:
-        names = [name for name in columns if name != label_column]
+        names = [name for name in columns if name not in labels]
         found = tuple(find_column(names, name) for name in preferred)
         if found and all(found):
             return found
         if found := recognised_texts(names):
+            if len(columns) == 1 and _is_table(path) and plain(found[0]) not in USUAL_TEXTS:
+                raise UserError(
+                    f"{path}: {found[0]!r}, its first line, may be a text or the name of its one "
+                    f"column: for a text put a header such as text above it, a name give as "
+                    f"text_columns (--text-column)."
+                )
             return found
         raise UserError(
-            f"{path}: which column holds the text? Its columns: {', '.join(columns)}. Name one or "
+            f"{path}: which column holds the text? Its columns: {listed(columns)}. Name one or "
             f"two with text_columns (--text-column).{_no_header(columns, path)}"
         )
     if len(given) > 2:
         raise UserError(f"text_columns must be one or two columns. Got {', '.join(given)}.")
     for name in given:
         if not find_column(columns, name):
-            raise UserError(f"{path} has no column {name!r}. Its columns: {', '.join(columns)}.")
+            raise UserError(f"{path} has no column {name!r}. Its columns: {listed(columns)}.")
     found = tuple(find_column(columns, name) for name in given)
-    if label_column in found or len(set(found)) < len(found):
+    if set(found).intersection(labels) or len(set(found)) < len(found):
         raise UserError(
             f"text_columns must be one or two columns other than that of the label, "
-            f"{label_column!r}. Got {', '.join(given)}."
+            f"{', '.join(map(repr, labels))}. Got {', '.join(given)}."
         )
     return found
 
@@ -116,10 +186,10 @@ def recognised_texts(columns: Collection[str], *, alone: bool = True) -> tuple[s
         found = tuple(find_column(columns, name) for name in known)
         if all(found):
             return found
-    one = [name for name in columns if _plain(name) in ONE_TEXT + HEADINGS]
-    if len(one) == 1 and _plain(one[0]) in ONE_TEXT:
+    one = [name for name in columns if plain(name) in ONE_TEXT + HEADINGS]
+    if len(one) == 1 and plain(one[0]) in ONE_TEXT:
         return (one[0],)
-    left = [name for name in columns if not _is_other(_plain(name))]
+    left = [name for name in columns if not _is_other(plain(name))]
     return (left[0],) if alone and len(left) == 1 else ()
 
 
@@ -153,8 +223,15 @@ def check_still(
         )
 
 
-def _plain(name: str) -> str:
-    return name.strip().casefold()
+def plain(name: str) -> str:
+    """A name without case, spaces around it and invisible characters."""
+    return INVISIBLE.sub("", name).strip().casefold()
+
+
+def listed(columns: Collection[str]) -> str:
+    """The names; in quotes where a space or an invisible character would not be seen."""
+    odd = any(name != INVISIBLE.sub("", name).strip() for name in columns)
+    return ", ".join(map(ascii, columns) if odd else columns)
 
 
 def _is_other(plain: str) -> bool:
@@ -162,10 +239,12 @@ def _is_other(plain: str) -> bool:
     return plain in LABEL_COLUMNS + ROW_NUMBER_COLUMNS or plain.startswith("unnamed: ")
 
 
+def _is_table(path: str | Path) -> bool:
+    return str(path).lower().removesuffix(".gz").endswith((".tsv", ".csv"))
+
+
 def _no_header(columns: Collection[str], path: str | Path) -> str:
     """A hint where not a single name in the first line of a tsv or csv is known."""
-    usual = {name for names in TEXT_COLUMNS for name in names}.union(ONE_TEXT, HEADINGS)
-    known = any(_is_other(_plain(name)) or _plain(name) in usual for name in columns)
-    table = str(path).lower().removesuffix(".gz").endswith((".tsv", ".csv"))
+    known = any(_is_other(plain(name)) or plain(name) in USUAL_TEXTS for name in columns)
     hint = " If its first line is a row, put a header above it, such as label and text."
-    return "" if known or not table else hint
+    return "" if known or not _is_table(path) else hint

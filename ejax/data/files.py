@@ -1,8 +1,9 @@
-"""Rows of text files, with line numbers: tsv, csv, jsonl and txt, each also .gz.
+"""Rows of files, with line numbers: tsv, csv, jsonl, json and txt, each also .gz, and parquet.
 
 One parser serves training and prediction. Text is kept exactly: in tsv a quote is a
-quote, in csv a quoted field may hold line breaks, and only "\\n" or "\\r\\n" ends a
-line. A byte order mark at the start is skipped. Memory does not grow with the file.
+quote, in csv a quoted field may hold line breaks, and only "\\n", with any "\\r" before it, ends a
+line. Byte order marks at the start are skipped. Memory does not grow with the file, but for a json
+that is one list; no line may be longer than `LONGEST`.
 """
 
 import csv
@@ -15,16 +16,29 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ejax import storage
-from ejax.data.columns import TEXT_COLUMNS, find_column, names_columns, recognised_texts
+from ejax.data import frames
+from ejax.data.columns import (
+    TEXT_COLUMNS,
+    find_column,
+    listed,
+    names_columns,
+    plain,
+    recognised_texts,
+)
+from ejax.data.labels import INVISIBLE, check_characters
 from ejax.errors import UserError
 
-FORMATS = ("tsv", "csv", "jsonl", "txt")
+FORMATS = ("tsv", "csv", "jsonl", "json", "parquet", "txt")
+ENDINGS = ".tsv, .csv, .jsonl, .json or .txt, each also with .gz, or .parquet"
 HEADERLESS = {2: ("label", "text"), 3: ("label", "text_a", "text_b")}
 PEEK_ROWS = 1000  # rows looked at to tell whether a tsv has a header
+LONGEST = 1 << 24  # bytes of a line, or characters of a csv field
+HEADER_AGAIN = "the header stands here again: delete it."
 
 Row = dict[str, Any]
 Skip = Callable[[str], None] | None
@@ -46,16 +60,18 @@ def read_rows(
       path: a file, or "-" for standard input. Without `format`, standard input is one
         text per line unless its first line is a JSON object or a tsv header that
         holds a text column.
-      format: "tsv", "csv", "jsonl" or "txt"; "" means by the file's ending. A txt file
-        has one text per line, in the column "text".
+      format: one of `FORMATS`; "" means by the file's ending. A txt file has one text per
+        line, in the column "text"; a json holds lines of objects or one list of them. In that
+        list and in a parquet file the line is the number of the row, from 1.
       text_columns: the columns of text, where they are to be named.
       label_column: the column of labels, where it is to be named.
       labels: known label names; they help to see that a tsv has no header.
       skip: called with the sentence about a row that cannot be read, which is left
         out; None means to raise it. A header, and a csv that is not UTF-8, always raise.
-      header: called with the columns of a tsv or csv before its first row.
+      header: called with the columns of a tsv, csv or parquet before its first row.
 
-    Standard input, jsonl and txt may be empty.
+    Standard input, jsonl, json and txt may be empty. Spaces and invisible characters around the
+    names of a tsv's or csv's columns are left out.
 
     A tsv without a header is `label<TAB>text` or `label<TAB>text<TAB>text`: its first
     line names no known column, and its first cell is an integer, a known label, or
@@ -68,36 +84,78 @@ def read_rows(
     kind = format or (path != "-" and format_of(path)) or ""
     if kind and kind not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}. Got {format!r}.")
+    if kind == "parquet":
+        yield from frames.parquet_rows(_whole(path), header)
+        return
     lines = _lines(path, None if kind == "csv" else skip)
     first = next(lines, None)
     if first is None:
-        if path == "-" or kind in ("jsonl", "txt"):
+        if path == "-" or kind in ("jsonl", "json", "txt"):
             return
         raise UserError(f"{path} is empty.")
     kind = kind or _sniff(first[1], text_columns)
     lines = itertools.chain([first], lines)
     if kind == "txt":
         yield from ((number, {"text": _strip(line)}) for number, line in lines)
-    elif kind == "jsonl":
+    elif kind == "json" and first[1].lstrip()[:1] in ("[", ""):
+        yield from _json_list(lines, path)
+    elif kind in ("jsonl", "json"):
         yield from _json_rows(lines, path, skip)
     else:
         cells = _csv_cells(lines, path, skip) if kind == "csv" else _tsv_cells(lines)
         columns, cells = _columns(cells, kind, path, text_columns, label_column, labels)
         header(columns)
-        for number, row in cells:
-            if row == [""] and len(columns) > 1:
-                continue  # a blank line
-            if len(columns) > 1 and tuple(row) == columns:
-                _refuse(f"{path}, line {number}: the header stands here again: delete it.", skip)
-                continue
-            if len(row) != len(columns):
-                _refuse(
-                    f"{path}, line {number}: expected {len(columns)} columns "
-                    f"({', '.join(columns)}). Got {len(row)}.",
-                    skip,
-                )
-                continue
-            yield number, dict(zip(columns, row, strict=True))
+        yield from _table_rows(cells, columns, kind, path, skip)
+
+
+def _table_rows(
+    cells: Iterator[tuple[int, list[str]]],
+    columns: tuple[str, ...],
+    kind: str,
+    path: str,
+    skip: Skip,
+) -> Iterator[tuple[int, Row]]:
+    names = [plain(name) for name in columns]
+    opened = 0  # the line of a tsv where a cell began with a quote that it does not end
+    for number, row in cells:
+        if row == [""] and len(columns) > 1:
+            continue  # a blank line
+        if len(columns) > 1 and [plain(cell) for cell in row] == names:
+            _refuse(f"{path}, line {number}: {HEADER_AGAIN}", skip)
+            continue
+        if kind == "tsv" and not opened and _opens_quote(row[-1]):
+            opened = number
+        if len(row) != len(columns):
+            hint = (
+                f" The quote that opens in line {opened} seems to hold a line break, which a tsv "
+                f"cannot: save as .csv."
+            )
+            _refuse(
+                f"{path}, line {number}: expected {len(columns)} columns "
+                f"({listed(columns)}). Got {len(row)}.{hint if opened else ''}",
+                skip,
+            )
+            continue
+        yield number, dict(zip(columns, row, strict=True))
+
+
+def looks_quoted(cell: str) -> bool:
+    """Whether a cell of a tsv was quoted by a program: quotes around it, those inside doubled."""
+    inner = cell[1:-1]
+    return cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
+def _opens_quote(cell: str) -> bool:
+    return cell[:1] == '"' and cell.count('"') % 2 == 1
+
+
+def _whole(path: str) -> str:
+    """The path of a parquet file, which cannot be read from a pipe."""
+    if path == "-" or not storage.path_of(path).is_file():
+        raise UserError(f"{path}: parquet cannot be read from a pipe: give a file.")
+    with storage.path_of(path).open("rb") as file:
+        _check_start(file.read(len(LFS)), path)
+    return path
 
 
 def _refuse(sentence: str, skip: Skip) -> None:
@@ -107,7 +165,7 @@ def _refuse(sentence: str, skip: Skip) -> None:
 
 
 def texts_of(
-    row: Mapping[str, Any], columns: Sequence[str], path: str | Path, line: int
+    row: Mapping[str, Any], columns: Sequence[str], path: object, line: int
 ) -> tuple[str, str | None]:
     """(text, pair) of a row; pair is None where there is one text column.
 
@@ -123,51 +181,8 @@ def texts_of(
             raise UserError(
                 f"{path}, line {line}: column {name!r} must hold text. Got {row[name]!r}."
             )
-        _check_characters(row[name], f"{path}, line {line}: column {name!r}")
+        check_characters(row[name], f"{path}, line {line}: column {name!r}")
     return row[columns[0]], row[columns[1]] if len(columns) == 2 else None
-
-
-def label_of(row: Mapping[str, Any], column: str, path: str | Path, line: int) -> str:
-    """The label name of a row: a string, or an integer or boolean of a jsonl.
-
-    Raises:
-      ValueError: when there is no label, or one of another kind of problem.
-    """
-    if column not in row:
-        raise UserError(
-            f"{path}, line {line}: no column {column!r} for the label. "
-            f"Its columns: {', '.join(row)}. Name it with label_column (--label-column)."
-        )
-    label, typed = row[column], path_format(path) == "jsonl"
-    where = f"{path}, line {line}: the label"
-    if isinstance(label, list):
-        raise UserError(
-            f'{where} is a list: problem_type "multi_label_classification" is not supported yet.'
-        )
-    if isinstance(label, float) or (
-        isinstance(label, str) and not typed and re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)", label)
-    ):
-        raise UserError(
-            f"{where} {label} is a number with a fraction: "
-            f'problem_type "regression" is not supported yet.'
-        )
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, int):
-        return str(label)
-    if not isinstance(label, str) or not label:
-        raise UserError(f"{where} is missing: expected a name. Got {label!r}.")
-    if label != label.strip():
-        raise UserError(f"{where} must not begin or end with a space. Got {label!r}.")
-    _check_characters(label, where)
-    return label
-
-
-def _check_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # "\ud800" in JSON
-        raise UserError(f"{where} holds half a surrogate pair, which is no character.") from None
 
 
 def path_format(path: str | Path) -> str:
@@ -181,10 +196,7 @@ def format_of(path: str | Path) -> str:
     check_file(path)
     kind = path_format(path)
     if kind not in FORMATS:
-        raise UserError(
-            f"{path}: cannot tell the format by the ending. "
-            f"Expected .tsv, .csv, .jsonl or .txt, each also with .gz."
-        )
+        raise UserError(f"{path}: cannot tell the format by the ending. Expected {ENDINGS}.")
     return kind
 
 
@@ -196,6 +208,8 @@ def check_file(path: str | Path) -> None:
             raise UserError(f"{path} is a folder: expected a file.")
         if file.is_file() or (not storage.is_remote(path) and file.is_fifo()):
             return
+        if not storage.is_remote(path) and file.is_symlink():
+            raise UserError(f"{path} is a symbolic link that leads to no file.")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not file.parent.is_dir():
@@ -206,7 +220,7 @@ def check_file(path: str | Path) -> None:
     raise UserError(f"No such file: {path}.{hint}")
 
 
-def _open(path: str) -> AbstractContextManager[Iterable[bytes]]:
+def _open(path: str) -> AbstractContextManager[Any]:
     if path == "-":
         return nullcontext(sys.stdin.buffer)
     check_file(path)
@@ -217,26 +231,60 @@ def _open(path: str) -> AbstractContextManager[Iterable[bytes]]:
     return gzip.open(path) if packed else open(path, "rb")
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def _check_start(start: bytes, name: str) -> None:
+    """Raises ValueError where a file is told by its first bytes to be of another kind."""
+    if start.startswith(LFS):
+        raise UserError(f"{name} is a Git LFS pointer, not the file itself: run git lfs pull.")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name} is UTF-16: save the file as UTF-8.")
+
+
 def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends. Only "\\n" ends a line: U+2028 is text."""
+    """Numbered lines with their ends. Only "\n" ends a line: U+2028 is text."""
     name = "standard input" if path == "-" else path
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
+            read = partial(file.readline, LONGEST + 1)
+            for number, line in enumerate(iter(read, b""), 1):
+                where = f"{name}, line {number}"
+                if number == 1:
+                    _check_start(line, name)
+                if len(line) > LONGEST:
+                    raise UserError(
+                        f"{where}: longer than {LONGEST >> 20} MiB: is it a text file, one row a "
+                        f"line?"
+                    )
+                if b"\0" in line:
+                    _refuse(
+                        f"{where}: holds a zero byte, so it is UTF-16 or no text: save the file as "
+                        f"UTF-8.",
+                        skip if number > 1 else None,
+                    )
+                    continue
+                if number == 1 and b"\r" in line.strip() and not line.endswith(b"\n"):
+                    raise UserError(
+                        f"{name}: its lines end with a carriage return alone, as on an old Mac: "
+                        f"save it with line feeds."
+                    )
                 try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode()
                 except UnicodeDecodeError as error:
                     _refuse(
-                        f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line "
+                        f"{where}: not UTF-8 (byte {error.start + 1} of the line "
                         f"is 0x{line[error.start]:02x}). Save the file as UTF-8.",
                         skip if number > 1 else None,
                     )
+                    continue
+                yield number, text.lstrip("\ufeff") if number == 1 else text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name} cannot be read: {error}.") from error
 
 
 def _strip(line: str) -> str:
-    return line.removesuffix("\n").removesuffix("\r")
+    return line.removesuffix("\n").rstrip("\r")
 
 
 def _sniff(line: str, text_columns: Sequence[str]) -> str:
@@ -278,6 +326,25 @@ def _json_rows(
         yield number, row
 
 
+def _json_list(lines: Iterable[tuple[int, str]], path: str) -> Iterator[tuple[int, Row]]:
+    """The objects of one list; the whole of it is read at once."""
+    try:
+        rows = json.loads("".join(line for _, line in lines) or "[]")
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: JSON that cannot be read: {error}.") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}, row {number}: expected an object such as {{"text": "…"}}. '
+                f"Got {json.dumps(row, ensure_ascii=False)[:40]}."
+            )
+        yield number, row
+
+
 def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
     return ((number, _strip(line).split("\t")) for number, line in lines)
 
@@ -285,7 +352,7 @@ def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str
 def _csv_cells(
     lines: Iterable[tuple[int, str]], path: str, skip: Skip
 ) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)  # for the whole process; the default is 128 KiB
+    csv.field_size_limit(LONGEST)  # for the whole process; the default is 128 KiB
     reader = csv.reader((line for _, line in lines), strict=True)
     while True:
         start = reader.line_num + 1
@@ -297,7 +364,9 @@ def _csv_cells(
             _refuse(
                 f"{path}, line {start}: not csv ({error}). A field with a quote, comma or "
                 f'line break must stand in quotes, its own quotes doubled ("").',
-                skip if start > 1 and "end of data" not in str(error) else None,
+                skip
+                if start > 1 and not re.search("end of data|field limit", str(error))
+                else None,
             )
             continue
         if cells:
@@ -336,6 +405,7 @@ def _columns(
             f"between its columns, a csv commas; one text per line without a header is a txt. If "
             f"it is a name, give it as text_columns (--text-column)."
         )
+    header = [INVISIBLE.sub("", name).strip() for name in header]
     if header.count("") > 1:  # as pandas calls them
         header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     twice = [name for name in header if header.count(name) > 1]

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import logging
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +19,13 @@ import filelock
 import tensorflow_datasets as tfds
 
 from ejax.data import files
-from ejax.data.columns import check_still, find_label_column, find_text_columns
+from ejax.data.columns import Columns, check_still, find_label_columns, find_text_columns
+from ejax.data.frames import Table
+from ejax.data.labels import read_label
 from ejax.errors import UserError
 
-FORMAT_VERSION = "1.0.3"  # of what is written: raise it when rows are read differently
+FORMAT_VERSION = "1.1.0"  # of what is written: raise it when rows are read differently
+CHECKSUMS = "checksums.json"  # of the files of a copy, which is whole if they are right
 
 
 class Records(NamedTuple):
@@ -28,20 +33,30 @@ class Records(NamedTuple):
 
     source: Any  # rows {"text": bytes, "label": bytes[, "pair": bytes]}, in file order
     labels: dict[str, int]  # label name -> the first line that holds it
+    counts: dict[str, int]  # label name -> its rows
+    span: tuple[float, ...]  # the smallest and largest number of a regression
+    quoted: int  # the first line of a tsv whose text looks quoted; 0 = none
     text_columns: tuple[str, ...]
-    label_column: str
+    label_columns: tuple[str, ...]
+
+
+Read = tuple[int, str, str | None, Any]  # line, text, pair, what `read_label` says
 
 
 @dataclasses.dataclass(eq=False)
 class LocalTextConfig(tfds.core.BuilderConfig):
-    """`name` is the key of the content; `rows` yields (line, text, pair, label)."""
+    """`name` is the key of the content."""
 
-    rows: Callable[[], Iterable[tuple[int, str, str | None, str]]] = tuple
+    rows: Callable[[], Iterable[Read]] = tuple
     pair: bool = False
+    tsv: bool = False
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
-    """The rows of one local file, in order, labels by name."""
+    """The rows of one local file, in order; a label is its name, a JSON list of names, or a number.
+
+    The metadata are those of `Records`.
+    """
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
 
@@ -59,74 +74,122 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         lines: dict[str, int] = {}
+        counts: Counter[str] = Counter()
+        span: list[float] = []
+        quoted = 0
         for index, (line, text, pair, label) in enumerate(self.builder_config.rows()):
-            lines.setdefault(label, line)
+            names: Sequence[str] = (label,) if isinstance(label, str) else ()
+            if isinstance(label, tuple):
+                names, label = label, json.dumps(label)
+            elif isinstance(label, float):
+                span = [min([*span, label]), max([*span, label])]
+                label = repr(label)
+            for name in names:
+                lines.setdefault(name, line)
+            counts.update(names)
+            if self.builder_config.tsv and not quoted:
+                quoted = line * any(map(files.looks_quoted, (text, pair or "")))
             row = {"text": text, "label": label}
             yield index, row if pair is None else {**row, "pair": pair}
-        self.info.metadata["labels"] = lines  # written together with the records
+        told = {"labels": lines, "counts": dict(counts), "span": span, "quoted": quoted}
+        self.info.metadata.update(told)  # written together with the records
 
 
-def open_file(
-    path: str | Path,
-    root: Path,
-    *,
-    text_columns: Sequence[str] = (),
-    label_column: str = "",
-    labels: Sequence[str] = (),
-    preferred: Sequence[str] = (),
-    preferred_label: str = "",
-) -> Records:
-    """A labelled file as an ArrayRecord data source, written on first use.
+def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records:
+    """Labelled rows as an ArrayRecord data source, written on first use.
 
-    The copy under `root` is found by the sha256 of the file's content, the columns and
-    `FORMAT_VERSION`, so a changed file is read anew. Several processes may ask for the
-    same file at once: one writes, the others wait.
+    The copy under `root` is found by the sha256 of the content, the columns, the problem type and
+    `FORMAT_VERSION`, so a changed file is read anew; a damaged copy is written anew. Several
+    processes may ask for the same file at once: one writes, the others wait.
 
     Args:
-      path, text_columns, label_column, labels: as for `files.read_rows`.
+      source: a file, or rows that were given in Python.
       root: the folder for such copies.
-      preferred, preferred_label: columns to read, if the file has them and none are named.
 
     Raises:
       ValueError: naming the file and, where there is one, the line.
     """
-    options: dict[str, Any] = {
-        "text_columns": text_columns, "label_column": label_column, "labels": labels,
-    }  # fmt: skip
-    if files.format_of(path) == "txt":
-        raise UserError(f"{path}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
-    line, first = next(files.read_rows(path, **options), (0, {}))
+    if isinstance(source, Table):
+        kind, digest = "python", source.digest()
+    elif files.format_of(source) == "txt":
+        raise UserError(f"{source}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
+    else:
+        kind, digest = files.path_format(source), _sha256(source)
+    line, first = next(_read(source, asked), (0, {}))
     if not first:
-        raise UserError(f"{path} has no rows.")
+        raise UserError(f"{source} has no rows.")
 
-    def find_label(row: files.Row) -> tuple[str]:
-        return (find_label_column(row, label_column, preferred=preferred_label, path=path),)
+    def find_label(row: files.Row) -> tuple[str, ...]:
+        return find_label_columns(
+            row, asked.label, preferred=asked.preferred_label, problem=asked.problem,
+            texts=asked.texts or asked.preferred, path=str(source),
+        )  # fmt: skip
 
-    (label,) = find_label(first)
+    label = find_label(first)
 
     def find(row: files.Row) -> tuple[str, ...]:
         return find_text_columns(
-            row, text_columns, preferred=preferred, label_column=label, path=path
+            row, asked.texts, preferred=asked.preferred, labels=label, path=str(source)
         )
 
     columns = find(first)
-    files.label_of(first, label, path, line)  # a clear error before anything is written
+    read_label(first, label, asked.problem, source, line)  # a clear error before a copy is begun
 
-    def rows() -> Iterator[tuple[int, str, str | None, str]]:
-        for line, row in files.read_rows(path, **options):
-            text, pair = files.texts_of(row, columns, path, line)
-            check_still(row, first, columns, find, f"{path}, line {line}")
-            check_still(row, first, (label,), find_label, f"{path}, line {line}", "label")
-            yield line, text, pair, files.label_of(row, label, path, line)
+    def rows() -> Iterator[Read]:
+        for line, row in _read(source, asked):
+            if all(row.get(name) == name for name in (*columns, *label)):
+                raise UserError(f"{source}, line {line}: {files.HEADER_AGAIN}")
+            text, pair = files.texts_of(row, columns, source, line)
+            where = f"{source}, line {line}"
+            check_still(row, first, columns, find, where)
+            check_still(row, first, label, find_label, where, "label")
+            yield line, text, pair, read_label(row, label, asked.problem, source, line)
 
-    choice = [files.path_format(path), list(first), columns, label]
-    key = hashlib.sha256(json.dumps([_sha256(path), *choice]).encode()).hexdigest()[:32]
-    config = LocalTextConfig(name=key, rows=rows, pair=len(columns) == 2)
+    choice = [kind, list(first), columns, label, asked.problem]
+    key = hashlib.sha256(json.dumps([digest, *choice]).encode()).hexdigest()[:32]
+    config = LocalTextConfig(name=key, rows=rows, pair=len(columns) == 2, tsv=kind == "tsv")
     with locked(root, key), quiet():
-        builder = LocalText(data_dir=root, config=config)
+        builder = _written(root, config)
+        told = builder.info.metadata
+        names, counts = dict(told["labels"]), dict(told["counts"])
+        if len(label) > 1:  # a label that no row has is one too
+            names = {name: names.get(name, 0) for name in label}
+        return Records(
+            builder.as_data_source(split="rows"), names, counts, tuple(told["span"]),
+            told["quoted"], columns, label,
+        )  # fmt: skip
+
+
+def _read(source: str | Path | Table, asked: Columns) -> Iterator[tuple[int, files.Row]]:
+    if isinstance(source, Table):
+        return source.numbered()
+    return files.read_rows(
+        source, text_columns=asked.texts, label_column=asked.label, labels=asked.labels
+    )
+
+
+def _written(root: Path, config: LocalTextConfig) -> Any:
+    """The TFDS builder of a copy that is whole: written now, unless there is one."""
+    folder = root / LocalText.name / str(config.name) / FORMAT_VERSION
+    if folder.exists() and not _is_whole(folder):
+        shutil.rmtree(folder)
+    builder = LocalText(data_dir=root, config=config)
+    if not folder.exists():
         builder.download_and_prepare(file_format="array_record")
-        source = builder.as_data_source(split="rows")
-        return Records(source, dict(builder.info.metadata["labels"]), columns, label)
+        (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)))
+    return builder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(_checksums(folder) == expected)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ejax.data.sources import Example, row_hash
+from ejax.config import Problem
+from ejax.data.labels import REGRESSION, SEVERAL, SINGLE
+from ejax.data.sources import Example, Split, row_hash
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
 
@@ -20,7 +22,7 @@ class TokenizedSplit:
     """N rows: their tokens, labels and hashes, and what a teacher says of them."""
 
     encoded: Encoded
-    labels: np.ndarray  # int32 [N], -1 for a row without one
+    labels: np.ndarray  # by the problem type, see `label_array`
     hashes: list[str]  # one per row, see `ejax.data.sources.row_hash`
     teacher: np.ndarray | None = None  # its probabilities, float32 [N, C]
 
@@ -33,14 +35,21 @@ class TokenizedSplit:
     @property
     def labelled(self) -> np.ndarray:
         """The numbers of the rows that have a label: int [M]."""
-        return np.flatnonzero(self.labels >= 0)
+        if self.labels.ndim == 2:
+            return np.flatnonzero((self.labels >= 0).all(axis=1))
+        return np.flatnonzero(
+            self.labels >= 0 if self.labels.dtype.kind == "i" else ~np.isnan(self.labels)
+        )
 
     def teaching(self) -> "TokenizedSplit":
         """The rows that teach a head by itself: all with a teacher, else those with a label."""
         return self if self.teacher is not None else self.take(self.labelled)
 
     def targets(self, classes: int, distillation: float) -> np.ndarray:
-        """What each class weighs in a row's cross-entropy, by label and teacher: [N, C]."""
+        """What each class weighs in a row's cross-entropy, by label and teacher: [N, C].
+
+        Of a single label per row.
+        """
         by_label = (self.labels[:, None] == np.arange(classes)).astype(np.float64)
         return by_label if self.teacher is None else by_label + distillation * self.teacher
 
@@ -63,12 +72,42 @@ class TokenizedSplit:
 
 
 def encode(
-    split: Iterable[Example], tokenise: Callable[[Sequence[Any]], Encoded]
+    split: Iterable[Example],
+    tokenise: Callable[[Sequence[Any]], Encoded],
+    like: Split | None = None,
 ) -> TokenizedSplit:
-    """The rows of a split as `tokenise`, such as `Bundle.encode`, reads them."""
+    """The rows of a split as `tokenise`, such as `Bundle.encode`, reads them.
+
+    Args:
+      like: the split that says the problem type and the labels, where `split` is a plain list;
+        without one a row has a single label.
+    """
     rows = list(split)
+    told = like or (split if isinstance(split, Split) else None)
+    problem, classes = (told.problem_type, len(told.labels)) if told else (SINGLE, 0)
     return TokenizedSplit(
         tokenise([row.inputs for row in rows]),
-        np.asarray([row.label for row in rows], np.int32),
+        label_array(rows, problem, classes),
         [row_hash(row) for row in rows],
     )
+
+
+def label_array(rows: Sequence[Example], problem: Problem, classes: int) -> np.ndarray:
+    """The labels of N rows, by the problem type.
+
+    Args:
+      classes: C, for several labels a row.
+
+    Returns:
+      int32 [N], -1 for a row without one; for several labels float32 [N, C] of 0 and 1, a row of
+      -1 without; for a regression float32 [N], NaN without.
+    """
+    labels: list[Any] = [row.label for row in rows]
+    if problem != SEVERAL:
+        return np.asarray(labels, np.float32 if problem == REGRESSION else np.int32)
+    array = np.zeros((len(rows), classes), np.float32)
+    for i, chosen in enumerate(labels):
+        array[i, list(chosen)] = 1
+        if chosen == (-1,):
+            array[i] = -1
+    return array

@@ -8,19 +8,33 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from ejax import assets, storage
-from ejax.config import DataConfig
+from ejax.config import DataConfig, Problem
 from ejax.data import named
-from ejax.data.columns import find_text_columns, label_columns
+from ejax.data.columns import Columns, find_label_columns, find_text_columns, label_columns
 from ejax.data.files import read_rows, texts_of
+from ejax.data.frames import Table
+from ejax.data.labels import (
+    REGRESSION,
+    SCORE,
+    SEVERAL,
+    SINGLE,
+    Label,
+    check_joined,
+    check_known,
+    check_names,
+)
 from ejax.errors import UserError
+
+if TYPE_CHECKING:  # it imports tensorflow_datasets
+    from ejax.data.local import Records
 
 __all__ = [
     "Example", "Split", "find_text_columns", "load", "read_rows", "row_hash", "split_dev",
@@ -29,17 +43,25 @@ __all__ = [
 
 SPLITS = ("train", "dev", "test")
 FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
-LABELLED = ("tsv", "csv", "jsonl")  # formats that can hold labels
+LABELLED = ("tsv", "csv", "jsonl", "json", "parquet")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
+QUOTED = (
+    "the text looks quoted, as pandas writes it, and in a tsv a quote is a plain character: save "
+    "it as .csv."
+)
 FEW_ROWS = 20  # of which every second may have a label of its own
 
 
 class Example(NamedTuple):
-    """One row: a text, or a text and its pair, and the index of its label."""
+    """One row: a text, or a text and its pair, and its label.
+
+    The label is an index; of several labels the indices, ascending, maybe none; of a regression
+    a number. Without a label it is as `ejax.data.labels.NO_LABEL` says.
+    """
 
     text: str
     pair: str | None
-    label: int
+    label: Any  # a Label
 
     @property
     def inputs(self) -> str | tuple[str, str]:
@@ -52,10 +74,11 @@ class Split(Sequence[Example]):
 
     Attributes:
       name: "train", "dev" or "test".
-      labels: the label names; `Example.label` is an index into them.
+      labels: the label names, into which `Example.label` points; of a regression ("score",).
       origin: where the rows come from, in words, such as "10 % of train, seed 0".
       text_columns: of the text, and of its pair where there is one.
-      label_column: of the label; "" in a named data set.
+      label_column: of the label, several joined by commas; "" in a named data set.
+      problem_type: what a label is.
     """
 
     def __init__(
@@ -68,10 +91,12 @@ class Split(Sequence[Example]):
         decode: Callable[[dict[str, Any]], Example],
         text_columns: Sequence[str],
         label_column: str = "",
+        problem_type: Problem = SINGLE,
     ) -> None:
         self.name, self.labels, self.origin = name, tuple(labels), origin
         self._source, self._rows, self._decode = source, rows, decode
         self.text_columns, self.label_column = tuple(text_columns), label_column
+        self.problem_type = problem_type
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,7 +123,7 @@ class Split(Sequence[Example]):
     def take(self, name: str, rows: np.ndarray, origin: str) -> "Split":
         return Split(
             name, self.labels, origin, self._source, self._rows[rows], self._decode,
-            self.text_columns, self.label_column,
+            self.text_columns, self.label_column, self.problem_type,
         )  # fmt: skip
 
 
@@ -110,6 +135,7 @@ def load(
     labels: Sequence[str] = (),
     preferred: Sequence[str] = (),
     preferred_label: str = "",
+    given: Mapping[str, Table] | None = None,
 ) -> dict[str, Split]:
     """The splits of a data set; the key "test" is absent where there is none.
 
@@ -126,6 +152,7 @@ def load(
         a test file can be loaded alone.
       preferred, preferred_label: columns of the text and of the label, in local files that have
         them, where the config names none; else those of train.
+      given: rows of Python by split, instead of the files that the config names.
 
     Raises:
       ValueError: one sentence; for a file it names the file and the line.
@@ -134,9 +161,16 @@ def load(
     if wrong:
         raise UserError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
-    if config.path or config.train or config.dev or config.test:
-        found = _load_files(config, root, splits, labels, preferred, preferred_label)
+    paths: Mapping[str, Path | Table] = given or _find_files(config)
+    if paths:
+        asked = Columns(
+            config.text_columns, config.label_column, preferred, preferred_label,
+            config.problem_type, labels,
+        )  # fmt: skip
+        found = _load_files(config, paths, root, splits, asked)
     elif config.name:
+        if config.problem_type != SINGLE:
+            raise UserError(f"{config.name} has problem_type {SINGLE}. Got {config.problem_type}.")
         found = _load_named(config.name, root, labels)
     else:
         raise UserError(
@@ -189,84 +223,136 @@ def _limit(split: Split, limit: int) -> Split:
 
 def _load_files(
     config: DataConfig,
+    paths: Mapping[str, Path | Table],
     root: Path,
     splits: Sequence[str],
-    labels: Sequence[str],
-    preferred: Sequence[str],
-    preferred_label: str,
+    asked: Columns,
 ) -> dict[str, Split]:
     from ejax.data import local
 
-    paths = _find_files(config)
     wanted = set(splits)
-    if not labels or ("dev" in wanted and "dev" not in paths):
+    if not asked.labels or ("dev" in wanted and "dev" not in paths):
         wanted.add("train")  # for its labels, for its dev part
     if "train" in wanted:
         wanted.add("dev")  # a dev file keeps train whole
     if "train" in wanted and "train" not in paths:
         raise UserError("no training file: set data.train, or data.path to a folder with one.")
     found: dict[str, Split] = {}
-    width = 0
     for name in (name for name in SPLITS if name in wanted and name in paths):
-        columns: dict[str, Any] = {
-            "text_columns": config.text_columns, "label_column": config.label_column,
-            "labels": labels,
-        }  # fmt: skip
-        with storage.fetched(paths[name]) as file:
-            if name == "test" and not config.test:  # as GLUE's, whose labels are not public
-                first = next((row for _, row in read_rows(file, **columns)), None)
-                if first and not label_columns(first, config.label_column, preferred_label):
-                    what = (
-                        f"column {config.label_column!r}"
-                        if config.label_column
-                        else "column of labels"
-                    )
-                    warnings.warn(f"{paths[name]} is left out: it has no {what}.", stacklevel=2)
-                    continue
-            records = local.open_file(
-                file, root, preferred=preferred, preferred_label=preferred_label, **columns
-            )
-        if name == "train" and len(records.labels) < 2:
-            raise UserError(
-                f"{paths[name]} has only the label {next(iter(records.labels))!r}: "
-                f"a classifier needs two classes."
-            )
-        if name == "train" and 2 * len(records.labels) > len(records.source) >= FEW_ROWS:
-            warnings.warn(
-                f"{paths[name]} has {len(records.labels)} labels in {len(records.source)} rows: "
-                f"{records.label_column!r} (in a tsv without a header the first column) may not be "
-                f"the label; label_column (--label-column) names another.",
-                stacklevel=2,
-            )
-        if name == "train" and {*records.labels} == {*map(str, range(-1, len(records.labels) - 1))}:
-            warnings.warn(
-                f"{paths[name]} has the label -1, which in some data marks rows without one: here "
-                f"it is a class. Leave such rows out.",
-                stacklevel=2,
-            )
-        labels = labels or _sorted_labels(records.labels)
-        preferred = preferred or records.text_columns
-        preferred_label = preferred_label or records.label_column
-        _check_labels(records.labels, labels, paths[name])
+        path = paths[name]
+        with contextlib.ExitStack() as stack:
+            file = path if isinstance(path, Table) else stack.enter_context(storage.fetched(path))
+            # GLUE's test has no public labels; a test file that is named must have some.
+            optional = name == "test" and not config.test and not isinstance(path, Table)
+            if optional and not _has_labels(file, asked):
+                what = (
+                    f"column {config.label_column!r}" if config.label_column else "column of labels"
+                )
+                warnings.warn(f"{path} is left out: it has no {what}.", stacklevel=2)
+                continue
+            records = local.open_rows(file, root, asked)
+        if name == "train":
+            _check_train(records, path, asked.problem)
+        elif asked.problem != REGRESSION:
+            check_joined(records.counts, asked.problem, path)
+        labels = asked.labels or _label_names(records, asked.problem)
+        if asked.problem != REGRESSION:
+            check_known(records.labels, labels, path)
+        if records.quoted:
+            warnings.warn(f"{path}, line {records.quoted}: {QUOTED}", stacklevel=2)
+        width = len(next(iter(found.values())).text_columns) if found else 0
         if width and len(records.text_columns) != width:
             raise UserError(
-                f"{paths[name]} has {len(records.text_columns)} text columns "
+                f"{path} has {len(records.text_columns)} text columns "
                 f"({', '.join(records.text_columns)}), other splits have {width}."
             )
-        width = len(records.text_columns)
-        rows = np.arange(len(records.source))
-        decode = partial(_local_example, {label: i for i, label in enumerate(labels)})
-        origin = "/".join(paths[name].parts[-2:])  # travels in the bundle: no home folder
+        label_column = ",".join(records.label_columns)
+        asked = asked._replace(
+            labels=labels, preferred=asked.preferred or records.text_columns,
+            preferred_label=asked.preferred_label or label_column,
+        )  # fmt: skip
+        decode = partial(
+            _local_example, {label: i for i, label in enumerate(labels)}, asked.problem
+        )
+        # The origin travels in the bundle: no home folder.
+        origin = str(path) if isinstance(path, Table) else "/".join(path.parts[-2:])
         found[name] = Split(
-            name, labels, origin, records.source, rows, decode, records.text_columns,
-            records.label_column,
+            name, labels, origin, records.source, np.arange(len(records.source)), decode,
+            records.text_columns, label_column, asked.problem,
         )  # fmt: skip
     return found
 
 
-def _local_example(index: dict[str, int], row: dict[str, bytes]) -> Example:
+def _has_labels(file: Path | Table, asked: Columns) -> bool:
+    """Whether the first row of a file has a column for the label; an empty file says so later."""
+    if isinstance(file, Table):
+        return True
+    rows = read_rows(file, text_columns=asked.texts, label_column=asked.label, labels=asked.labels)
+    _, first = next(rows, (0, {}))
+    if not first:
+        return True
+    try:
+        find_label_columns(
+            first, asked.label, preferred=asked.preferred_label, problem=asked.problem,
+            texts=asked.texts or asked.preferred,
+        )  # fmt: skip
+    except UserError:
+        return bool(label_columns(first, asked.label, asked.preferred_label, asked.problem))
+    return True
+
+
+def _check_train(records: "Records", path: Path | Table, problem: Problem) -> None:
+    """Raises ValueError where train can teach nothing; warns of what may be no label."""
+    if problem == REGRESSION:
+        low, high = records.span
+        if low == high:
+            raise UserError(f"{path} has only the number {low:g}: a regression needs two.")
+        return
+    names, rows = len(records.labels), len(records.source)
+    if not records.labels:
+        raise UserError(f"{path} has no row with a label.")
+    if problem == SINGLE and names < 2:
+        raise UserError(
+            f"{path} has only the label {next(iter(records.labels))!r}: "
+            f"a classifier needs two classes."
+        )
+    said = check_names(records.labels, records.counts, problem, path)
+    if 2 * names > rows >= FEW_ROWS:
+        said.append(
+            f"{path} has {names} labels in {rows} rows: {records.label_columns[0]!r} (in a tsv "
+            f"without a header the first column) may not be the label; label_column "
+            f"(--label-column) names another."
+        )
+    if {*records.labels} == {*map(str, range(-1, names - 1))}:
+        said.append(
+            f"{path} has the label -1, which in some data marks rows without one: here it is a "
+            f"class. Leave such rows out."
+        )
+    for sentence in said:
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _label_names(records: "Records", problem: Problem) -> tuple[str, ...]:
+    """Sorted, by value where all are integers: 2 before 10; one column for each keeps its place."""
+    if problem == REGRESSION:
+        return (SCORE,)
+    if len(records.label_columns) > 1:
+        return records.label_columns
+    with contextlib.suppress(ValueError):
+        return tuple(sorted(records.labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(records.labels))
+
+
+def _local_example(index: dict[str, int], problem: Problem, row: dict[str, bytes]) -> Example:
     pair = row["pair"].decode() if "pair" in row else None
-    return Example(row["text"].decode(), pair, index[row["label"].decode()])
+    label: Label
+    if problem == REGRESSION:
+        label = float(row["label"])
+    elif problem == SEVERAL:
+        label = tuple(sorted(index[name] for name in json.loads(row["label"])))
+    else:
+        label = index[row["label"].decode()]
+    return Example(row["text"].decode(), pair, label)
 
 
 def _find_files(config: DataConfig) -> dict[str, Path]:
@@ -297,22 +383,6 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
             )
     single = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
     return paths | {name: storage.path_of(path).expanduser() for name, path in single.items()}
-
-
-def _sorted_labels(labels: dict[str, int]) -> tuple[str, ...]:
-    """Sorted, by value where all are integers: 2 before 10."""
-    with contextlib.suppress(ValueError):
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))
-
-
-def _check_labels(found: dict[str, int], known: Sequence[str], path: Path) -> None:
-    for label, line in found.items():
-        if label not in known:
-            names = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-            raise UserError(
-                f"{path}, line {line}: label {label!r} is not among the labels of train: {names}."
-            )
 
 
 def _load_named(name: str, root: Path, labels: Sequence[str]) -> dict[str, Split]:

@@ -9,10 +9,9 @@ from ejax import storage
 from ejax.config import DataConfig
 from ejax.data.columns import check_still, find_text_columns, label_columns
 from ejax.data.files import Row, format_of, read_rows, texts_of
+from ejax.data.labels import NO_LABEL
 from ejax.data.sources import Example, Split
 from ejax.errors import UserError
-
-NO_LABEL = -1  # of an `Example`
 
 
 def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tuple[str, ...]]:
@@ -33,7 +32,7 @@ def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tu
 
     def find(row: Row) -> tuple[str, ...]:
         return find_text_columns(
-            row, given, preferred=train.text_columns, label_column="".join(ignored[:1]), path=path
+            row, given, preferred=train.text_columns, labels=ignored[:1], path=path
         )
 
     rows = []
@@ -43,7 +42,9 @@ def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tu
         if not first:
             first = row
             if not plain:
-                ignored = tuple(label_columns(row, config.label_column, train.label_column))
+                ignored = tuple(
+                    label_columns(row, config.label_column, train.label_column, train.problem_type)
+                )
             columns = ("text",) if plain else find(row)
             if len(columns) != len(train.text_columns):
                 raise UserError(
@@ -52,7 +53,7 @@ def read_unlabelled(config: DataConfig, train: Split) -> tuple[list[Example], tu
                 )
         elif not plain:
             check_still(row, first, columns, find, f"{path}, line {line}")
-        rows.append(Example(*texts_of(row, columns, path, line), NO_LABEL))
+        rows.append(Example(*texts_of(row, columns, path, line), NO_LABEL[train.problem_type]))
     if not rows:
         raise UserError(f"{path} has no rows.")
     if config.limit and len(rows) > config.limit:  # drawn as those of a split

@@ -6,6 +6,7 @@ from typing import Any
 from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
+from ejax.data.labels import SINGLE
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
 from ejax.errors import UserError
@@ -43,6 +44,7 @@ def labelled_rows(
     options: dict[str, Any] = {
         "text_columns": tuple(text_columns),
         "label_column": label_column,
+        "problem_type": _of(trained, "problem_type", SINGLE),
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "limit": limit,
         "cache_dir": cache_dir,

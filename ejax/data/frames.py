@@ -1,0 +1,177 @@
+"""Rows that are no lines of text: parquet, lists in JSON, and what Python holds.
+
+An integer of a Hugging Face `ClassLabel` is read as the name of its class.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ejax import storage
+from ejax.errors import UserError
+
+Row = dict[str, Any]
+Name = Callable[[Any], Any]  # from a value of a column to one with names
+
+
+class Table(NamedTuple):
+    """Rows given in Python; in sentences the first one is line 1."""
+
+    name: str
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        return enumerate(self.rows, 1)
+
+    def digest(self) -> str:
+        """The sha256 of its rows."""
+        content = hashlib.sha256()
+        for row in self.rows:
+            content.update(json.dumps(row, default=str).encode())
+        return content.hexdigest()
+
+
+def as_rows(source: Any, name: str = "the rows") -> Table:
+    """The rows of a list of dicts, a pandas DataFrame, or a Hugging Face `Dataset`.
+
+    Args:
+      name: what they are called in sentences.
+
+    Raises:
+      ValueError: where it is none of these, or a row is no dict.
+    """
+    names: dict[str, Name] = {}
+    if isinstance(source, Mapping | str | bytes):
+        raise UserError(f"{name} must be a list of dicts or a table. Got a {_kind(source)}.")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a DataFrame
+        source = source.to_dict("records")
+    features = getattr(source, "features", None)
+    if isinstance(features, Mapping):  # a Dataset
+        names = {
+            column: named for column, feature in features.items() if (named := _names(feature))
+        }
+    try:
+        rows = list(source)
+    except TypeError:
+        raise UserError(
+            f"{name} must be a list of dicts, a DataFrame or a Dataset. Got a {_kind(source)}."
+        ) from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping) or not all(isinstance(column, str) for column in row):
+            raise UserError(
+                f'{name}, line {number}: expected a dict such as {{"text": "…", "label": "…"}}. '
+                f"Got a {_kind(row)}."
+            )
+    return Table(name, [_plain(row, names) for row in rows])
+
+
+def as_splits(train: Any = None, dev: Any = None, test: Any = None) -> dict[str, Table] | None:
+    """Rows of Python by split; None where none are given.
+
+    Args:
+      train: as for `as_rows`, or a dict of splits such as a `DatasetDict`.
+
+    Raises:
+      ValueError: as `as_rows`, or where a split is given twice or is not known.
+    """
+    given = {"train": train, "dev": dev, "test": test}
+    if isinstance(train, Mapping):
+        alike = {"validation": "dev", "valid": "dev", "val": "dev"}
+        splits = {alike.get(name, name): rows for name, rows in train.items()}
+        for name, rows in splits.items():
+            if name not in given or (name != "train" and given[name] is not None):
+                raise UserError(
+                    f"train must be rows, or their dict by train, dev (or validation) and test, "
+                    f"each given once. Got {', '.join(map(str, train))}."
+                )
+            given[name] = rows
+        if "train" not in splits:
+            raise UserError(f"train must have a split train. Got {', '.join(map(str, train))}.")
+    found = {
+        name: as_rows(rows, f"the rows of {name}")
+        for name, rows in given.items()
+        if rows is not None
+    }
+    if found and "train" not in found:
+        raise UserError("rows of dev or test need rows of train: give train too.")
+    return found or None
+
+
+def parquet_rows(
+    path: Path | str, header: Callable[[tuple[str, ...]], None]
+) -> Iterator[tuple[int, Row]]:
+    """(row number from 1, row); values are those of Python.
+
+    Raises:
+      ValueError: where it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with (
+            storage.path_of(path).open("rb") as opened,
+            pyarrow.parquet.ParquetFile(opened) as file,
+        ):
+            schema = file.schema_arrow
+            twice = [name for name in schema.names if schema.names.count(name) > 1]
+            if twice:
+                raise UserError(f"{path}: it has column {twice[0]!r} twice.")
+            header(tuple(schema.names))
+            names = class_names(schema)
+            number = 0
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _named(row, names)
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(f"{path} cannot be read as parquet: {reason}.") from error
+
+
+def class_names(schema: Any) -> dict[str, Name]:
+    """Of the columns that Hugging Face's `datasets` wrote as `ClassLabel`, or lists of them."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {column: named for column, feature in told.items() if (named := _names(feature))}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _names(feature: Any) -> Name | None:
+    """From a feature, as an object or as JSON tells it, to how its values are named."""
+    if isinstance(feature, Mapping):
+        names, inner = feature.get("names"), feature.get("feature")
+    else:
+        names, inner = getattr(feature, "names", None), getattr(feature, "feature", None)
+    if isinstance(names, list):
+        known = [str(name) for name in names]
+
+        def named(value: Any) -> Any:
+            is_index = isinstance(value, int) and 0 <= value < len(known)
+            return known[value] if is_index else value
+
+        return named
+    if inner is not None and (of_one := _names(inner)):
+        return lambda values: [of_one(v) for v in values] if isinstance(values, list) else values
+    return None
+
+
+def _named(row: Row, names: Mapping[str, Name]) -> Row:
+    return {c: names[c](value) if c in names else value for c, value in row.items()}
+
+
+def _plain(row: Mapping[str, Any], names: Mapping[str, Name]) -> Row:
+    """A row with Python's own numbers and lists, as one of a jsonl has them."""
+    return _named({c: v.tolist() if hasattr(v, "tolist") else v for c, v in row.items()}, names)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
