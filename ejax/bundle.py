@@ -32,10 +32,12 @@ from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.errors import UserError
 from ejax.inference.cost import zero_in_layers
+from ejax.inference.policy import check_calibration
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import packed_table, unpacked_table
 from ejax.models.weights import from_hf, read_config, to_hf
 from ejax.provenance import Ledger
+from ejax.tasks import Task, task_of
 
 FORMAT_VERSION = 4
 ROWS_KNOWN = 2  # the first format that knows rows by their text
@@ -66,7 +68,7 @@ class Bundle:
     variables: Any  # {"params": {"bert": …, "heads": …}}, float32
     tokenizer: Tokenizer
     labels: tuple[str, ...]
-    temperatures: tuple[float, ...]  # one per exit
+    temperatures: tuple[Any, ...]  # one per exit; of several labels a row of them, see `Task`
     thresholds: tuple[float, ...]  # one per exit; above 1 nobody leaves there
     max_length: int = 128
     buckets: tuple[int, ...] = BUCKETS
@@ -74,6 +76,10 @@ class Bundle:
     # The rows that had a part in it; where it was made of arrays, they are not known.
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     abstain: float = 0.0  # below this certainty a text gets no answer
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.exits)
 
     @property
     def model(self) -> EarlyExitBert:
@@ -287,6 +293,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         _check_weights(folder, meta)
         labels = _labels(folder / "config.json")
         extra = {"buckets": meta["ngram_buckets"]} if "ngram_buckets" in meta else {}
+        extra |= {name: meta[name] for name in ("problem_type", "center", "spread") if name in meta}
         exits = ExitConfig(
             tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"], **extra
         )
@@ -299,7 +306,10 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             _variables(folder, cfg, exits),
             load_tokenizer(folder),
             labels,
-            tuple(float(t) for t in meta["temperatures"]),
+            tuple(
+                tuple(map(float, t)) if isinstance(t, list) else float(t)
+                for t in meta["temperatures"]
+            ),
             tuple(float(t) for t in meta["thresholds"]),
             int(meta["max_length"]),
             tuple(int(length) for length in meta["buckets"]),
@@ -332,13 +342,10 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
             f"{folder / 'exits.json'} must hold {len(exits.layers)} thresholds, one per exit. "
             f"Got {list(bundle.thresholds)}."
         )
-    if len(bundle.temperatures) != len(exits.layers) or not all(
-        np.isfinite(t) and t > 0 for t in bundle.temperatures
-    ):
-        raise UserError(
-            f"{folder / 'exits.json'} must hold {len(exits.layers)} positive temperatures, one "
-            f"per exit. Got {list(bundle.temperatures)}."
-        )
+    try:
+        check_calibration(bundle.task, bundle.temperatures, len(exits.layers))
+    except ValueError as error:
+        raise UserError(f"{folder / 'exits.json'}: {error}") from None
     if not 0 <= bundle.abstain <= 1:
         raise UserError(
             f"{folder / 'exits.json'} must hold an abstain threshold from 0 to 1, or none. "
@@ -376,11 +383,6 @@ def _check_unchanged(folder: Path, meta: dict[str, Any]) -> None:
 def _labels(path: Path) -> tuple[str, ...]:
     """In the order of their indices, whatever the order of the file."""
     config = _read(path)
-    kind = config.get("problem_type") or "single_label_classification"
-    if kind != "single_label_classification":
-        raise UserError(
-            f'{path}: problem_type "{kind}" is not supported yet: only single labels are.'
-        )
     names = config.get("id2label")
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise UserError(
@@ -405,7 +407,8 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
-    e, n, d, c = len(exits.encoder.layers), exits.num_layers, cfg.hidden_size, exits.num_labels
+    e, n, d = len(exits.encoder.layers), exits.num_layers, cfg.hidden_size
+    c = task_of(exits).outputs
     shapes = {
         "heads.mix": (e, n),
         "heads.exits.dense.kernel": (e, d, d),
@@ -436,10 +439,10 @@ def hf_config(bundle: Bundle) -> dict[str, Any]:
         del values[name]
     return values | {
         "model_type": "bert",
+        "problem_type": bundle.exits.problem_type,
         "architectures": [ARCHITECTURE],
         "id2label": {str(i): label for i, label in enumerate(bundle.labels)},
         "label2id": {label: i for i, label in enumerate(bundle.labels)},
-        "problem_type": "single_label_classification",
         "position_embedding_type": "absolute",
         "torch_dtype": "float32",
     }
@@ -451,6 +454,7 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         "layers": list(bundle.exits.layers),
         "pooling": bundle.exits.pooling,
         "mix": bundle.exits.mix,
+        **_task_fields(bundle.exits),
         "temperatures": list(bundle.temperatures),
         "thresholds": list(bundle.thresholds),
         **({"abstain": bundle.abstain} if bundle.abstain else {}),
@@ -461,6 +465,16 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         "residual_dtype": bundle.cfg.residual_dtype,
         "provenance": bundle.provenance,
     }
+
+
+def _task_fields(exits: ExitConfig) -> dict[str, Any]:
+    """Of other tasks than one label; older versions refuse what they do not know by format."""
+    if exits.problem_type == "single_label_classification":
+        return {}
+    scores = {"center": exits.center, "spread": exits.spread}
+    return {"problem_type": exits.problem_type} | (
+        scores if exits.problem_type == "regression" else {}
+    )
 
 
 def _write(path: Path, values: Any) -> None:
@@ -526,6 +540,16 @@ def exits_in_words(exits: ExitConfig) -> str:
     return f"{before}after layers {', '.join(map(str, exits.encoder.layers))}"
 
 
+def measures_of(task: Task) -> dict[str, str]:
+    """What is told of every exit: names in `metrics` and for people."""
+    if task.metric == "accuracy":
+        names = ("accuracy", "macro_f1", "nll", "brier", "ece_width")
+        return dict(zip(names, ("accuracy", "macro-F1", "NLL", "Brier", "ECE"), strict=True))
+    if task.answer_ndim == 2:
+        return {"micro_f1": "micro-F1", "macro_f1": "macro-F1", "exact": "exact"}
+    return {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
+
+
 def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
     p = bundle.provenance
@@ -558,9 +582,10 @@ def model_card(bundle: Bundle) -> str:
         rows = p.get("metrics", {}).get(name)
         if rows:
             lines += [f"## {name.replace('_', '-')}, per exit, after temperature", ""]
-            lines += ["| layer | accuracy | macro-F1 | NLL | Brier | ECE |", "|" + "---|" * 6]
+            columns = measures_of(bundle.task)
+            lines.append(f"| layer | {' | '.join(columns.values())} |")
+            lines.append("|---" * (1 + len(columns)) + "|")
             for layer, row in zip(bundle.exits.layers, rows, strict=True):
-                columns = ("accuracy", "macro_f1", "nll", "brier", "ece_width")
                 cells = " | ".join(f"{row['after'][column]:.4f}" for column in columns)
                 lines.append(f"| {layer} | {cells} |")
             lines.append("")

@@ -28,6 +28,7 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import ragged_logits
 from ejax.streaming import chunks, pipelined
+from ejax.tasks import Regression, SeveralLabels
 
 FULL = 2.0  # above every score: nobody leaves early
 
@@ -147,6 +148,8 @@ class EarlyExitClassifier:
         Returns:
           Per text {"label", "score", "exit_layer"}: the calibrated probability of the
           label and the layer the text left after. A single text also gives a list of one.
+          Of several labels at once also "chosen": whether the label is part of the answer. Of a
+          regression the score is the number itself.
           Without an answer the label is None; where `top_k` is not 1, that stands before the
           likeliest labels.
 
@@ -265,7 +268,10 @@ class EarlyExitClassifier:
         return np.bincount(np.asarray(exits, int), minlength=len(self.bundle.exits.layers))
 
     def abstain_level(self, abstain: float | None) -> np.float32:
-        return check_abstain(self.bundle.abstain if abstain is None else abstain)
+        level = check_abstain(self.bundle.abstain if abstain is None else abstain)
+        if level and self.bundle.task.metric != "accuracy":
+            raise UserError("abstain is for bundles of one label per text.")
+        return level
 
     def certainty(self, decision: Decision) -> np.ndarray:
         """What `abstain` is compared with, float32 [N]."""
@@ -276,7 +282,15 @@ class EarlyExitClassifier:
     ) -> list[Any]:
         """A decision in the words of `__call__`."""
         layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
-        probs, labels = self.probabilities(decision), self.bundle.labels
+        task, labels = self.bundle.task, self.bundle.labels
+        if isinstance(task, Regression):
+            numbers = self.chosen(decision).tolist()
+            scores = [
+                {"label": labels[0], "score": score, "exit_layer": layer}
+                for score, layer in zip(numbers, layers, strict=True)
+            ]
+            return scores if top_k == 1 else [[score] for score in scores]
+        probs = self.probabilities(decision)
         order = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(probs, order, axis=1).tolist()
         answers = [
@@ -286,21 +300,52 @@ class EarlyExitClassifier:
             ]
             for *row, layer in zip(order.tolist(), scores, layers, strict=True)
         ]
+        if isinstance(task, SeveralLabels):
+            for of_row, chosen, row in zip(answers, self.chosen(decision), order, strict=True):
+                for answer, on in zip(of_row, chosen[row].tolist(), strict=True):
+                    answer["chosen"] = on
         for row in np.flatnonzero(self.certainty(decision) < abstain) if abstain else ():
             answers[row].insert(0, answers[row][0] | {"label": None})
         return [likeliest[0] for likeliest in answers] if top_k == 1 else answers
 
+    def predict(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> list[Any]:
+        """The answers alone: a label per text; a list of labels, maybe none; or a number.
+
+        Several labels at once are those whose probability reaches their decision threshold.
+        """
+        chosen = self.chosen(self.decide(as_list(texts), threshold=threshold))
+        if isinstance(self.bundle.task, Regression):
+            return chosen.tolist()
+        names = self.bundle.labels
+        if chosen.ndim == 2:
+            return [[names[i] for i in np.flatnonzero(of_row)] for of_row in chosen]
+        return [names[i] for i in chosen]
+
+    def chosen(self, decision: Decision) -> np.ndarray:
+        """The answers in numbers: int [N]; bool [N, C] of several labels; float [N] of a score."""
+        return self.bundle.task.answers(decision.logits, self._temperatures(decision.exit))
+
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
-        """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`."""
+        """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`.
+
+        Of several labels at once each has its own, and they do not sum to 1.
+
+        Raises:
+          ValueError: for a regression, which has none.
+        """
         return self.probabilities(self.decide(as_list(texts), threshold=threshold))
 
     def probabilities(self, decision: Decision) -> np.ndarray:
-        """softmax(logits / temperature of the exit taken), float32 [N, C]."""
-        temperature = self._temperatures(decision.exit)
+        """softmax(logits / temperature of the exit taken), float32 [N, C]; or sigmoid."""
+        task, temperature = self.bundle.task, self._temperatures(decision.exit)
+        if isinstance(task, SeveralLabels):
+            return task.probabilities(decision.logits, temperature)
+        if isinstance(task, Regression):
+            raise UserError("a regression has no probabilities: predict gives its scores.")
         return np.asarray(softmax(decision.logits / temperature[:, None], axis=1))
 
     def _temperatures(self, exit: np.ndarray) -> np.ndarray:
-        """Of the exits taken: float32 [N]."""
+        """Of the exits taken: float32 [N], of several labels [N, 2 C]."""
         return np.asarray(self.bundle.temperatures, np.float32)[exit]
 
     def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
@@ -320,7 +365,7 @@ class EarlyExitClassifier:
         thresholds = self.bundle.thresholds if threshold is None else threshold
         broadcast_thresholds(thresholds, total, exits)  # their shape: below it is that of a pool
         per_row = np.ndim(thresholds) == 2
-        running = Running(total, len(self.bundle.labels), first)
+        running = Running(total, self.bundle.task.outputs, first)
         after_layers: Any = thresholds  # those of the exits in the compiled program
         stay, zero_logits = np.arange(total), None
         if self._zero:
@@ -345,10 +390,15 @@ class EarlyExitClassifier:
 
     def _at_zero(self, total: int, logits: np.ndarray | None) -> Decision:
         """Exit 0's answers to all rows, as numpy; zeros where none of them may leave there."""
-        nothing = nothing_decided(total, len(self.bundle.labels))
+        nothing = nothing_decided(total, self.bundle.task.outputs)
         if logits is None:
             return nothing
-        return Decision(logits, nothing.exit, certainty(logits, self._temperatures(nothing.exit)))
+        calibration = self._temperatures(nothing.exit)
+        if calibration.ndim == 2:
+            return Decision(
+                logits, nothing.exit, np.asarray(self.bundle.task.score(logits, calibration))
+            )
+        return Decision(logits, nothing.exit, certainty(logits, calibration))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
         """Exit 0's logits float32 [N, C], on the whole texts."""
@@ -367,7 +417,7 @@ class EarlyExitClassifier:
         Raises:
           ValueError: naming a text whose logits are not finite.
         """
-        exits, classes = len(self.bundle.exits.layers), len(self.bundle.labels)
+        exits, classes = len(self.bundle.exits.layers), self.bundle.task.outputs
         logits = np.zeros((exits, len(encoded), classes), np.float32)
         if self._zero:
             logits[0] = self._zero_logits(encoded)
@@ -412,7 +462,7 @@ class EarlyExitClassifier:
                 model, weights, batch, tile=shape.tile, rows=len(rows), zero_logits=added
             )
             running.append((rows, of_pool))
-        logits = np.zeros((len(encoded), len(self.bundle.labels)), np.float32)
+        logits = np.zeros((len(encoded), self.bundle.task.outputs), np.float32)
         for rows, of_pool in running:
             logits[rows] = np.asarray(of_pool)[: len(rows)]
         return logits

@@ -28,14 +28,15 @@ from ejax.inference.policy import (
     Decision,
     broadcast_thresholds,
     check_temperatures,
-    confidence,
     select_exit,
 )
 from ejax.inference.pool import run_pool
 from ejax.inference.prepared import prepare
 from ejax.models.bert import FEW_ROWS, Batch, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert
+from ejax.tasks import Task
 
+confidence = Task(2).score
 pytestmark = pytest.mark.usefixtures("strict")
 
 NEAR, F32, BF16 = 1e-6, 1e-5, 5e-3

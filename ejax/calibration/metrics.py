@@ -11,7 +11,8 @@ import numpy.typing as npt
 from scipy import special
 
 from ejax.errors import UserError
-from ejax.inference.policy import check_temperatures
+from ejax.inference.policy import check_calibration, check_temperatures
+from ejax.tasks import Task
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -19,23 +20,28 @@ Binning = Literal["width", "mass"]
 
 # Softmax rows of float32 sum to 1 within 1e-5; logits passed by mistake are off by far more.
 SUM_TOLERANCE = 1e-3
+DRAWS = 200  # of rows, for the interval of a metric that is no mean over rows
 
 
-def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
-    """Logits as float64 [E, N, C] and labels as int64 [N].
+def check_rows(logits: Any, labels: Any, task: Task | None = None) -> tuple[Float, Any]:
+    """Logits as float64 [E, N, O] and labels as int64 [N].
+
+    Of several labels at once these are bool [N, C], of a regression float64 [N].
 
     Raises:
       ValueError: no rows, a wrong shape, a logit that is not finite, or a label
         that is no integer in 0..C-1.
     """
     values = np.asarray(logits, np.float64)
-    if values.ndim != 3 or values.shape[0] < 1 or values.shape[2] < 2:
+    task = task or Task(values.shape[-1])
+    single = task.metric == "accuracy"
+    if values.ndim != 3 or values.shape[0] < 1 or (single and values.shape[2] < 2):
         raise UserError(
             "logits must have shape [exits, rows, classes] with at least two classes. "
             f"Got {values.shape}."
         )
     exits, rows, classes = values.shape
-    checked = _check_labels(labels, rows, classes)
+    checked = _check_labels(labels, rows, classes) if single else _check_other(labels, rows, task)
     if not np.isfinite(values).all():
         exit, row, _ = np.argwhere(~np.isfinite(values))[0]
         raise UserError(
@@ -43,6 +49,16 @@ def check_rows(logits: Any, labels: Any) -> tuple[Float, Int]:
             f"from 0), row {row}: the run that made them diverged, or its weights are damaged."
         )
     return values, checked
+
+
+def _check_other(labels: Any, rows: int, task: Task) -> Any:
+    values = np.asarray(labels)
+    shape = (rows, task.labels)[: task.answer_ndim]
+    if values.shape != shape or rows < 1:
+        raise UserError(f"labels must have shape {shape}, of one row or more. Got {values.shape}.")
+    if not np.all(task.has_label(values)):
+        raise UserError("every row must have a label here. Got rows without one.")
+    return values > 0 if task.answer_ndim == 2 else values.astype(np.float64)
 
 
 def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
@@ -308,7 +324,9 @@ def failure_auroc(probs: Any, labels: Any) -> float | None:
     return float(roc_auc_score(correct, confidence))
 
 
-def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
+def report(
+    logits: Any, labels: Any, temperatures: Any, task: Task | None = None
+) -> list[dict[str, Any]]:
     """Quality and calibration of every exit, before (T = 1) and after its temperature.
 
     Args:
@@ -319,8 +337,16 @@ def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
     Returns:
       Per exit, ready for JSON: `temperature`, `rows`, and under `before` and `after` each
       `accuracy`, `macro_f1`, `nll`, `brier`, `failure_auroc` (null if no row is wrong), and
-      `ece_width`, `ece_mass` (15 bins), raw and `_minus_floor` (below 0: within the noise).
+      `ece_width`, `ece_mass` (15 bins), raw and `_minus_floor` (below 0: within the noise). Of
+      other tasks `rows` and, under `after`, the task's metric and more of its kind.
     """
+    if task and task.metric != "accuracy":
+        calibration = check_calibration(task, temperatures, len(logits))
+        each = zip(logits, calibration, strict=True)
+        return [
+            {"rows": len(labels), "after": other_quality(task, *of_exit, labels)}
+            for of_exit in each
+        ]
     values, checked = check_rows(logits, labels)
     per_exit = check_temperatures(temperatures, len(values))
     return [
@@ -332,6 +358,49 @@ def report(logits: Any, labels: Any, temperatures: Any) -> list[dict[str, Any]]:
         }
         for exit_logits, temperature in zip(values, per_exit, strict=True)
     ]
+
+
+def other_quality(task: Task, logits: Any, calibration: Any, labels: Any) -> dict[str, float]:
+    """Of one exit: micro and macro F1 and the share of exact sets; or correlations and errors."""
+    answers, labels = task.answers(logits, calibration), np.asarray(labels)
+    found = {task.metric: task.measure(answers, labels)}
+    if task.answer_ndim == 2:
+        true = labels > 0
+        both, either = (answers & true).sum(axis=0), answers.sum(axis=0) + true.sum(axis=0)
+        per_label = 2 * both[either > 0] / either[either > 0]
+        return found | {
+            "macro_f1": float(per_label.mean()) if per_label.size else 1.0,
+            "exact": float(task.right(answers, labels).mean()),
+        }
+    off = answers - labels
+    constant = np.ptp(answers) == 0 or np.ptp(labels) == 0
+    return found | {
+        "pearson": 0.0 if constant else float(np.corrcoef(answers, labels)[0, 1]),
+        "rmse": float(np.sqrt(np.mean(off**2))),
+        "mae": float(np.mean(np.abs(off))),
+    }
+
+
+def lost_points(task: Task, full: Any, early: Any, labels: Any) -> tuple[float, float, float]:
+    """(100 times the metric lost, and its 95 % interval), of two answers to the same N rows.
+
+    By `paired_interval` of accuracies; of another metric by drawing the rows `DRAWS` times with
+    replacement, by a fixed seed (Efron, 1979: the percentiles).
+    """
+    if task.metric == "accuracy":
+        return paired_interval(full == labels, early == labels)
+
+    def lost(rows: Any) -> float:
+        of_full, of_early = (task.measure(of[rows], labels[rows]) for of in (full, early))
+        return 100 * (of_full - of_early)
+
+    drop = lost(slice(None))
+    if not task.differ(full, early).any():
+        return drop, drop, drop
+    rng = np.random.default_rng(0)
+    draws = [lost(rng.integers(len(labels), size=len(labels))) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return drop, float(low), float(high)
 
 
 def _quality(logits: Float, labels: Int, temperature: float) -> dict[str, float | None]:

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from scipy.special import log_softmax
 
 from ejax.calibration.fits import LEAST, curve, pooled
-from ejax.calibration.metrics import Float, Int, check_rows, paired_interval
+from ejax.calibration.metrics import Float, Int, check_rows, lost_points
 from ejax.config import check_layers
 from ejax.errors import UserError
-from ejax.inference.policy import as_float32, check_temperatures, confidence
+from ejax.inference.policy import as_float32, check_calibration, exit_scores
+from ejax.tasks import Task
 
 FULL = 2.0  # above every score: nobody leaves early
 ROUNDING = 1e-9  # of sums that are equal, or nothing, written down exactly
@@ -63,26 +63,33 @@ class Table:
     """What every exit says on N rows: all that a choice of thresholds needs."""
 
     scores: npt.NDArray[np.float32]  # [E, N]
-    log_probs: Float  # [E, N, C], calibrated
-    answers: Int  # [E, N], the class
-    labels: Int  # [N]
+    log_probs: Float | None  # [E, N, C], calibrated, of one label
+    answers: Any  # [E, N, ...], by the task
+    labels: Any  # [N, ...]
     layers: Int  # [E]
     tokens: Int  # [N]
+    task: Task
     exit0_cost: float = 0.0  # in layers, of rows that pass exit 0
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        return self.answers == self.labels
+        """[E, N]; of a regression: within its tolerance."""
+        return np.asarray(self.task.right(self.answers, self.labels))
 
     @cached_property
     def expected(self) -> tuple[Float, Float]:
         """[E, N] twice: how likely leaving loses a right answer, and how likely it gains one.
 
         By the probabilities of full depth and the exit together (`pooled`), 0 where they agree.
+        Of other tasks by the labels: how much more wrong it is than full depth, and less.
         """
-        each, n = range(len(self.layers)), np.arange(self.labels.size)
+        if self.log_probs is None:
+            losses = self.task.row_loss(self.answers, self.labels)
+            more = losses - losses[-1]
+            return np.maximum(more, 0.0), np.maximum(-more, 0.0)
+        each, n = range(len(self.layers)), np.arange(self.tokens.size)
         together = [pooled(self.log_probs[-1], self.log_probs[e], self.labels) for e in each[:-1]]
-        lost, gained = np.zeros((2, *self.answers.shape))
+        lost, gained = np.zeros((2, *self.scores.shape))
         for e, probs in enumerate(together):
             differ = self.answers[e] != self.answers[-1]
             lost[e] = differ * probs[n, self.answers[-1]]
@@ -98,13 +105,17 @@ class Table:
     def lost(self, loss: Loss) -> npt.NDArray[np.bool_]:
         """[E, N]: another answer than full depth's, wrong where full depth is right, or wrong."""
         if check_loss(loss) == "disagreement":
-            return np.asarray(self.answers != self.answers[-1])
+            return np.asarray(self.task.differ(self.answers, self.answers[-1]))
         return ~self.correct if loss == "wrong" else self.correct[-1] & ~self.correct
 
     def take(self, rows: Int) -> "Table":
-        of_exits = ("scores", "log_probs", "answers")
-        cut = {name: getattr(self, name)[:, rows] for name in of_exits}
+        of_exits = {name: getattr(self, name) for name in ("scores", "log_probs", "answers")}
+        cut = {name: None if of is None else of[:, rows] for name, of in of_exits.items()}
         return dataclasses.replace(self, labels=self.labels[rows], tokens=self.tokens[rows], **cut)
+
+    def taken(self, exits: Int) -> Any:
+        """The answers of rows that leave at int [N]: [N, ...]."""
+        return self.answers[exits, np.arange(exits.size)]
 
     def leave(self, policy: Any) -> Int:
         """Where rows leave under a threshold, or one per exit: int [N], index into `layers`."""
@@ -132,22 +143,25 @@ def make_table(
     layers: tuple[int, ...],
     tokens: Any,
     *,
+    task: Task | None = None,
     exit0_cost: float = 0.0,
 ) -> Table:
     """Checked rows.
 
     Args:
-      logits: <float>[E, N, C], every exit's, before temperature.
-      labels: <int>[N] in 0..C-1.
-      temperatures: <float>[E], positive.
+      logits: <float>[E, N, O], every exit's, before temperature.
+      labels: <int>[N] in 0..C-1; of other tasks as `check_rows` has them.
+      temperatures: <float>[E], positive, or [E, K], see `Task`.
       layers: the exits' layers, ascending, E of them; 0 is before the first layer.
       tokens: <int>[N], real tokens per row, at least 1.
+      task: None means one of several labels.
       exit0_cost: what exit 0 costs each row that passes it, in layers.
 
     Raises:
       ValueError: on a wrong shape, label, token count, layer or temperature.
     """
-    values, checked = check_rows(logits, labels)
+    task = task or Task(np.shape(logits)[-1])
+    values, checked = check_rows(logits, labels, task)
     exits, rows, _ = values.shape
     check_layers(tuple(layers))
     if len(layers) != exits:
@@ -165,15 +179,19 @@ def make_table(
             f"exit0_cost must be a number of layers, 0 or above, and is for exits that begin with "
             f"layer 0. Got {exit0_cost} and {tuple(layers)}."
         )
-    per_exit = check_temperatures(temperatures, exits)
-    scores = confidence(jnp.asarray(logits, jnp.float32), jnp.asarray(per_exit)[:, None])
+    per_exit = check_calibration(task, temperatures, exits)
+    log_probs = None
+    if task.metric == "accuracy":
+        scaled = values / per_exit[:, None, None]
+        log_probs = np.maximum(log_softmax(scaled, axis=2), math.log(LEAST))
     return Table(
-        np.asarray(scores),
-        np.maximum(log_softmax(values / per_exit[:, None, None], axis=2), math.log(LEAST)),
-        values.argmax(axis=2),
+        np.asarray(exit_scores(task, logits, per_exit)),
+        log_probs,
+        np.stack([task.answers(of, own) for of, own in zip(logits, per_exit, strict=True)]),
         checked,
         np.asarray(layers, np.int64),
         counts.astype(np.int64),
+        task,
         float(exit0_cost),
     )
 
@@ -186,8 +204,8 @@ def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
 
     Returns:
       Ready for JSON: `threshold`, `rows`; `accuracy` and `full_accuracy` (of the last
-      exit) in [0, 1]; `drop`, `drop_low`, `drop_high`: accuracy lost in points with its
-      95 % interval (`paired_interval`); `expected_drop`: the same by calibrated probabilities
+      exit) in [0, 1], or the same of another task's `Task.metric`; `drop`, `drop_low`,
+      `drop_high`: hundredths of it lost with their 95 % interval (`lost_points`); `expected_drop`: the same by calibrated probabilities
       (`Table.expected`) instead of the labels; `disagreement`: the share of rows with another
       answer than full depth's; `mean_depth`: layers per token, sum(tokens * depth) /
       sum(tokens), exit 0 counted; `cost`: mean_depth / L, without heads and overhead;
@@ -207,19 +225,19 @@ def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
 
 def describe(table: Table, taken: Int) -> dict[str, Any]:
     """`operating_point` of rows that leave at `taken`, int [N], whatever sent them there."""
-    rows = np.arange(taken.size)
-    early = table.correct[taken, rows]
-    drop, low, high = paired_interval(table.correct[-1], early)
+    rows, task = np.arange(taken.size), table.task
+    early, full = table.taken(taken), table.answers[-1]
+    drop, low, high = lost_points(task, full, early, table.labels)
     mean_depth = table.depth(taken)
     return {
         "rows": taken.size,
-        "accuracy": float(early.mean()),
-        "full_accuracy": float(table.correct[-1].mean()),
+        task.metric: task.measure(early, table.labels),
+        f"full_{task.metric}": task.measure(full, table.labels),
         "drop": drop,
         "drop_low": low,
         "drop_high": high,
         "expected_drop": 100 * float(table.expected_lost[taken, rows].mean()),
-        "disagreement": float((table.answers[taken, rows] != table.answers[-1]).mean()),
+        "disagreement": float(task.differ(early, full).mean()),
         "mean_depth": mean_depth,
         "cost": mean_depth / float(table.layers[-1]),
         "exit_share": (np.bincount(taken, minlength=table.layers.size) / taken.size).tolist(),
@@ -229,9 +247,11 @@ def describe(table: Table, taken: Int) -> dict[str, Any]:
 def oracle(table: Table) -> Int:
     """The first exit that is right, or the first where none is: no rule is more accurate.
 
-    Of Schwartz et al. (2020), section 5.
+    Of Schwartz et al. (2020), section 5. Of other tasks the first of the least loss.
     """
-    return table.correct.argmax(axis=0)
+    if table.log_probs is not None:
+        return table.correct.argmax(axis=0)
+    return np.asarray(table.task.row_loss(table.answers, table.labels)).argmin(axis=0)
 
 
 def drop_thresholds(
@@ -271,6 +291,10 @@ def drop_thresholds(
 
 def within_drop(table: Table, ordered: Float, max_drop: float) -> npt.NDArray[np.bool_]:
     """Whether policies lose, and are expected to lose, at most `max_drop` points: [P]."""
+    if table.log_probs is None:  # of other tasks the metric itself, which is no sum over rows
+        task, full = table.task, table.task.measure(table.answers[-1], table.labels)
+        kept = [task.measure(table.taken(table.leave(policy)), table.labels) for policy in ordered]
+        return np.asarray(100 * (full - np.array(kept)) <= max_drop + ROUNDING)
     correct = table.correct.astype(float)
     lost = correct[-1].sum() - totals(table, ordered, correct)
     expected = totals(table, ordered, table.expected_lost)

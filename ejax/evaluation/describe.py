@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_thresholds, exits_in_words
+from ejax.bundle import Bundle, describe_thresholds, exits_in_words, measures_of
 from ejax.config import BertConfig
 
 PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
@@ -33,7 +34,8 @@ def facts(bundle: Bundle) -> Table:
             "exits": exits_in_words(bundle.exits),
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
             "exit 0 adds": weights_of_zero(bundle),
-            "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures),
+            "problem type": bundle.exits.problem_type,
+            "temperatures": ", ".join(f"{t:.3f}" for t in bundle.temperatures if np.ndim(t) == 0),
             "thresholds": f"{thresholds}. {p.get('thresholds_from', '')}".strip(),
             "no answer": p.get("abstain", {}).get("sentence", ""),
             "tokens": f"at most {bundle.max_length}",
@@ -72,13 +74,14 @@ def weights_of_zero(bundle: Bundle) -> str:
 def exit_tables(bundle: Bundle) -> list[Table]:
     """Quality per exit, for every set of rows that the provenance reports on."""
     metrics = bundle.provenance.get("metrics", {})
-    made = []
+    made, metric = [], bundle.task.metric
     for name, title in PARTS.items():
         if name not in metrics:
             continue
         point = bundle.provenance.get("operating_points", {}).get(name)
         table = Table(title=f"{title}, {point['rows']} rows" if point else title)
-        for heading in ("layer", "accuracy", "macro-F1", "NLL", "Brier", "ECE", "leave here"):
+        columns = measures_of(bundle.task)
+        for heading in ("layer", *columns.values(), "leave here"):
             table.add_column(heading, justify="right")
         shares = (
             [f"{100 * share:.1f} %" for share in point["exit_share"]]
@@ -86,14 +89,12 @@ def exit_tables(bundle: Bundle) -> list[Table]:
             else [""] * len(bundle.exits.layers)
         )
         for layer, row, share in zip(bundle.exits.layers, metrics[name], shares, strict=True):
-            values = (
-                row["after"][key] for key in ("accuracy", "macro_f1", "nll", "brier", "ece_width")
-            )
+            values = (row["after"][key] for key in columns)
             table.add_row(str(layer), *(f"{value:.4f}" for value in values), share)
         if point:
             table.caption = (
-                f"at the default thresholds: accuracy {point['accuracy']:.4f}, full depth "
-                f"{point['full_accuracy']:.4f}, mean depth {point['mean_depth']:.2f} of "
+                f"at the default thresholds: {bundle.task.metric_name} {point[metric]:.4f}, full depth "
+                f"{point[f'full_{metric}']:.4f}, mean depth {point['mean_depth']:.2f} of "
                 f"{bundle.exits.num_layers} layers"
             )
         made.append(table)

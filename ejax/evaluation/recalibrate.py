@@ -68,6 +68,7 @@ def recalibrate(
     parts = {"calibration": rows.take(fit)} | ({"dev_b": rows.take(kept)} if len(kept) else {})
     chosen = calibrate(
         parts, "calibration", bundle.exits.layers, max_drop=max_drop, where=split.origin,
+        task=bundle.task,
         exit0_cost=bundle.exit0_cost(task.encoded),
     )  # fmt: skip
     changed: dict[str, Any] = {
@@ -89,7 +90,7 @@ def recalibrate(
     kept_on = {name: what for name, what in bundle.provenance.items() if name not in gone}
     return dataclasses.replace(
         bundle,
-        temperatures=tuple(chosen["temperatures"]),
+        temperatures=tuple(tuple(t) if isinstance(t, list) else t for t in chosen["temperatures"]),
         thresholds=tuple(chosen["thresholds"]),
         provenance=kept_on | changed,
         ledger=ledger,

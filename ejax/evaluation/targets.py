@@ -223,7 +223,7 @@ def table_of(clf: EarlyExitClassifier, task: TokenizedSplit) -> Table:
     return thresholds.make_table(
         clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
         clf.bundle.exits.layers, task.encoded.lengths,
-        exit0_cost=clf.bundle.exit0_cost(task.encoded),
+        task=clf.bundle.task, exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ejax.errors import UserError
 from ejax.hardware import free_bytes
-from ejax.inference.policy import Decision, broadcast_thresholds, check_temperatures
+from ejax.inference.policy import Decision, broadcast_thresholds, check_calibration
 from ejax.inference.pool import pad_to_tiles, run_pool
 from ejax.inference.prepared import Prepared, prepare, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
@@ -27,6 +27,7 @@ from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import NGramExit
+from ejax.tasks import task_of
 
 Array = jax.Array
 
@@ -58,7 +59,8 @@ def early_exit(
       batch: a `Batch`, int [N, T] each.
       thresholds: a number, [E] or [N, E]; a row leaves at the first exit whose
         score is at or above it. Above 1: nobody leaves early.
-      temperatures: float32 [E], positive; None means 1.
+      temperatures: float32 [E], positive; of several labels [E, 2 C], see
+        `ejax.tasks.SeveralLabels`; None means as they come.
       tile: rows per step, B.
       rows: only so many rows at the front are real, the others are padding: they
         are not run and get exit 0, score 0 and logits 0. None means all.
@@ -121,7 +123,7 @@ def _run(
     batch, tile, rows = _checked(model, batch, tile, rows)
     total, exits = batch.ids.shape[0], len(model.exits.layers)
     weights, thresholds = prepare(model, variables), broadcast_thresholds(thresholds, total, exits)
-    temperatures = check_temperatures(temperatures, exits)
+    temperatures = check_calibration(task_of(model.exits), temperatures, exits)
     check_memory(model, total, batch.ids.shape[1], tile, devices or jax.local_devices()[:1])
     if devices is None or len(devices) == 1:
         weights = jax.device_put(weights, devices[0]) if devices else weights
@@ -176,7 +178,10 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     mixes = 4 * (len(exits.encoder.layers) - 1) * d if exits.mix == "softmax" else 0
     grams = 4 * 2 * length * (exits.rank + 1) if exits.has_zero else 0  # of all rows at once
     row = (
-        grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 4 * exits.num_labels + 7)
+        grams
+        + stream
+        + mixes
+        + 4 * (3 * length + 2 * len(exits.layers) + 4 * task_of(exits).outputs + 7)
     )
     at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
     return (rows + tile) * row + tile * at_work
@@ -285,7 +290,7 @@ def _full_depth(
         logits = lax.switch(small.astype(jnp.int32), branches, start, logits)
         return start + jnp.where(small, widths[-1], tile), logits
 
-    logits = jnp.zeros((batch.ids.shape[0], exits.num_labels), jnp.float32)
+    logits = jnp.zeros((batch.ids.shape[0], task_of(exits).outputs), jnp.float32)
     logits = lax.while_loop(lambda state: state[0] < rows, step, (jnp.int32(0), logits))[1][:total]
     if zero_logits is None or weights.evidence is None:
         return logits

@@ -10,25 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejax.errors import UserError
+from ejax.tasks import Task
 
 Array = jax.Array
-
-
-def confidence(logits: Array, temperature: Array) -> Array:
-    """The largest softmax probability of `logits / temperature`.
-
-    Schwartz et al., "The Right Tool for the Job" (ACL 2020), section 3.2.
-
-    Args:
-      logits: float32 [..., C].
-      temperature: float32, broadcastable to `logits.shape[:-1]`; positive.
-
-    Returns:
-      float32 [...] in [1/C, 1].
-    """
-    scaled = logits / jnp.broadcast_to(temperature, logits.shape[:-1])[..., None]
-    shifted = scaled - scaled.max(axis=-1, keepdims=True)
-    return 1.0 / jnp.exp(shifted).sum(axis=-1)
 
 
 ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
@@ -42,13 +26,16 @@ class Decision(NamedTuple):
     score: Any  # float32 [N], its score at that exit
 
 
-def select_exit(logits: Any, thresholds: Any, temperatures: Any = None) -> Decision:
+def select_exit(
+    logits: Any, thresholds: Any, temperatures: Any = None, *, task: Task | None = None
+) -> Decision:
     """The first exit whose score reaches its threshold; else the last one.
 
     Args:
       logits: float32 [E, N, C], every exit's.
       thresholds: a number, [E] (one per exit) or [N, E].
-      temperatures: float32 [E], positive; None means 1.
+      temperatures: the calibration: float32 [E], positive, or [E, K]; None means none.
+      task: None means one of several labels.
 
     Raises:
       ValueError: on a wrong shape, a threshold that is not a number.
@@ -58,12 +45,18 @@ def select_exit(logits: Any, thresholds: Any, temperatures: Any = None) -> Decis
         raise UserError(f"logits must have shape [E, N, C]. Got {logits.shape}.")
     exits, rows, _ = logits.shape
     thresholds = broadcast_thresholds(thresholds, rows, exits)
-    temperatures = check_temperatures(temperatures, exits)
-    scores = confidence(logits, temperatures[:, None])
+    task = task or Task(logits.shape[-1])
+    calibration = check_calibration(task, temperatures, exits)
+    scores = exit_scores(task, logits, calibration)
     leave = (scores >= thresholds.T).at[-1].set(True)
     exit = jnp.argmax(leave, axis=0).astype(jnp.int32)
     row = jnp.arange(rows)
     return Decision(logits[exit, row], exit, scores[exit, row])
+
+
+def exit_scores(task: Task, logits: Any, calibration: np.ndarray) -> Array:
+    """Of every row at every exit: float32 [E, N], logits [E, N, O], calibration [E] or [E, K]."""
+    return task.score(jnp.asarray(logits, jnp.float32), jnp.asarray(calibration)[:, None])
 
 
 def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
@@ -88,6 +81,24 @@ def as_float32(thresholds: Any) -> np.ndarray:
     """What scores are compared with: above 1, where nobody leaves, stays above 1 in float32."""
     given = np.asarray(thresholds, np.float64)
     return np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
+
+
+def check_calibration(task: Task, values: Any, exits: int) -> np.ndarray:
+    """float32 [E], or of several labels [E, 2 C]; None means as they come."""
+    plain = task.uncalibrated
+    if not plain.ndim:
+        return check_temperatures(values, exits)
+    shape = (exits, len(plain))
+    given = np.asarray(plain if values is None else values, np.float32)
+    if given.shape not in (plain.shape, shape) or not (np.isfinite(given) & (given > 0)).all():
+        raise UserError(
+            f"temperatures must have shape {shape}: of each exit a positive temperature for each "
+            f"label, then a decision threshold for each. Got shape {given.shape}."
+        )
+    decisions = given[..., task.labels :]
+    if (decisions >= 1).any():
+        raise UserError(f"decision thresholds must be below 1. Got {decisions.max()}.")
+    return np.broadcast_to(given, shape)
 
 
 def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:

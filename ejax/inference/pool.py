@@ -31,13 +31,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ejax.config import BertConfig, ExitConfig
-from ejax.inference.policy import Decision, confidence
+from ejax.inference.policy import Decision
 from ejax.inference.prepared import Prepared, RunLayer, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import NGramExit
+from ejax.tasks import task_of
 
 Array = jax.Array
 
@@ -53,7 +54,7 @@ class Given(NamedTuple):
     weights: Prepared
     batch: Batch  # int [N', T] each
     thresholds: Array  # float32 [N, E]
-    temperatures: Array  # float32 [E]
+    temperatures: Array  # float32 [E], or [E, K]
     zero_logits: Array | None  # float32 [N', C], exit 0's, which later exits add to their own
 
     @property
@@ -159,12 +160,12 @@ def first_state(given: Given, total: int, rows: Array | int, every_exit: bool) -
         waiting=Waiting(jnp.minimum(jnp.arange(room), size - 1), zeros(room)),
         answered_row=jnp.full((room,), size),
         answers=Decision(
-            zeros(room, exits.num_labels, dtype=jnp.float32),
+            zeros(room, task_of(exits).outputs, dtype=jnp.float32),
             zeros(room),
             zeros(room, dtype=jnp.float32),
         ),
         all_logits=(
-            zeros(room, given.last + 1 + given.zero, exits.num_labels, dtype=jnp.float32)
+            zeros(room, given.last + 1 + given.zero, task_of(exits).outputs, dtype=jnp.float32)
             if every_exit
             else None
         ),
@@ -250,7 +251,7 @@ def take_exit(
       last: whether nobody may go on.
       start: of the tile, for `all_logits`.
     """
-    score = confidence(logits, given.temperatures[exit])
+    score = task_of(given.exits).score(logits, given.temperatures[exit])
     leave = real & ((score >= threshold) | last)
     stay = real & ~leave
     decision = Decision(logits, jnp.full(score.shape, exit), score)

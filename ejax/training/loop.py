@@ -13,10 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ejax.calibration.metrics import accuracy
+from ejax.calibration.decisions import fit_decisions
 from ejax.config import TrainConfig, epochs_of
 from ejax.data.batches import Step, eval_plan, take, train_plan
 from ejax.data.rows import TokenizedSplit
+from ejax.tasks import task_of
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in
 from ejax.training.log import Log, check_finite
 from ejax.training.optim import make_optimizer
@@ -91,7 +92,8 @@ def train(setup: Setup, logits_of: Logits, workdir: Any, console: Console) -> Tr
         if not fresh:
             console.print(f"resuming {workdir} from step {first} of {total}", markup=False)
         hooks = Hooks(
-            config, total, workdir, partial(dev_a_scores, setup, logits_of),
+            config, total, workdir, task_of(setup.exits).metric_name,
+            partial(dev_a_scores, setup, logits_of),
             checkpoints, log, terminated, bar, console,
         )  # fmt: skip
         hooks.start(first, state if fresh else None)
@@ -128,12 +130,19 @@ def batches(setup: Setup, first: int, per_epoch: int, total: int) -> Iterator[tu
 
 
 def dev_a_scores(setup: Setup, logits_of: Logits, params: Any) -> dict[str, float]:
-    """Accuracy per exit on dev-A; its mean over the exits that are trained picks the checkpoint."""
-    dev_a = setup.held_out["dev_a"]
+    """The metric per exit on dev-A; its mean over the exits that are trained picks the checkpoint.
+
+    Several labels at once are decided by thresholds fitted to these rows.
+    """
+    dev_a, task = setup.held_out["dev_a"], task_of(setup.exits)
+    logits = logits_of(dev_a, params)
+    several = task.answer_ndim == 2
+    each = fit_decisions(logits, dev_a.labels) if several else [task.uncalibrated] * len(logits)
     per_exit = [
-        accuracy(logits.argmax(axis=-1), dev_a.labels) for logits in logits_of(dev_a, params)
+        task.measure(task.answers(*of_exit), dev_a.labels)
+        for of_exit in zip(logits, each, strict=True)
     ]
-    names = [f"accuracy/layer_{layer}" for layer in setup.exits.encoder.layers]
+    names = [f"{task.metric}/layer_{layer}" for layer in setup.exits.encoder.layers]
     trained = np.array(setup.config.exit_weights or [1.0] * len(per_exit)) > 0
     mean = float(np.mean(np.array(per_exit)[trained]))
     return dict(zip(names, per_exit, strict=True)) | {METRIC: mean}
@@ -146,6 +155,7 @@ class Hooks:
     config: TrainConfig
     total: int  # steps
     workdir: Any
+    metric: str  # in words
     scores_of: Callable[[Any], dict[str, float]]  # of params, on dev-A
     checkpoints: Checkpoints
     log: Log
@@ -203,7 +213,7 @@ class Hooks:
         if scores[METRIC] >= self.best_score:
             self.best_score, self.best_step = scores[METRIC], step
         cells = " ".join(f"{score:.3f}" for name, score in scores.items() if name != METRIC)
-        self.console.print(f"step {step}: dev-A accuracy per exit {cells}")
+        self.console.print(f"step {step}: dev-A {self.metric} per exit {cells}")
         return scores
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:

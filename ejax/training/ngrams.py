@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from scipy.optimize import minimize
 from scipy.sparse import csr_array, diags_array
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 
 from ejax.config import ExitConfig, TrainConfig
 from ejax.data.rows import TokenizedSplit
@@ -34,7 +34,7 @@ def trained_zero(
         rows = train.teaching()
         assert rows.encoded.whole is not None
         params = fit_ngrams(
-            rows.encoded.whole, rows.targets(exits.num_labels, config.distillation), exits,
+            rows.encoded.whole, targets_of(rows, exits, config), exits,
             class_weights=config.class_weights, seed=config.seed,
         )  # fmt: skip
         return packed_table(params)
@@ -42,6 +42,13 @@ def trained_zero(
     with console.status("exit 0, on n-grams"):
         saved = made_by_first(workdir / "ngrams.safetensors", fitted)
     return unpacked_table(saved, exits)
+
+
+def targets_of(rows: TokenizedSplit, exits: ExitConfig, config: TrainConfig) -> np.ndarray:
+    """[N, C], see `fit_ngrams`."""
+    if exits.problem_type == "multi_label_classification":
+        return rows.labels.astype(np.float64)
+    return rows.targets(exits.num_labels, config.distillation)
 
 
 def fit_ngrams(
@@ -64,7 +71,7 @@ def fit_ngrams(
     Args:
       encoded: train, whole texts.
       targets: float [N, C], how much each class weighs in the row's cross-entropy; a label
-        alone is 1 for its class.
+        alone is 1 for its class. Of several labels at once 1 for each of them.
       class_weights: one per class; () means 1 each.
       seed: of the first table, where the rank is low.
     """
@@ -79,7 +86,8 @@ def fit_ngrams(
     counts = counts.tocsc()[:, known].tocsr().astype(np.float64)
     norm = np.sqrt(np.maximum(counts @ weight**2, TINY))
     x = diags_array(1 / norm) @ counts @ diags_array(weight)  # [N, V]
-    solution = _fit(x, targets * np.asarray(class_weights or np.ones(c)), r, seed)
+    several = exits.problem_type == "multi_label_classification"
+    solution = _fit(x, targets * np.asarray(class_weights or np.ones(c)), r, seed, several)
     table = np.zeros((exits.buckets, r + 1), np.float32)
     table[known, :-1] = solution["table"] * weight[:, None]
     table[known, -1] = weight**2
@@ -87,7 +95,9 @@ def fit_ngrams(
     return {"table": table, "evidence": np.zeros(exits_after(exits), np.float32)} | kept
 
 
-def _fit(x: Any, targets: np.ndarray, r: int, seed: int) -> dict[str, np.ndarray]:
+def _fit(
+    x: Any, targets: np.ndarray, r: int, seed: int, several: bool = False
+) -> dict[str, np.ndarray]:
     """`table` [V, R], `kernel` [R, C] where R is not C, and `bias` [C], float64."""
     (n, v), c = x.shape, targets.shape[1]
     turned = x.T.tocsr()
@@ -97,7 +107,7 @@ def _fit(x: Any, targets: np.ndarray, r: int, seed: int) -> dict[str, np.ndarray
     if r != c:  # at zero both factors would stay there
         first |= {name: rng.normal(0, 0.1, shapes[name]) for name in ("table", "kernel")}
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
-    targets = targets / targets.sum()
+    targets = targets / (n if several else targets.sum())
     each = targets.sum(axis=1, keepdims=True)
     penalty = PENALTY / n
 
@@ -109,9 +119,13 @@ def _fit(x: Any, targets: np.ndarray, r: int, seed: int) -> dict[str, np.ndarray
         p = parts(flat)
         vectors = x @ p["table"]
         logits = (vectors @ p["kernel"] if r != c else vectors) + p["bias"]
-        log_probs = log_softmax(logits, axis=1)
-        loss = -(targets * log_probs).sum()
-        off = each * np.exp(log_probs) - targets
+        if several:  # each label by itself
+            loss = np.logaddexp(0, logits).sum() / n - (targets * logits).sum()
+            off = expit(logits) / n - targets
+        else:
+            log_probs = log_softmax(logits, axis=1)
+            loss = -(targets * log_probs).sum()
+            off = each * np.exp(log_probs) - targets
         grad = {"table": turned @ (off @ p["kernel"].T if r != c else off), "bias": off.sum(axis=0)}
         if r != c:
             grad["kernel"] = vectors.T @ off

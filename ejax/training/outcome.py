@@ -24,6 +24,7 @@ from ejax.data.rows import TokenizedSplit
 from ejax.hardware import environment
 from ejax.models.ngrams import ragged_logits
 from ejax.rivals import below_rival
+from ejax.tasks import task_of
 from ejax.training.checkpoint import METRIC
 from ejax.training.checks import no_better_than_chance, still_rising, warn
 from ejax.training.loop import Trained
@@ -65,15 +66,17 @@ def calibrated(
     """
     evidence = np.zeros(len(exits.encoder.layers), np.float32)
 
+    task = task_of(exits)
+
     def choose(exits: ExitConfig, parts: dict[str, Answers], exit0_cost: float) -> dict[str, Any]:
         return calibrate(
             parts, "dev_a", exits.layers, max_drop=config.max_drop,
-            where="dev-A, half of dev", exit0_cost=exit0_cost,
+            where="dev-A, half of dev", task=task, exit0_cost=exit0_cost,
         )  # fmt: skip
 
     if not exits.has_zero:
         return exits, evidence, parts, choose(exits, parts, 0.0)
-    evidence = fit_evidence(parts["dev_a"].logits, parts["dev_a"].labels)
+    evidence = fit_evidence(parts["dev_a"].logits, parts["dev_a"].labels, task)
     parts_with = {
         name: part._replace(logits=with_evidence(part.logits, evidence))
         for name, part in parts.items()
@@ -121,7 +124,7 @@ def bundle_of(
         {"params": trained.params | ({"ngrams": zero} if exits.has_zero else {})},
         setup.tokenizer,
         setup.labels,
-        tuple(chosen["temperatures"]),
+        tuple(tuple(t) if isinstance(t, list) else t for t in chosen["temperatures"]),
         tuple(chosen["thresholds"]),
         setup.max_length,
         config.data.buckets,
@@ -167,7 +170,9 @@ def write_result(
 
 
 def warn_of_doubts(setup: Setup, dev_a: Answers, layers: tuple[int, ...], workdir: Any) -> None:
-    """Says what a result may be worth less for, one sentence each."""
+    """Says what a result with one label per text may be worth less for, one sentence each."""
+    if setup.exits.problem_type != "single_label_classification":
+        return
     accuracies = [accuracy(logits.argmax(axis=-1), dev_a.labels) for logits in dev_a.logits]
     path = workdir / "metrics.jsonl"
     with storage.reaching(path):

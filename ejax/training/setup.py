@@ -77,7 +77,7 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
     if not behind.complete:
         warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
-    exits = exits_of(config, whole_cfg, len(labels))
+    exits = exits_of(config, whole_cfg, len(labels), scores_of(splits["train"]))
     model = build(config, whole_cfg, exits)
     check_teaching(config, exits)
     max_length = min(config.data.max_length, whole_cfg.max_position_embeddings)
@@ -133,14 +133,29 @@ def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
 
 
-def exits_of(config: TrainConfig, cfg: BertConfig, classes: int) -> ExitConfig:
+def exits_of(
+    config: TrainConfig, cfg: BertConfig, classes: int, scores: tuple[float, float] = (0.0, 1.0)
+) -> ExitConfig:
     """The exits of a run; where none are asked for, before the first layer and after each.
+
+    A regression has none before the first.
+
+    Args:
+      scores: of a regression, their mean and standard deviation.
 
     Raises:
       ValueError: on weights of another number than the exits or classes.
     """
-    layers = config.layers or tuple(range(cfg.num_hidden_layers + 1))
-    exits = ExitConfig(layers, classes, config.pooling, config.mix)
+    problem = config.data.problem_type
+    first = int(problem == "regression")
+    layers = config.layers or tuple(range(first, cfg.num_hidden_layers + 1))
+    exits = ExitConfig(
+        layers, classes, config.pooling, config.mix, problem_type=problem,
+        center=scores[0], spread=scores[1],
+    )  # fmt: skip
+    for what in ("teacher", "class_weights"):
+        if getattr(config, what) and problem != "single_label_classification":
+            raise UserError(f"{what} is for single labels. Got problem_type {problem}.")
     for name, weights, count in (
         ("exit_weights", config.exit_weights, len(exits.encoder.layers)),
         ("class_weights", config.class_weights, classes),
@@ -148,6 +163,20 @@ def exits_of(config: TrainConfig, cfg: BertConfig, classes: int) -> ExitConfig:
         if weights and len(weights) != count:
             raise UserError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
     return exits
+
+
+def scores_of(train: sources.Split) -> tuple[float, float]:
+    """The mean and standard deviation of the scores of a regression; (0, 1) of labels.
+
+    Raises:
+      ValueError: where all scores are the same.
+    """
+    if train.problem_type != "regression":
+        return 0.0, 1.0
+    scores = np.array([row.label for row in train], np.float64)
+    if np.ptp(scores) == 0:
+        raise UserError(f"{train.origin}: all scores are {scores[0]:g}: there is nothing to learn.")
+    return float(scores.mean()), float(scores.std())
 
 
 def build(config: TrainConfig, cfg: BertConfig, exits: ExitConfig) -> EarlyExitBert:
