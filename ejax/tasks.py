@@ -133,7 +133,7 @@ class SeveralLabels(Task):
 
     @property
     def uncalibrated(self) -> np.ndarray:
-        return np.repeat(np.float32([1.0, 0.5]), self.labels)
+        return np.repeat(np.array([1.0, 0.5], np.float32), self.labels)
 
     def score(self, logits: Array, calibration: Array) -> Array:
         """How far the least certain label's probability is from its decision threshold.

@@ -109,9 +109,11 @@ class Table:
         return ~self.correct if loss == "wrong" else self.correct[-1] & ~self.correct
 
     def take(self, rows: Int) -> "Table":
-        of_exits = {name: getattr(self, name) for name in ("scores", "log_probs", "answers")}
-        cut = {name: None if of is None else of[:, rows] for name, of in of_exits.items()}
-        return dataclasses.replace(self, labels=self.labels[rows], tokens=self.tokens[rows], **cut)
+        return dataclasses.replace(
+            self, scores=self.scores[:, rows], answers=self.answers[:, rows],
+            log_probs=None if self.log_probs is None else self.log_probs[:, rows],
+            labels=self.labels[rows], tokens=self.tokens[rows],
+        )  # fmt: skip
 
     def taken(self, exits: Int) -> Any:
         """The answers of rows that leave at int [N]: [N, ...]."""
@@ -205,9 +207,10 @@ def operating_point(table: Table, threshold: Thresholds) -> dict[str, Any]:
     Returns:
       Ready for JSON: `threshold`, `rows`; `accuracy` and `full_accuracy` (of the last
       exit) in [0, 1], or the same of another task's `Task.metric`; `drop`, `drop_low`,
-      `drop_high`: hundredths of it lost with their 95 % interval (`lost_points`); `expected_drop`: the same by calibrated probabilities
-      (`Table.expected`) instead of the labels; `disagreement`: the share of rows with another
-      answer than full depth's; `mean_depth`: layers per token, sum(tokens * depth) /
+      `drop_high`: hundredths of it lost with their 95 % interval (`lost_points`);
+      `expected_drop`: the same by calibrated probabilities (`Table.expected`) instead of the
+      labels, of other tasks hundredths of `Task.row_loss`; `disagreement`: the share of rows with
+      another answer than full depth's; `mean_depth`: layers per token, sum(tokens * depth) /
       sum(tokens), exit 0 counted; `cost`: mean_depth / L, without heads and overhead;
       `exit_share`: fraction of rows that leave at each exit.
 

@@ -93,8 +93,8 @@ def exit_tables(bundle: Bundle) -> list[Table]:
             table.add_row(str(layer), *(f"{value:.4f}" for value in values), share)
         if point:
             table.caption = (
-                f"at the default thresholds: {bundle.task.metric_name} {point[metric]:.4f}, full depth "
-                f"{point[f'full_{metric}']:.4f}, mean depth {point['mean_depth']:.2f} of "
+                f"at the default thresholds: {bundle.task.metric_name} {point[metric]:.4f}, full "
+                f"depth {point[f'full_{metric}']:.4f}, mean depth {point['mean_depth']:.2f} of "
                 f"{bundle.exits.num_layers} layers"
             )
         made.append(table)

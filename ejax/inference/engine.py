@@ -176,13 +176,9 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
     stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * length * d
     mixes = 4 * (len(exits.encoder.layers) - 1) * d if exits.mix == "softmax" else 0
+    outputs = task_of(exits).outputs
     grams = 4 * 2 * length * (exits.rank + 1) if exits.has_zero else 0  # of all rows at once
-    row = (
-        grams
-        + stream
-        + mixes
-        + 4 * (3 * length + 2 * len(exits.layers) + 4 * task_of(exits).outputs + 7)
-    )
+    row = grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 4 * outputs + 7)
     at_work = 4 * (length * (8 * d + 2 * f) + 2 * h * length * length)
     return (rows + tile) * row + tile * at_work
 
