@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -395,9 +396,8 @@ class EarlyExitClassifier:
             return nothing
         calibration = self._temperatures(nothing.exit)
         if calibration.ndim == 2:
-            return Decision(
-                logits, nothing.exit, np.asarray(self.bundle.task.score(logits, calibration))
-            )
+            score: Any = self.bundle.task.score(jnp.asarray(logits), jnp.asarray(calibration))
+            return Decision(logits, nothing.exit, np.array(score))
         return Decision(logits, nothing.exit, certainty(logits, calibration))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:

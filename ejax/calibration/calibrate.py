@@ -78,7 +78,8 @@ def calibrate(
 
     Returns:
       Ready for JSON: `temperatures` [E] (of several labels [E, 2 C]), `thresholds` [E],
-      `thresholds_from` (a sentence), and per set `operating_points` and `metrics` (a list per exit).
+      `thresholds_from` (a sentence), and per set `operating_points` and `metrics` (a list per
+      exit).
     """
     rows = parts[fit]
     task = task or Task(rows.logits.shape[-1])

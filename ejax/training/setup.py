@@ -19,7 +19,6 @@ from ejax.bundle import WHOLE_TOKENS, Bundle, check_output, exits_in_words, ledg
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import worth_compiling
-from ejax.data.labels import SINGLE
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
@@ -64,8 +63,6 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
       ValueError: on bad data, a bad config, or a workdir of another config. Nothing is written
         before all is checked.
     """
-    if config.data.problem_type != SINGLE:
-        raise UserError(f"no model learns problem_type {config.data.problem_type} yet.")
     splits = sources.load(config.data, seed=config.seed)
     labels = splits["train"].labels
     whole_cfg, bert, tokenizer = load_encoder(config)
