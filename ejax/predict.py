@@ -11,10 +11,9 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -291,10 +290,10 @@ def writing(output: str) -> Iterator[BinaryIO]:
         with storage.reaching(output):  # the right to write is asked for before the work
             probe.write_text("")
             probe.unlink()
-        with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
+        with storage.temporary_folder() as folder:
             with writing(f"{folder}/{target.name}") as file:
                 yield file
-            storage.upload(Path(folder), target.parent)
+            storage.upload(folder, target.parent)
         return
     path = Path(output)
     if path.is_dir():
@@ -302,22 +301,19 @@ def writing(output: str) -> Iterator[BinaryIO]:
     device = path.exists() and not path.is_file()  # or a pipe: it stays what it is
     if not device:
         path = Path(os.path.realpath(path))
-    part = path if device else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with (
+            nullcontext(path) if device else storage.becoming(path) as part,
+            part.open("wb") as file,
+        ):
             if output.lower().endswith(".gz"):
                 with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                     yield packed  # type: ignore[misc]
             else:
                 yield file
-        if not device:
-            part.replace(path)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error.strerror or error}. Nothing of it was kept."
         ) from error
-    finally:
-        if not device:
-            part.unlink(missing_ok=True)

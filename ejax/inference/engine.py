@@ -207,6 +207,8 @@ def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[
     """Numpy stays numpy: an operation before the program costs one text as much as a layer."""
     if tile < 1:
         raise UserError(f"tile must be at least 1 row. Got {tile}.")
+    if not isinstance(batch, Batch):
+        raise UserError(f"batch must be an ejax.Batch(ids, mask). Got {type(batch).__name__}.")
     batch = batch.arrays()
     total = batch.ids.shape[0]
     if total == 0:
