@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
+READER = "ejax-reader"  # the name of a thread that reads a pipe
 GRACE = 0.3  # seconds that the main thread has to end by itself
 _partial: set[Path] = set()
 _held: list[int] = []  # one for each `whole` that runs
@@ -57,6 +59,13 @@ def leave(number: int, _: FrameType | None = None) -> None:
     if number == signal.SIGINT:
         os.write(2, f"{_name}: interrupted.\n".encode())
     os._exit(128 + number)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process; at once where a thread still waits for input, as Python would abort."""
+    if any(thread.name == READER for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)
 
 
 def heed_signals(name: str) -> None:

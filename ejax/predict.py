@@ -23,7 +23,7 @@ from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
 from ejax.data.files import Row, path_format, read_rows, texts_of
 from ejax.errors import UserError
-from ejax.streaming import chunks
+from ejax.streaming import arriving, chunks
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")
@@ -100,8 +100,10 @@ def predict_file(
     )  # fmt: skip
     waiting: deque[tuple[Row, tuple[str, ...]]] = deque()
 
+    slow = source == "-" or not (storage.is_remote(source) or Path(source).is_file())  # a pipe
+
     def texts() -> Iterator[list[Text]]:
-        for chunk in chunks(rows, lambda read: row_size(read[0])):
+        for chunk in (arriving if slow else chunks)(rows, lambda read: row_size(read[0])):
             waiting.extend((row, names) for row, _, names in chunk)
             yield [text for _, text, _ in chunk]
 
@@ -121,6 +123,8 @@ def predict_file(
             done += 1
             if done % PROGRESS_ROWS == 0:
                 progress(done)
+            if not waiting:  # no more has come yet
+                file.flush()
         if write is None and header:  # no rows: a file that can still be read back
             file.write(Writer(kind, [*header, *free_names(added_names, header)]).header())
     return Summary(done, exits, skipped, named, unanswered, spaced)

@@ -12,4 +12,4 @@ def main() -> None:
     from ejax.cli.app import app
     from ejax.cli.run import run
 
-    sys.exit(run(app, "ejax", sys.argv[1:]))
+    ending.end(run(app, "ejax", sys.argv[1:]))

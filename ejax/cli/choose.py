@@ -206,7 +206,7 @@ def place(
 
 def in_its_type(after: Any, bundle: Path) -> Any:
     """A bundle in the compute type of the one it came from; says so where a promise is gone."""
-    from ejax.classifier import promises_risk
+    from ejax.provenance import promises_risk
 
     before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
     if promises_risk(before["provenance"]) and "target" not in after.provenance:

@@ -78,10 +78,11 @@ def early_exit(
         vocabulary (unless they are on a device already), and for a pool that does not fit into
         the device's memory.
     """
-    decision: Decision = _run(
-        model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
-        rule=rule, tile=tile,
-    )  # fmt: skip
+    with jax.enable_x64(False):  # float32, whatever else the caller's program computes in
+        decision: Decision = _run(
+            model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
+            rule=rule, tile=tile,
+        )  # fmt: skip
     return decision
 
 
@@ -100,10 +101,11 @@ def exit_logits(
     Its loop, with nobody leaving before the end. Arguments and errors as of `early_exit`; what
     is padding gets zeros.
     """
-    logits: Array = _run(
-        model, variables, batch, NOBODY, None, rows, zero_logits, devices,
-        rule="confidence", tile=tile, every_exit=True,
-    )  # fmt: skip
+    with jax.enable_x64(False):
+        logits: Array = _run(
+            model, variables, batch, NOBODY, None, rows, zero_logits, devices,
+            rule="confidence", tile=tile, every_exit=True,
+        )  # fmt: skip
     return logits
 
 
@@ -253,7 +255,8 @@ def full_depth(
       float32 [N, C]; what padding rows get is not said.
     """
     batch, tile, rows = _checked(model, batch, tile, rows)
-    return _full_depth(model, prepare(model, variables), batch, rows, zero_logits, tile=tile)
+    with jax.enable_x64(False):
+        return _full_depth(model, prepare(model, variables), batch, rows, zero_logits, tile=tile)
 
 
 @partial(jax.jit, static_argnames=("model", "tile"))
