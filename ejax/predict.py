@@ -11,10 +11,9 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,7 +23,7 @@ from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
 from ejax.data.files import Row, path_format, read_rows, texts_of
 from ejax.errors import UserError
-from ejax.streaming import chunks
+from ejax.streaming import arriving, chunks
 
 FORMATS = ("tsv", "csv", "jsonl")
 ADDED = ("label", "score", "exit_layer", "top_k")
@@ -101,8 +100,10 @@ def predict_file(
     )  # fmt: skip
     waiting: deque[tuple[Row, tuple[str, ...]]] = deque()
 
+    slow = source == "-" or not (storage.is_remote(source) or Path(source).is_file())  # a pipe
+
     def texts() -> Iterator[list[Text]]:
-        for chunk in chunks(rows, lambda read: row_size(read[0])):
+        for chunk in (arriving if slow else chunks)(rows, lambda read: row_size(read[0])):
             waiting.extend((row, names) for row, _, names in chunk)
             yield [text for _, text, _ in chunk]
 
@@ -122,6 +123,8 @@ def predict_file(
             done += 1
             if done % PROGRESS_ROWS == 0:
                 progress(done)
+            if not waiting:  # no more has come yet
+                file.flush()
         if write is None and header:  # no rows: a file that can still be read back
             file.write(Writer(kind, [*header, *free_names(added_names, header)]).header())
     return Summary(done, exits, skipped, named, unanswered, spaced)
@@ -291,10 +294,10 @@ def writing(output: str) -> Iterator[BinaryIO]:
         with storage.reaching(output):  # the right to write is asked for before the work
             probe.write_text("")
             probe.unlink()
-        with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
+        with storage.temporary_folder() as folder:
             with writing(f"{folder}/{target.name}") as file:
                 yield file
-            storage.upload(Path(folder), target.parent)
+            storage.upload(folder, target.parent)
         return
     path = Path(output)
     if path.is_dir():
@@ -302,22 +305,19 @@ def writing(output: str) -> Iterator[BinaryIO]:
     device = path.exists() and not path.is_file()  # or a pipe: it stays what it is
     if not device:
         path = Path(os.path.realpath(path))
-    part = path if device else path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with (
+            nullcontext(path) if device else storage.becoming(path) as part,
+            part.open("wb") as file,
+        ):
             if output.lower().endswith(".gz"):
                 with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                     yield packed  # type: ignore[misc]
             else:
                 yield file
-        if not device:
-            part.replace(path)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error.strerror or error}. Nothing of it was kept."
         ) from error
-    finally:
-        if not device:
-            part.unlink(missing_ok=True)

@@ -160,3 +160,8 @@ def check_known(ledger: Ledger, rows_are_new: bool, what: str) -> None:
             f"{what} needs to know which rows trained this bundle, whose rows.json is missing or "
             f"incomplete: give --rows-are-new (rows_are_new=True) where none of these rows did."
         )
+
+
+def promises_risk(provenance: dict[str, Any]) -> bool:
+    """Whether a bundle's thresholds come with a promise: of a risk, or of a drop."""
+    return bool({"risk", "delta"} & provenance.get("target", {}).get("target", {}).keys())

@@ -7,12 +7,14 @@ import importlib.util
 import logging
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from ejax.ending import partial
 from ejax.errors import UserError
 
 SCHEME = "gs://"
@@ -96,7 +98,7 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
         yield Path(path)
         return
     source: Any = path_of(path)
-    with tempfile.TemporaryDirectory(prefix="ejax-") as folder:
+    with temporary_folder() as folder:
         copy = Path(folder, source.parent.name, source.name)
         with reaching(path):
             copy.parent.mkdir()
@@ -113,6 +115,15 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
             yield copy
         except ValueError as error:
             raise UserError(str(error).replace(str(copy), str(path))) from error
+
+
+@contextmanager
+def temporary_folder(above: Path | None = None) -> Iterator[Path]:
+    """A new, private folder, gone at the end."""
+    above = above or Path(tempfile.gettempdir())
+    with partial(above / f".ejax-{secrets.token_hex(8)}") as folder:
+        folder.mkdir(mode=0o700)
+        yield folder
 
 
 def contents(path: Any) -> bytes | None:
@@ -170,12 +181,9 @@ def write_bytes(path: Any, content: bytes) -> None:
 @contextmanager
 def becoming(path: Path) -> Iterator[Path]:
     """A file of this machine to write, which takes the name of `path` if all goes well."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with partial(path.with_name(f".{path.name}.{os.getpid()}.part")) as fresh:
         yield fresh
         fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def move(source: Any, target: Any) -> None:

@@ -495,7 +495,7 @@ def test_an_empty_text_is_classified_and_a_megabyte_truncated(tmp_path):
     ],
 )
 def test_a_config_file_that_does_not_fit(tmp_path, capsys, content, expected):
-    from ejax.command import run
+    from ejax.cli.run import run
 
     path = tmp_path / "config.py"
     if content is not None:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import run
+from ejax.cli.run import run
 from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data.files import read_rows
 from ejax.data.sources import row_hash
@@ -46,7 +46,7 @@ def answers(text: str) -> list[dict]:
 
 
 def test_help_and_version_are_quick_and_load_no_jax():
-    code = "import sys; from ejax.cli import app; from ejax.command import run; "
+    code = "import sys; from ejax.cli.app import app; from ejax.cli.run import run; "
     code += "code = run(app, 'ejax', {args}); sys.exit(code or ('jax' in sys.modules))"
     for args in (["--help"], ["--version"], ["predict", "--help"], ["train", "--help"]):
         done = subprocess.run(
@@ -85,7 +85,7 @@ def test_the_help_of_train_lists_every_field_and_the_common_options(monkeypatch)
 
 def test_common_settings_are_options(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("ejax.cli.train_and_show", lambda config, *_: seen.append(config))
+    monkeypatch.setattr("ejax.cli.train.train_and_show", lambda config, *_: seen.append(config))
     ask = ("train", "--model", "m", "--output", tmp_path / "b", "--train", "t.csv")
     options = ("--seed", 7, "--learning-rate", "3e-4", "--max-length", 64, "--limit", 50)
     done = tiny.ejax(*ask, *options, "--batch-size", 8, "--label-column", "stars", "epochs=3")

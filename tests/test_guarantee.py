@@ -6,7 +6,7 @@ import pytest
 import tiny
 from scipy.stats import binom
 
-from ejax.command import run
+from ejax.cli.run import run
 from train.guarantee import app
 
 

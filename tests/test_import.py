@@ -25,7 +25,7 @@ def test_import_is_light() -> None:
 
 def test_no_framework_is_imported() -> None:
     code = (
-        "import sys, ejax\nfor name in ejax.__all__: getattr(ejax, name)\nimport ejax.cli\n"
+        "import sys, ejax\nfor name in ejax.__all__: getattr(ejax, name)\nimport ejax.cli.app\n"
         "print([n for n in ('tensorflow', 'torch', 'transformers') if n in sys.modules])"
     )
     assert python(code).strip() == "[]"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from test_processes import write_config
 
-from ejax.command import run
+from ejax.cli.run import run
 from train.joint import app
 
 

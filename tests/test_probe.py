@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from ejax.bundle import load_bundle, save_bundle
-from ejax.command import run
+from ejax.cli.run import run
 from train.probe import app
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 
-from ejax.command import run
+from ejax.cli.run import run
 from train import sets
 
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty rows are few

@@ -20,7 +20,7 @@ from test_processes import child_of, finish, start, start_two, weights, write_co
 
 from ejax import storage
 from ejax.bundle import load_bundle, save_bundle
-from ejax.command import explain
+from ejax.cli.run import explain
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 

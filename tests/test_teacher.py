@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import run
+from ejax.cli.run import run
 from ejax.config import DataConfig, ExitConfig, TrainConfig
 from ejax.data.rows import TokenizedSplit
 from ejax.data.sources import Example, load, row_hash

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import run
+from ejax.cli.run import run
 from train.unknown import app, auroc
 
 

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from ejax.bundle import Bundle, load_bundle, save_bundle
 from ejax.calibration.drift import depth_of
-from ejax.cli import app
-from ejax.command import run
+from ejax.cli.app import app
+from ejax.cli.run import run
 from ejax.config import BertConfig, to_json
 from ejax.models.bert import Batch, BertModel
 from ejax.models.weights import to_hf

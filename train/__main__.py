@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ejax.cli import train_and_show
-from ejax.command import keep_programs, run
+from ejax.cli.run import keep_programs, run
+from ejax.cli.train import train_and_show
 from ejax.config import TrainConfig, override, smoke
 from ejax.errors import UserError
 from ejax.storage import path_of

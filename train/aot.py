@@ -29,7 +29,8 @@ import typer
 from jax.experimental import topologies
 from rich.console import Console
 
-from ejax.command import check_json, run
+from ejax.cli.options import check_json
+from ejax.cli.run import run
 from ejax.config import TrainConfig, override, to_json
 from ejax.data.batches import bucket_of
 from ejax.errors import UserError

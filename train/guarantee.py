@@ -25,7 +25,8 @@ from scipy.stats import binomtest
 from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
 from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, totals
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import Bundle, Data, check_json, check_split, run
+from ejax.cli.options import Bundle, Data, check_json, check_split
+from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ejax.command import check_json, run
+from ejax.cli.options import check_json
+from ejax.cli.run import run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan

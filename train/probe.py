@@ -18,7 +18,8 @@ from rich.text import Text
 
 from ejax.calibration.metrics import accuracy, paired_interval
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import Bundle, Data, LabelColumn, TextColumns, check_json, check_split, run
+from ejax.cli.options import Bundle, Data, LabelColumn, TextColumns, check_json, check_split
+from ejax.cli.run import run
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.errors import UserError

@@ -22,7 +22,7 @@ from rich.console import Console
 from ejax.calibration.metrics import paired_interval
 from ejax.calibration.thresholds import drop_thresholds
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import keep_programs, run
+from ejax.cli.run import keep_programs, run
 from ejax.config import DataConfig, TrainConfig, to_json
 from ejax.data import sources
 from ejax.data.rows import encode

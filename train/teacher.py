@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ejax.bundle import load_bundle
-from ejax.command import check_json, keep_programs, run
+from ejax.cli.options import check_json
+from ejax.cli.run import keep_programs, run
 from ejax.config import DataConfig, TrainConfig, epochs_of, override, to_json
 from ejax.data import sources
 from ejax.errors import UserError

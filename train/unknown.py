@@ -20,7 +20,8 @@ from sklearn.metrics import roc_auc_score
 
 from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
-from ejax.command import Bundle, Data, TextColumns, check_json, check_split, count_fitted, run
+from ejax.cli.options import Bundle, Data, TextColumns, check_json, check_split, count_fitted
+from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError

@@ -382,7 +382,14 @@ def _find_files(config: DataConfig) -> dict[str, Path]:
                 f"It holds: {held}."
             )
     single = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
-    return paths | {name: storage.path_of(path).expanduser() for name, path in single.items()}
+    paths |= {name: storage.path_of(path).expanduser() for name, path in single.items()}
+    for name, path in paths.items():
+        if not storage.is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(
+                f"data.{name} must be a file that can be read again. Got {path}, a pipe or a "
+                f"device: write its rows to a file first."
+            )
+    return paths
 
 
 def _load_named(name: str, root: Path, labels: Sequence[str]) -> dict[str, Split]:

@@ -193,3 +193,18 @@ def load_profile(path: Path) -> Profile | None:
         raise UserError(
             f"{path} is damaged: {error!r}. Delete it, or run `ejax profile`."
         ) from None
+
+
+def profile_for(cfg: BertConfig, asked: str | Path | None) -> Profile | None:
+    """ "auto": the one kept here, if any; else that of a path; None is none.
+
+    Raises:
+      ValueError: for a damaged file, or a path where there is none.
+    """
+    if asked is None:
+        return None
+    path = profile_path(cfg) if asked == "auto" else Path(asked)
+    found = load_profile(path)
+    if found is None and asked != "auto":
+        raise UserError(f"No such profile: {path}. `ejax profile BUNDLE --output` writes one.")
+    return found

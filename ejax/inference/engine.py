@@ -78,10 +78,11 @@ def early_exit(
         vocabulary (unless they are on a device already), and for a pool that does not fit into
         the device's memory.
     """
-    decision: Decision = _run(
-        model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
-        tile=tile,
-    )  # fmt: skip
+    with jax.enable_x64(False):  # float32, whatever else the caller's program computes in
+        decision: Decision = _run(
+            model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
+            tile=tile,
+        )  # fmt: skip
     return decision
 
 
@@ -100,10 +101,11 @@ def exit_logits(
     Its loop, with nobody leaving before the end. Arguments and errors as of `early_exit`; what
     is padding gets zeros.
     """
-    logits: Array = _run(
-        model, variables, batch, NOBODY, None, rows, zero_logits, devices,
-        tile=tile, every_exit=True,
-    )  # fmt: skip
+    with jax.enable_x64(False):
+        logits: Array = _run(
+            model, variables, batch, NOBODY, None, rows, zero_logits, devices,
+            tile=tile, every_exit=True,
+        )  # fmt: skip
     return logits
 
 
@@ -205,6 +207,8 @@ def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[
     """Numpy stays numpy: an operation before the program costs one text as much as a layer."""
     if tile < 1:
         raise UserError(f"tile must be at least 1 row. Got {tile}.")
+    if not isinstance(batch, Batch):
+        raise UserError(f"batch must be an ejax.Batch(ids, mask). Got {type(batch).__name__}.")
     batch = batch.arrays()
     total = batch.ids.shape[0]
     if total == 0:
@@ -249,7 +253,8 @@ def full_depth(
       float32 [N, C]; what padding rows get is not said.
     """
     batch, tile, rows = _checked(model, batch, tile, rows)
-    return _full_depth(model, prepare(model, variables), batch, rows, zero_logits, tile=tile)
+    with jax.enable_x64(False):
+        return _full_depth(model, prepare(model, variables), batch, rows, zero_logits, tile=tile)
 
 
 @partial(jax.jit, static_argnames=("model", "tile"))

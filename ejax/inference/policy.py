@@ -59,13 +59,16 @@ def exit_scores(task: Task, logits: Any, calibration: np.ndarray) -> Array:
     return task.score(jnp.asarray(logits, jnp.float32), jnp.asarray(calibration)[:, None])
 
 
-def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
-    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit."""
+def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> Any:
+    """A number, [E] or [N, E] as float32 [N, E]; a bare vector means per exit.
+
+    Traced inside a caller's jit it stays so.
+    """
     try:
         values = as_float32(thresholds)
     except (TypeError, ValueError):
         values = np.asarray(np.nan)
-    if np.isnan(values).any():
+    if not isinstance(values, jax.Array) and np.isnan(values).any():
         raise UserError(
             f"thresholds must be numbers: one, one per exit [{exits}], or one per row and exit. "
             f"Got {thresholds!r}."
@@ -74,22 +77,34 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> np.ndarray:
         raise UserError(
             f"thresholds must have shape (), ({exits},) or ({rows}, {exits}). Got {values.shape}."
         )
-    return np.broadcast_to(values, (rows, exits))
+    return (np if isinstance(values, np.ndarray) else jnp).broadcast_to(values, (rows, exits))
 
 
-def as_float32(thresholds: Any) -> np.ndarray:
-    """What scores are compared with: above 1, where nobody leaves, stays above 1 in float32."""
+def as_float32(thresholds: Any) -> Any:
+    """What scores are compared with: above 1, where nobody leaves, stays above 1 in float32.
+
+    Traced inside a caller's jit it stays so, and nothing is known of its values.
+    """
+    if isinstance(thresholds, jax.core.Tracer):
+        return jnp.where(thresholds > 1, jnp.maximum(thresholds, ABOVE_1), thresholds).astype(
+            jnp.float32
+        )
     given = np.asarray(thresholds, np.float64)
     return np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
 
 
-def check_calibration(task: Task, values: Any, exits: int) -> np.ndarray:
+def check_calibration(task: Task, values: Any, exits: int) -> Any:
     """float32 [E], or of several labels [E, 2 C]; None means as they come."""
     plain = task.uncalibrated
     if not plain.ndim:
         return check_temperatures(values, exits)
     shape = (exits, len(plain))
-    given = np.asarray(plain if values is None else values, np.float32)
+    if isinstance(values, jax.core.Tracer) and values.shape in (plain.shape, shape):
+        return jnp.broadcast_to(values.astype(jnp.float32), shape)
+    try:
+        given = np.asarray(plain if values is None else values, np.float32)
+    except (TypeError, ValueError):
+        given = np.asarray(np.nan)
     if given.shape not in (plain.shape, shape) or not (np.isfinite(given) & (given > 0)).all():
         raise UserError(
             f"temperatures must have shape {shape}: of each exit a positive temperature for each "
@@ -101,8 +116,10 @@ def check_calibration(task: Task, values: Any, exits: int) -> np.ndarray:
     return np.broadcast_to(given, shape)
 
 
-def check_temperatures(temperatures: Any, exits: int) -> np.ndarray:
-    """float32 [E]; None means 1 for every exit."""
+def check_temperatures(temperatures: Any, exits: int) -> Any:
+    """float32 [E]; None means 1 for every exit. Traced ones stay so, whatever their values."""
+    if isinstance(temperatures, jax.core.Tracer) and temperatures.shape in ((), (exits,)):
+        return jnp.broadcast_to(temperatures.astype(jnp.float32), (exits,))
     try:
         values = np.asarray(1.0 if temperatures is None else temperatures, np.float32)
     except (TypeError, ValueError):

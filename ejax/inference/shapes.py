@@ -6,6 +6,8 @@ Axes: N rows, B rows of a tile, T tokens, C classes.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +17,11 @@ from ejax.errors import UserError
 from ejax.inference.cost import Profile
 from ejax.inference.policy import Decision
 from ejax.inference.schedule import SMALL_TILE, tile_sizes
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logging.getLogger("ejax").info(sentence)
 
 
 class Shape(NamedTuple):
@@ -49,6 +56,24 @@ class Shapes:
         small_tile = tile_sizes(self.tile(length))[-1]
         single, small = seconds.get((1, length)), seconds.get((small_tile, length))
         return int(small.layer / single.layer) if single and small else SMALL_TILE // 2
+
+    def say_profile(self, usual: str, one_type: bool) -> None:
+        """Logs what the profile changes, once in a process.
+
+        Args:
+          usual: the compute type without a profile.
+          one_type: whether a text alone is computed in the same type as tiles.
+        """
+        if not (profile := self.profile):
+            return
+        alone = profile.dtype if one_type else profile.single_dtype
+        tiles = {t: rows for t, rows in profile.tile.items() if rows != Shapes().tile(t)}
+        if tiles or {alone, profile.dtype} != {usual}:
+            of = ", ".join(f"{rows} x {length}" for length, rows in tiles.items())
+            _say_once(
+                f"by the profile of {profile.date} tiles compute in {profile.dtype} and a text "
+                f"alone in {alone}" + (f"; tiles of {of} tokens" if of else "")
+            )
 
     def of(self, rows: int, length: int) -> Shape:
         """The smallest shape that holds `rows`: one row, 2 or 16 tiles, a whole pool.

@@ -1,12 +1,7 @@
-"""What every command shares: exit codes, words for errors, options and checks."""
+"""What commands share: options, and checks of what they say."""
 
 import dataclasses
-import errno
-import hashlib
-import json
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -15,12 +10,10 @@ import typer
 from typer.core import TyperCommand
 
 from ejax import storage
+from ejax.cli.run import note
 from ejax.config import TrainConfig, field_sentences, field_types
 from ejax.errors import UserError
 from ejax.storage import path_of
-
-# Of click or of typer's own copy of it, by version; not public under its name in either.
-UsageError: Any = typer.BadParameter.__base__
 
 FULL = 2.0  # above every score
 
@@ -63,6 +56,15 @@ RowsAreNew = Annotated[
         "--rows-are-new",
         help="Where the bundle's rows.json is missing or incomplete: none of these rows trained "
         "or fitted it.",
+    ),
+]
+Split = Annotated[str, typer.Option(help="train, dev or test.")]
+NewSplit = Annotated[str, typer.Option(help="dev or test.")]
+Repeats = Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)]
+Changed = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", help="A new bundle; else in place.", show_default=False, parser=path_of
     ),
 ]
 LabelColumn = Annotated[
@@ -128,81 +130,6 @@ class ListsFields(TyperCommand):
         Console(markup=False).print(table)
 
 
-def keep_programs() -> None:
-    """Compiled programs are kept between runs, in the user's cache, apart for each CPU type.
-
-    What is set already stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
-    """
-    from ejax.assets import cache_dir
-    from ejax.hardware import cpu_type
-
-    kind = hashlib.sha256(cpu_type().encode()).hexdigest()[:12]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / kind))
-
-
-def run(app: typer.Typer, name: str, argv: Sequence[str]) -> int:
-    """Runs a command line and returns its exit code.
-
-    0: done. 2: wrong usage, or what `explain` has words for, as one sentence on standard
-    error. 75: stopped by SIGTERM, and 76: another process of the run is gone; both to be
-    repeated. 130: Ctrl-C. 141: nobody reads standard output any more. Every other exception is
-    a bug and passes through.
-    """
-    with warnings.catch_warnings():
-        warnings.showwarning = _say_warning
-        try:
-            command = typer.main.get_command(app)
-            with command.make_context(name, list(argv) or ["--help"]) as context:
-                command.invoke(context)
-            sys.stdout.flush()
-            return 0
-        except typer.Exit as done:
-            return done.exit_code
-        except UsageError as error:
-            asked = error.ctx.command_path if error.ctx else name
-            return _say(name, f"{error.format_message()} See `{asked} --help`.", 2)
-        except KeyboardInterrupt:
-            return _say(name, "interrupted.", 130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except Exception as error:
-            sentence = explain(error)
-            if not sentence:
-                raise
-            return _say(name, sentence, getattr(error, "exit_code", 2))
-
-
-def explain(error: Exception) -> str:
-    """What the user can mend, as a sentence; "" for a bug."""
-    if hasattr(error, "exit_code") or isinstance(error, UserError):
-        return str(error)
-    if storage.is_of_client(error):
-        return f"object storage cannot be reached: {storage.first_line(error)}."
-    if isinstance(error, OSError):
-        return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if os.strerror(code) in str(error):  # array_record and tensorstore say it in words only
-            return (
-                f"{os.strerror(code)} ({' '.join(str(error).split())[:300]}). Make room and "
-                f"repeat the command."
-            )
-    return ""
-
-
-def _say(name: str, sentence: str, code: int) -> int:
-    print(f"{name}: {sentence}", file=sys.stderr)
-    return code
-
-
-def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def note(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
-
-
 def parse_threshold(text: str) -> float:
     """A number of at least 0, or "full"; above 1 is full depth."""
     try:
@@ -216,30 +143,6 @@ def parse_threshold(text: str) -> float:
     return value
 
 
-def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
-    """Other bundles by name; of those called alike, with the folder they lie in.
-
-    Raises:
-      ValueError: where a bundle is given twice.
-    """
-    from ejax.classifier import EarlyExitClassifier
-
-    found: dict[str, Any] = {}
-    paths = [path if storage.is_remote(path) else path.resolve() for path in paths]
-    for path in paths:
-        alike = sum(path.name == other.name for other in paths) > 1
-        name = f"{path.parent.name}/{path.name}" if alike else path.name
-        if name in found:
-            raise UserError(f"--beside {name} is given twice.")
-        found[name] = EarlyExitClassifier.from_pretrained(path)
-    return found
-
-
-def check_split(split: str) -> None:
-    if split == "train":
-        raise UserError("--split must be dev or test: confidences on trained rows are too high.")
-
-
 def parse_top_k(text: str) -> int | None:
     """A positive number, or None for "all"."""
     if text == "all":
@@ -247,6 +150,11 @@ def parse_top_k(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--top-k must be a positive number or all. Got {text!r}.")
     return int(text)
+
+
+def check_split(split: str) -> None:
+    if split == "train":
+        raise UserError("--split must be dev or test: confidences on trained rows are too high.")
 
 
 def check_json(output: Path) -> None:
@@ -271,6 +179,25 @@ def check_output_file(output: Path, suffix: str) -> None:
 def name_of(bundle: Path) -> str:
     """The folder's own name, of "." too."""
     return (bundle if storage.is_remote(bundle) else bundle.resolve()).name
+
+
+def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
+    """Other bundles by name; of those called alike, with the folder they lie in.
+
+    Raises:
+      ValueError: where a bundle is given twice.
+    """
+    from ejax.classifier import EarlyExitClassifier
+
+    found: dict[str, Any] = {}
+    paths = [path if storage.is_remote(path) else path.resolve() for path in paths]
+    for path in paths:
+        alike = sum(path.name == other.name for other in paths) > 1
+        name = f"{path.parent.name}/{path.name}" if alike else path.name
+        if name in found:
+            raise UserError(f"--beside {name} is given twice.")
+        found[name] = EarlyExitClassifier.from_pretrained(path)
+    return found
 
 
 def rows_of(clf: Any, data: str, split: str, text: list[str] | None, label: str) -> Any:
@@ -304,30 +231,3 @@ def count_fitted(bundles: list[Any], hashes: list[str]) -> int:
             f"thresholds: figures may flatter it."
         )
     return seen
-
-
-def in_its_type(after: Any, bundle: Path) -> Any:
-    """A bundle in the compute type of the one it came from; says so where a promise is gone."""
-    from ejax.classifier import promises_risk
-
-    before = json.loads((bundle / "exits.json").read_text(encoding="utf-8"))
-    if promises_risk(before["provenance"]) and "target" not in after.provenance:
-        note("What its thresholds promised is gone: `ejax thresholds` chooses anew.")
-    if "abstain" in before and "abstain" not in after.provenance:
-        note("Every text gets an answer again: `ejax thresholds --abstain` chooses when none.")
-    cfg = dataclasses.replace(after.cfg, dtype=before["dtype"])
-    return dataclasses.replace(after, cfg=cfg)
-
-
-def save_chosen(after: Any, bundle: Path, output: Path, *reports: dict[str, Any]) -> None:
-    """Writes what was chosen on some rows, and says on which."""
-    from ejax.bundle import save_bundle
-
-    folder = save_bundle(in_its_type(after, bundle), output)
-    if left_out := reports[0]["rows_left_out"]:
-        note(f"{left_out} rows left out: they fitted this bundle.")
-    for report in reports:
-        if report.get("differ"):
-            note(f"{report['differ']} rows left at another exit when the engine ran.")
-        note(report["sentence"])
-    note(f"written: {folder}")

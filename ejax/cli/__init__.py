@@ -1,0 +1,15 @@
+"""The `ejax` command."""
+
+import sys
+
+from ejax import ending
+
+
+def main() -> None:
+    """The `ejax` command; what is not needed to end well is imported later."""
+    ending.heed_signals("ejax")
+    ending.hold_streams()
+    from ejax.cli.app import app
+    from ejax.cli.run import run
+
+    ending.end(run(app, "ejax", sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""Use a bundle: `ejax predict`, `ejax info`, `ejax export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ejax import storage
+from ejax.cli.options import Bundle, TextColumns, parse_threshold, parse_top_k
+from ejax.cli.run import note
+from ejax.errors import UserError
+from ejax.storage import path_of
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Example: `ejax predict sentiment --input reviews.tsv --output labelled.tsv "
+    "--threshold 0.9`   or   `zcat reviews.jsonl.gz | ejax predict sentiment | head`"
+)
+def predict(
+    bundle: Bundle,
+    input: Annotated[str, typer.Option(help="tsv, csv, jsonl, txt, or .gz; - is stdin.")] = "-",
+    output: Annotated[str, typer.Option(help="tsv, csv, jsonl, or .gz; - is stdout.")] = "-",
+    threshold: Annotated[
+        str, typer.Option(help="A number, or full; else the bundle's.", show_default=False)
+    ] = "",
+    top_k: Annotated[str, typer.Option(help="Likeliest labels: a number, or all.")] = "1",
+    abstain: Annotated[
+        float | None,
+        typer.Option(
+            help="Rows whose score is below get no label; 0 labels all; else the bundle's.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumns = None,
+    format: Annotated[
+        str, typer.Option(help="Of stdin, where it is not plain: tsv, csv, jsonl, txt.")
+    ] = "",
+    on_error: Annotated[str, typer.Option(help="At a row that cannot be read: stop, skip.")] = (
+        "stop"
+    ),
+) -> None:
+    """Label every row of a file: adds label, score and exit_layer, keeps the other columns.
+
+    A column that is there already keeps its values; the new one is then called
+    predicted_label, and so on. With --top-k a column top_k holds a JSON list of labels
+    and scores. Rows without an answer, see --abstain, have an empty label. Standard output has
+    the format of the input, or jsonl.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from ejax.calibration.abstain import check_abstain
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.predict import predict_file
+
+    if on_error not in ("stop", "skip"):
+        raise UserError(f"--on-error must be stop or skip. Got {on_error!r}.")
+    level, count = parse_threshold(threshold) if threshold else None, parse_top_k(top_k)
+    if abstain is not None:
+        check_abstain(abstain)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+        done = predict_file(
+            clf, input, output, threshold=level, top_k=count, abstain=abstain,
+            text_columns=text_column or (), format=format, skip_bad_rows=on_error == "skip",
+            progress=lambda rows: bar.update(task, completed=rows),
+        )  # fmt: skip
+    for sentence in done.named:
+        note(f"skipped: {sentence}")
+    shares = [f"{layer}: {100 * n / done.rows:.1f} %" for layer, n in sorted(done.exits.items())]
+    note(
+        f"{done.rows - done.unanswered:,} rows labelled"
+        + (f", {done.unanswered:,} without an answer" if done.unanswered else "")
+        + (f", {done.skipped:,} skipped" if done.skipped else "")
+        + (f", left after layer {', '.join(shares)}" if shares else "")
+        + (f"; in {done.spaced:,} tabs or line breaks became spaces" if done.spaced else "")
+    )
+
+
+@app.command(epilog="Example: `ejax info sentiment`   or   `ejax info all-MiniLM-L6-v2`")
+def info(
+    name: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a model.")],
+) -> None:
+    """Show what a bundle, or a model to start from, is."""
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.describe import exit_tables, facts, model_facts, show
+    from ejax.models.weights import load_bert
+
+    if storage.is_remote(name) or (Path(name) / "exits.json").exists():
+        bundle = load_bundle(name)
+        show(facts(bundle), *exit_tables(bundle))
+    else:
+        show(model_facts(*load_bert(name)))
+
+
+@app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
+def export(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option(help="The folder to write.", parser=path_of)],
+    format: Annotated[str, typer.Option(help="hf.")] = "hf",
+) -> None:
+    """Write the last exit as a plain Hugging Face classifier, full depth.
+
+    Only for bundles with pooling cls and mix last: others read what it has no place for.
+    """
+    from ejax.bundle import load_bundle
+    from ejax.export import export_hf
+
+    if format != "hf":
+        raise UserError(f"--format must be hf. Got {format!r}.")
+    loaded = load_bundle(bundle)
+    note(f"written: {export_hf(loaded, output)}")
+    if loaded.adds_evidence:
+        note("What exit 0 adds to the last exit is left out, so answers may differ.")

@@ -1,0 +1,243 @@
+"""Measure a bundle: `ejax evaluate`, `ejax report`, `ejax bench`, `ejax profile`."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ejax.cli.options import (
+    FULL,
+    Beside,
+    Bundle,
+    Data,
+    Encoder,
+    LabelColumn,
+    NewSplit,
+    Repeats,
+    Split,
+    TextColumns,
+    Train,
+    check_json,
+    check_output_file,
+    check_split,
+    count_fitted,
+    load_beside,
+    name_of,
+    parse_threshold,
+    rows_of,
+    train_rows_of,
+)
+from ejax.cli.run import note
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Example: `ejax evaluate sentiment --data test.tsv --thresholds 0.7,0.8,0.9,full`"
+)
+def evaluate(
+    bundle: Bundle,
+    data: Data,
+    split: Split = "test",
+    thresholds: Annotated[
+        str,
+        typer.Option(
+            help="Numbers, full, default (the bundle's own); else all and a ladder.",
+            show_default=False,
+        ),
+    ] = "",
+    repeats: Repeats = 3,
+    output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path(
+        "evaluation.json"
+    ),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Measure accuracy and time per threshold on labelled rows, against full depth."""
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.data.rows import encode
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.evaluate import LADDER, evaluate, save, table
+
+    check_json(output)
+    levels = [
+        None if text.strip() == "default" else parse_threshold(text)
+        for text in thresholds.split(",")
+        if thresholds
+    ] or [*LADDER, None, FULL]
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    rows = rows_of(clf, data, split, text_column, label_column)
+    with Console(stderr=True).status("tokenising") as status:
+        task = encode(rows, clf.bundle.encode)
+        result = evaluate(
+            clf, task.encoded, task.labels, list(dict.fromkeys(levels)), repeats=repeats,
+            progress=status.update,
+        )  # fmt: skip
+    result |= {"bundle": name_of(bundle), "data": rows.origin}
+    result |= {"rows_fitted_on": count_fitted([clf.bundle], task.hashes)}
+    save(result, output)
+    show(table(result))
+    for sentence in (result.get(name, {}).get("sentence") for name in ("drift", "abstain")):
+        if sentence:
+            note(sentence)
+    note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(epilog="Example: `ejax report sentiment --data test.tsv --output report.html`")
+def report(
+    bundle: Bundle,
+    data: Data,
+    split: NewSplit = "test",
+    beside: Beside = None,
+    train: Train = "",
+    encoder: Encoder = "",
+    repeats: Repeats = 3,
+    output: Annotated[Path, typer.Option(help="HTML; a JSON and PNGs go beside it.")] = Path(
+        "report.html"
+    ),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Write one page on what early exit gains and loses on labelled rows, and for whom.
+
+    Rows that fitted the bundle, or one beside it, or chose its thresholds are left out. The page
+    needs nothing else: it can be sent and opened anywhere.
+    """
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.evaluation.page import check_report, write_page
+    from ejax.evaluation.report import make_report
+
+    check_split(split)
+    check_output_file(output, ".html")
+    check_report(output.with_suffix(".json"))
+    started = time.perf_counter()
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    others = load_beside(beside or ())
+    rows = rows_of(clf, data, split, text_column, label_column)
+    training = train_rows_of(clf, train, encoder, text_column, label_column)
+    with Console(stderr=True).status("") as status:
+        made = make_report(
+            clf, rows, beside=others, train=training, encoder=encoder, repeats=repeats,
+            progress=status.update,
+        )  # fmt: skip
+    for sentence in (*made["notes"], made["measured"].get("enough", "")):
+        if sentence:
+            note(sentence)
+    for path in write_page(made | {"bundle": name_of(bundle)}, output):
+        note(f"written: {path}")
+    inference = made["inference_seconds"]
+    rest = time.perf_counter() - started - inference
+    note(f"{inference:.0f} s of inference, compiling and timing; {rest:.0f} s for the rest")
+
+
+@app.command(
+    epilog="Example: `ejax bench sentiment --data test.tsv --against torch-float32,onnx-int8`"
+)
+def bench(
+    bundle: Bundle,
+    data: Data,
+    split: Split = "test",
+    threshold: Annotated[str, typer.Option(help="Else the bundle's own.", show_default=False)] = "",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Of torch-float32, torch-bfloat16, onnx-float32, onnx-int8, torch-exit; else all.",
+            show_default=False,
+        ),
+    ] = "",
+    beside: Beside = None,
+    train: Train = "",
+    encoder: Encoder = "",
+    limit: Annotated[
+        int, typer.Option(help="At most so many rows, evenly over all; 0 is all.", min=0)
+    ] = 0,
+    repeats: Repeats = 3,
+    output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
+) -> None:
+    """Time this bundle, PyTorch and ONNX Runtime on the same rows in one run.
+
+    With --train two linear models of scikit-learn join them.
+
+    Their libraries come with `pip install '.[bench]'` in ejax's folder; what is not installed
+    is left out.
+    """
+    from rich.console import Console
+
+    from ejax.classifier import EarlyExitClassifier
+    from ejax.data.sources import row_hash
+    from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
+    from ejax.evaluation.describe import show
+    from ejax.rivals import fit_rivals
+
+    check_json(output)
+    clf = EarlyExitClassifier.from_pretrained(bundle)
+    others = load_beside(beside or ())
+    rows = rows_of(clf, data, split, text_column, label_column)
+    every = list(rows)
+    chosen = [every[i] for i in spread(len(every), limit or len(every))]
+    texts, hashes = [row.inputs for row in chosen], [row_hash(row) for row in chosen]
+    training = train_rows_of(clf, train, encoder, text_column, label_column)
+    with Console(stderr=True).status("") as status:
+        rivals, notes = fit_rivals(
+            clf.bundle, training, set(hashes), encoder=encoder, progress=status.update
+        )
+        result = bench(
+            clf, texts, [row.label for row in chosen],
+            threshold=parse_threshold(threshold) if threshold else None,
+            against=against.split(",") if against else tuple(AGAINST),
+            beside=others, rivals=rivals,
+            repeats=repeats, progress=status.update,
+        )  # fmt: skip
+    result |= {"bundle": name_of(bundle), "data": rows.origin, "notes": notes}
+    bundles = [clf.bundle, *(other.bundle for other in others.values())]
+    result |= {"rows_fitted_on": count_fitted(bundles, hashes)}
+    save_bench(result, output)
+    show(bench_table(result))
+    for name, why in result["left_out"].items():
+        note(f"left out: {name} ({why})")
+    for sentence in (*notes, result["enough"]):
+        if sentence:
+            note(sentence)
+    note(f"written: {output} and {output.with_suffix('.png')}")
+
+
+@app.command(epilog="Example: `ejax profile sentiment`")
+def profile(
+    bundle: Bundle,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the JSON here.", show_default=False)
+    ] = None,
+) -> None:
+    """Time the pieces of the engine on this machine, and keep the result for this user.
+
+    From then on every bundle with layers of this shape takes its compute type and its
+    tiles from it, and `ejax evaluate` prints the cost it predicts.
+    """
+    from rich.console import Console
+
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.describe import show
+    from ejax.evaluation.profile import measure, profile_table
+    from ejax.inference.cost import load_profile, profile_path, save_profile
+
+    if output:
+        check_json(output)
+    loaded = load_bundle(bundle)
+    with Console(stderr=True).status("") as status:
+        found = measure(loaded, progress=status.update)
+    kept = profile_path(loaded.cfg)
+    try:
+        whole = found.beside(load_profile(kept))
+    except ValueError:  # a damaged one is replaced
+        whole = found
+    for path, profile in [(kept, whole), *([(output, found)] if output else [])]:
+        save_profile(profile, path)
+        note(f"written: {path}")
+    show(profile_table(found))
