@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from scipy.special import softmax
 
-from ejax.bundle import Bundle, load_bundle, save_bundle
+from ejax.bundle import Bundle, load_bundle
 from ejax.calibration.abstain import certainty, check_abstain
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
@@ -27,6 +27,7 @@ from ejax.inference.shapes import Pool, Running, Shapes, check_finite, nothing_d
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import ragged_logits
+from ejax.saving import save_bundle
 from ejax.streaming import chunks, pipelined
 
 FULL = 2.0  # above every score: nobody leaves early
@@ -122,7 +123,7 @@ class EarlyExitClassifier:
         return cls(bundle, shapes=Shapes(profile=profile), one_type=one_type)
 
     def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
-        """Writes the bundle; with rows=False without rows.json, see `ejax.bundle.save_bundle`."""
+        """Writes the bundle; with rows=False without rows.json, see `ejax.saving.save_bundle`."""
         return save_bundle(self.bundle, folder, rows=rows)
 
     def __call__(

@@ -465,11 +465,11 @@ def calibrate(
     The weights stay. Rows trained on are left out, and rows of the bundle's dev-B, which is for
     reports, unless they placed the exits.
     """
-    from ejax.bundle import check_output, save_bundle
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import exit_tables, facts, show
     from ejax.evaluation.recalibrate import recalibrate
+    from ejax.saving import check_output, save_bundle
 
     check_split(split)
     if max_drop is not None:
@@ -547,12 +547,12 @@ def thresholds(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output
     from ejax.calibration.abstain import check_accuracy
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.abstain import choose_abstain
     from ejax.evaluation.describe import show
     from ejax.evaluation.targets import Target, choose, targets_table
+    from ejax.saving import check_output
 
     check_split(split)
     given = (max_drop, budget, budget_ms, risk, delta, loss)
@@ -599,11 +599,11 @@ def place(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.place import place_exits, placements_table
+    from ejax.saving import check_output
 
     check_split(split)
     check_output(output)

@@ -321,7 +321,7 @@ def in_its_type(after: Any, bundle: Path) -> Any:
 
 def save_chosen(after: Any, bundle: Path, output: Path, *reports: dict[str, Any]) -> None:
     """Writes what was chosen on some rows, and says on which."""
-    from ejax.bundle import save_bundle
+    from ejax.saving import save_bundle
 
     folder = save_bundle(in_its_type(after, bundle), output)
     if left_out := reports[0]["rows_left_out"]:

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,13 +17,16 @@ from safetensors.numpy import load_file
 
 import ejax
 from ejax import bundle as bundle_module
-from ejax.bundle import FILES, describe_thresholds, ledger_behind, load_bundle, save_bundle
+from ejax import saving
+from ejax.bundle import FILES, ledger_behind, load_bundle
+from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Tokenizer
 from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
 from ejax.provenance import ON_WORD, PICKED, TRAINED, UNKNOWN, UNKNOWN_BEHIND, Ledger
+from ejax.saving import save_bundle
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -263,6 +268,7 @@ def test_hugging_face_names_the_encoder_and_labels() -> None:
 
 
 def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Where two folders cannot take each other's name at once."""
     bundle, rename = load_bundle(tiny.trained()[0]), Path.rename
     folder = save_bundle(bundle, tmp_path / "b")
 
@@ -271,6 +277,7 @@ def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monke
         if self == folder:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(saving, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
@@ -278,15 +285,64 @@ def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monke
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_a_bundle_is_not_read_half_old_half_new(tmp_path: Path, monkeypatch) -> None:
-    bundle, read = load_bundle(tiny.trained()[0]), bundle_module.load_tokenizer
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Its bundle is found by whoever reads, and put back by whoever saves."""
+    bundle = load_bundle(tiny.trained()[0])
+    folder = save_bundle(bundle, tmp_path / "b")
+    (folder / "notes.txt").write_text("of mine")
+    old = folder.rename(tmp_path / ".b-01234_ab-old")
+    sentence = tiny.refused("predict", folder)
+    assert f"b does not exist. What was there before it was to be replaced is {old}" in sentence
+    save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
+    assert load_bundle(folder).thresholds == (0.75, 0.0)
+    assert (folder / "notes.txt").read_text() == "of mine"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_bundle_is_never_half_old_half_new(tmp_path: Path, monkeypatch, at_once: bool) -> None:
+    """While it is read it is replaced again and again, by other weights and labels."""
+    if not at_once:
+        monkeypatch.setattr(saving, "_exchange", lambda *_: False)
+    bundle, done, saved = load_bundle(tiny.trained()[0]), threading.Event(), []
+    folder = save_bundle(bundle, tmp_path / "b")
+    other = dataclasses.replace(
+        bundle, labels=("no", "yes"), thresholds=(0.75, 0.0),
+        variables=jax.tree.map(lambda leaf: leaf + 1, bundle.variables),
+    )  # fmt: skip
+
+    def write() -> None:
+        while not done.is_set():
+            saved.append(save_bundle((other, bundle)[len(saved) % 2], folder))
+
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write)
+        for _ in range(40):
+            found = load_bundle(folder)
+            same = other if found.labels == other.labels else bundle
+            assert found.thresholds == same.thresholds
+            jax.tree.map(np.testing.assert_array_equal, found.variables, same.variables)
+        done.set()
+        writing.result()
+    assert len(saved) > 3
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_what_was_opened_is_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
+    bundle, read = load_bundle(tiny.trained()[0]), bundle_module.read_tokenizer
     folder = save_bundle(bundle, tmp_path / "b")
 
-    def overtaken(path: Path) -> Tokenizer:
-        save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), path)
-        return read(path)
+    def overtaken(path: Path, name: Path) -> Tokenizer:
+        save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
+        return read(path, name)
 
-    monkeypatch.setattr(bundle_module, "load_tokenizer", overtaken)
+    def edited(path: Path, name: Path) -> Tokenizer:
+        (folder / "config.json").write_text("{}")
+        return read(path, name)
+
+    monkeypatch.setattr(bundle_module, "read_tokenizer", overtaken)
+    assert load_bundle(folder).thresholds == bundle.thresholds
+    monkeypatch.setattr(bundle_module, "read_tokenizer", edited)
     with pytest.raises(ValueError, match=r"b is being written at this moment: try again"):
         load_bundle(folder)
 
@@ -328,12 +384,12 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
-        ("exits.json", {"provenance": None}, "exits.json is damaged"),
-        ("exits.json", {"buckets": ["a"]}, "invalid literal for int"),
+        ("exits.json", {"provenance": None}, "provenance must be an object. Got None"),
+        ("exits.json", {"buckets": ["a"]}, "buckets[0] must be an integer. Got 'a'"),
         ("exits.json", {"abstain": 1.5}, "an abstain threshold from 0 to 1, or none. Got 1.5"),
-        ("exits.json", {"max_length": 4096}, "max_length must be at most the 32 positions"),
-        ("exits.json", {"sha256": None}, "its sha256 is not that in exits.json"),
-        ("rows.json", {"trainings": [{}]}, "rows.json is damaged: KeyError('rows')"),
+        ("exits.json", {"max_length": 4096}, "at least 4 and at most the 32 positions"),
+        ("exits.json", {"sha256": ""}, "its sha256 is not that in exits.json"),
+        ("rows.json", {"trainings": [{}]}, "trainings[0].salt is missing"),
         (
             "rows.json",
             {"trainings": [{"salt": "", "rows": {"train": "0"}}]},

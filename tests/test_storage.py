@@ -19,8 +19,9 @@ import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
 from ejax import storage
-from ejax.bundle import load_bundle, save_bundle
+from ejax.bundle import load_bundle
 from ejax.command import explain
+from ejax.saving import save_bundle
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 

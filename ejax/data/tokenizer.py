@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ejax.errors import UserError
+from ejax.errors import UserError, clipped
 
 Text = str | tuple[str, str]
 
@@ -268,14 +268,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(
-                f"{path} is not a tokenizer that the tokenizers library "
-                f"{tokenizers.__version__} can read ({error}): fetch it again."
-            ) from error
-        return Tokenizer(backend, path)
+        return read_tokenizer(path, path)
     path = folder / "vocab.txt"
     if path.is_file():
         return Tokenizer(_from_vocab(path, _read_settings(folder / "tokenizer_config.json")), path)
@@ -283,6 +276,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     raise UserError(
         f"a tokenizer needs a folder with tokenizer.json or vocab.txt: {folder} {there}."
     )
+
+
+def read_tokenizer(path: Path, name: Path) -> Tokenizer:
+    """That of a tokenizer.json, which errors call `name`; see `load_tokenizer`."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(
+            f"{name} is not a tokenizer that the tokenizers library {tokenizers.__version__} can "
+            f"read ({clipped(error)}): fetch it again."
+        ) from error
+    return Tokenizer(backend, name)
 
 
 def longest_first(

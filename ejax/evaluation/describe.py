@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_thresholds, exits_in_words
+from ejax.bundle import Bundle
+from ejax.card import describe_thresholds, exits_in_words
 from ejax.config import BertConfig
 
 PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
