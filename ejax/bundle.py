@@ -5,7 +5,8 @@ model.safetensors   the encoder under Hugging Face names, the heads under `heads
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds (of an answer too, where `abstain` holds
-                    one), how they were chosen, and the sha256 of model.safetensors
+                    one), how they were chosen, and the sha256 of model.safetensors, of the
+                    other files, and of its own values
 rows.json           which rows had a part in it, see `ejax.provenance`; may be left out
 README.md           the model card
 """
@@ -336,9 +337,8 @@ def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
         )
     for name, tensor in found.items():
         if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise UserError(
-                f"{path}: {name} must hold finite float32. Got {tensor.dtype}, finite or not."
-            )
+            got = tensor.dtype if tensor.dtype != np.float32 else "NaN or infinity"
+            raise UserError(f"{path}: {name} must hold finite float32. Got {got}.")
     saved = {k.removeprefix(NGRAMS): v for k, v in tensors.items() if k.startswith(NGRAMS)}
     others = {k: v for k, v in tensors.items() if k not in shapes and not k.startswith(NGRAMS)}
     try:

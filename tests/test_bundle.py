@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ejax
 from ejax import bundle as bundle_module
@@ -23,6 +23,7 @@ from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Tokenizer
+from ejax.errors import UserError
 from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
 from ejax.provenance import ON_WORD, PICKED, TRAINED, UNKNOWN, UNKNOWN_BEHIND, Ledger
@@ -395,6 +396,18 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
             {"trainings": [{"salt": "", "rows": {"train": "0"}}]},
             "rows.json is damaged",
         ),
+        ("exits.json", {"temperatures": [1e-45, 1.0]}, "temperatures from 0.001 to 1000, one per"),
+        ("exits.json", {"temperatures": [1.0, 1e38]}, "temperatures from 0.001 to 1000, one per"),
+        ("exits.json", {"ngram_buckets": 1 << 40}, "a power of two, at most 2^24"),
+        ("exits.json", {"format_version": True}, "a format_version of at most 4. Got True"),
+        ("exits.json", {"sha256": {"a": "b" * 10**7}}, "sha256 must be a string. Got {'a': 'bbb"),
+        ("exits.json", {"provenance": {"versions": 3}}, "provenance.versions must be an object"),
+        ("config.json", {"id2label": {"0": "a", "1": "a"}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": {"0": "a", "2": "b"}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": {"0": 1, "1": None}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": ["x" * 10**7]}, "the names of the labels, each once"),
+        ("config.json", {"num_hidden_layers": 1}, "exit layers must be at most 1"),
+        ("config.json", {"vocab_size": 10**12}, "must be (1000000000000, 20). Got (19, 20)"),
         ("config.json", {"id2label": None}, "config.json: id2label must map 0, 1, … to the names"),
         ("config.json", {"vocab_size": 9}, "word"),
     ],
@@ -406,6 +419,55 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, changed: object, sai
     with pytest.raises(ValueError, match=re.escape(str(folder))) as raised:
         load_bundle(folder)
     assert said in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["1e999", "NaN", "1" * 400, "[" * 1100 + "]" * 1100, '"", "a": 1'])
+def test_json_that_no_program_should_read(tmp_path: Path, text: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    for name in ("exits.json", "config.json", "rows.json"):
+        before = (folder / name).read_text()
+        (folder / name).write_text(before.replace("{", f'{{"a": {text}, ', 1))
+        with pytest.raises(UserError, match=f"{name} is damaged: it is n") as raised:
+            load_bundle(folder)
+        assert len(str(raised.value)) < 500
+        (folder / name).write_text(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*an older ejax made it")
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("heads.mix", lambda x: x.astype(np.int32), "finite float32. Got int32"),
+        ("heads.exits.classifier.bias", lambda x: x * np.nan, "float32. Got NaN or infinity"),
+        ("heads.exits.dense.bias", lambda x: x[:, 1:].copy(), "missing or of another shape"),
+        ("ngrams.table", lambda x: x.astype(np.float64), "ngrams.table is missing, not finite, or"),
+        ("ngrams.known", lambda x: x[::-1].copy(), "ngrams.known is missing"),
+        ("ngrams.known", lambda x: x.astype(np.int64), "ngrams.known is missing"),
+        ("ngrams.bias", lambda x: x + np.inf, "ngrams.bias is missing, not finite"),
+        ("bert.embeddings.word_embeddings.weight", lambda x: x * np.nan, "not finite: embeddings."),
+        ("texts.train", lambda x: x.astype(np.float32), "texts.train must be a list of int64"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(tmp_path: Path, name: str, change, said: str) -> None:
+    """In a format without a sha256 that would tell."""
+    folder = Path(shutil.copytree(GOLDENS / "bundle_format_3", tmp_path / "b"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(str(folder / "model.safetensors"))) as raised:
+        load_bundle(folder)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["exits.json", "config.json"])
+def test_a_bundle_that_was_edited_loads_and_says_so(tmp_path: Path, name: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    edit = {"thresholds": [0.9, 0.0]} if name == "exits.json" else {"hidden_act": "relu"}
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | edit))
+    with pytest.warns(UserWarning, match=f"bundle: {name} changed after the bundle was saved"):
+        bundle = load_bundle(folder)
+    save_bundle(bundle, folder)
+    load_bundle(folder)  # without a warning
 
 
 @pytest.mark.parametrize("field", ["temperatures", "layers"])

@@ -287,11 +287,16 @@ def check_not_changed(bundle: Path) -> None:
     with storage.reaching(bundle):
         if not (bundle / "exits.json").exists():
             return
-        text = (bundle / "exits.json").read_text()
+        content = (bundle / "exits.json").read_bytes()
     try:
-        provenance = json.loads(text)["provenance"]
+        provenance = json.loads(content)["provenance"]
         since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
-    except (ValueError, LookupError, TypeError):  # damaged: the run writes a new one
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # damaged: the run writes a new one
         since = []
     if since:
         raise UserError(
