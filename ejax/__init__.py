@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ejax.bundle import Bundle, load_bundle, save_bundle
+    from ejax.bundle import Bundle, load_bundle
     from ejax.calibration.temperature import fit_temperatures
     from ejax.classifier import EarlyExitClassifier
     from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ejax.models.early_exit import EarlyExitBert
     from ejax.models.heads import ExitHeads
     from ejax.models.weights import load_bert, with_pretrained
+    from ejax.saving import save_bundle
     from ejax.training.finetune import finetune
 
 # Where each public name lives; a module is imported when its name is first used.
@@ -36,7 +37,7 @@ _HOME = {
     "full_depth": "inference.engine",
     "load_bert": "models.weights",
     "load_bundle": "bundle",
-    "save_bundle": "bundle",
+    "save_bundle": "saving",
     "select_exit": "inference.policy",
     "with_pretrained": "models.weights",
 }

@@ -5,7 +5,8 @@ model.safetensors   the encoder under Hugging Face names, the heads under `heads
 config.json         Hugging Face's, with id2label and the layers kept
 tokenizer.json      Hugging Face's
 exits.json          exits, temperatures, thresholds (of an answer too, where `abstain` holds
-                    one), how they were chosen, and the sha256 of model.safetensors
+                    one), how they were chosen, and the sha256 of model.safetensors, of the
+                    other files, and of its own values
 rows.json           which rows had a part in it, see `ejax.provenance`; may be left out
 README.md           the model card
 """
@@ -13,10 +14,8 @@ README.md           the model card
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,31 +23,55 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
-from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
-from ejax.ending import partial, whole
-from ejax.errors import UserError
+from ejax.data.tokenizer import MIN_LENGTH, Encoded, Tokenizer, read_tokenizer
+from ejax.errors import UserError, clipped, shown
 from ejax.inference.cost import zero_in_layers
 from ejax.inference.policy import check_calibration
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.models.ngrams import packed_table, unpacked_table
-from ejax.models.weights import from_hf, read_config, to_hf
+from ejax.models.ngrams import unpacked_table
+from ejax.models.weights import config_of, from_hf
 from ejax.provenance import Ledger
-from ejax.tasks import Task, task_of
+from ejax.records import Whole, misfit, read_json
+from ejax.storage import Held
+from ejax.tasks import TASKS, Task, task_of
 
 FORMAT_VERSION = 4
 ROWS_KNOWN = 2  # the first format that knows rows by their text
 ROWS_APART = 4  # the first that salts their hashes, and keeps them in a file of their own
 WHOLE_TOKENS = 4096  # of a text, for exit 0
-FILES = ("model.safetensors", "config.json", "tokenizer.json", "exits.json")
+WEIGHTS, CONFIG, TOKENIZER, EXITS = FILES = (
+    "model.safetensors", "config.json", "tokenizer.json", "exits.json",
+)  # fmt: skip
 ROWS = "rows.json"
-WRITTEN = (ROWS, *FILES, "README.md")
+SUMMED = (CONFIG, TOKENIZER, ROWS)  # whose sha256 stand in exits.json under "files"
+TEMPERATURES = (1e-3, 1e3)  # the fit stays within 0.05 and 20
+MOST = 1e3  # of a threshold: above 1 all are the same
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor of the formats before ROWS_APART
 NGRAMS = "ngrams."  # before the names of exit 0's tensors
+_PROVENANCE = {
+    "config": {
+        "seed": int,
+        "max_drop": float,
+        "data": {"text_columns": [str], "label_column": str, "dev_fraction": float},
+    },
+    "text_columns": [str],
+    **dict.fromkeys(("label_column", "model", "teacher", "data", "thresholds_from"), str),
+    "versions": {...: str},
+    "depth": Whole(rows=int, exit_share=[float], thresholds=[float]),
+    "target": {"target": {}},
+    "calibrated": {},
+    "abstain": Whole(sentence=str),
+    "rows": {...: [str]},  # of older formats
+}
+_MORE = {
+    "abstain": float, "ngram_buckets": int, "sha256": str, "files": {...: str}, "center": float,
+    "spread": float,
+}  # fmt: skip
+_ROWS = Whole(complete=bool, trainings=[Whole(salt=str, rows={...: [str]})])
 UNSALTED = (
     "an older ejax made it, and with its files anyone can test whether a text was trained on. "
     "Load and save it again before you share it."
@@ -111,152 +134,6 @@ class Bundle:
         return zero_in_layers(self.cfg, self.exits, encoded.lengths, encoded.whole_lengths)
 
 
-def ledger_behind(folder: Path) -> Ledger:
-    """What a training that starts from the weights in a folder, a bundle's or others, must know."""
-    path = folder / "exits.json"
-    if path.exists():
-        ledger = _ledger(folder, _read(path))
-    elif ARCHITECTURE in (_read(folder / "config.json").get("architectures") or ()):
-        ledger = _older_ledger(folder, {"rows_unknown": True}, ROWS_KNOWN)  # weights alone
-    else:
-        ledger = Ledger(complete=True)
-    return ledger.behind()
-
-
-def _ledger(folder: Path, meta: dict[str, Any]) -> Ledger:
-    """That of the bundle whose exits.json this is."""
-    path, version = folder / ROWS, _version(folder, meta)
-    if version < ROWS_APART:
-        return _older_ledger(folder, meta.get("provenance") or {}, version)
-    if not path.exists():
-        return Ledger()
-    values = _read(path)
-    if values.get("sha256") != meta.get("sha256"):
-        _check_unchanged(folder, meta)
-        raise UserError(
-            f"{path} is not of these weights: put back the one that was saved with them, or "
-            f"remove it."
-        )
-    try:
-        return Ledger.from_json(values)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}.") from None
-
-
-def _older_ledger(folder: Path, provenance: dict[str, Any], version: int) -> Ledger:
-    """Salted, from the unsalted hashes of formats before `ROWS_APART`."""
-    if version < ROWS_KNOWN:  # its hashes held labels too
-        return Ledger()
-    with safe_open(folder / "model.safetensors", "numpy") as tensors:
-        names = tensors.keys()
-        trained = tensors.get_tensor(TRAINED).tolist() if TRAINED in names else []
-    rows = {"train": [f"{row:012x}" for row in trained], **provenance.get("rows", {})}
-    return Ledger(complete="rows_unknown" not in provenance).with_training(rows)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_bundle(bundle: Bundle, folder: str | Path, *, rows: bool = True) -> Path:
-    """Writes the folder under a temporary name and renames it: all of it or nothing.
-
-    On gs:// the old bundle is gone from the start; exits.json comes last and makes it whole.
-
-    Args:
-      rows: whether to write rows.json, by which anyone can test whether a text was trained on.
-
-    Raises:
-      ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
-    """
-    with replacing(folder) as fresh:
-        save_file(_tensors(bundle), fresh / "model.safetensors", metadata={"format": "pt"})
-        weights = {"sha256": sha256_of(fresh / "model.safetensors")}
-        bundle.tokenizer.save(fresh)
-        _write(fresh / "config.json", hf_config(bundle))
-        if rows and (bundle.ledger.trainings or bundle.ledger.complete):
-            (fresh / ROWS).write_text(json.dumps(weights | bundle.ledger.to_json()) + "\n")
-        _write(fresh / "exits.json", _exits(bundle) | weights)
-        (fresh / "README.md").write_text(model_card(bundle), encoding="utf-8", errors="replace")
-    return storage.path_of(folder)
-
-
-@contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder`, a bundle or nothing, at the end."""
-    folder = check_output(folder)
-    if storage.is_remote(folder):
-        with storage.temporary_folder() as made:
-            yield made
-            if not (made / ROWS).exists():
-                with storage.reaching(folder):  # rows of the bundle that was there
-                    (folder / ROWS).unlink(missing_ok=True)
-            storage.upload(made, folder, first="config.json", last="exits.json")
-        return
-    folder = Path(os.path.realpath(folder))  # a link stays one
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with storage.temporary_folder(folder.parent) as fresh:
-            yield fresh
-            fresh.chmod(0o755)
-            (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
-            if folder.exists():
-                _swap(folder, fresh)
-            else:
-                fresh.rename(folder)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} cannot be written: {why}. Nothing was changed.") from error
-
-
-def _swap(folder: Path, fresh: Path) -> None:
-    """`fresh` takes the place of the bundle, whose other files it keeps."""
-    for item in folder.iterdir():
-        if item.name not in WRITTEN:
-            (shutil.copytree if item.is_dir() else shutil.copy2)(item, fresh / item.name)
-    with partial(fresh.with_name(fresh.name + "-old")) as old, whole():
-        folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-
-
-def check_output(folder: str | Path) -> Path:
-    """Raises ValueError, before any work, where a bundle must not be written."""
-    folder = storage.path_of(folder)
-    with storage.reaching(folder):
-        taken = folder.exists() and not (folder / "exits.json").exists() and _taken(folder)
-    if taken:
-        raise UserError(f"{folder} exists and is not a bundle: choose another output folder.")
-    if not storage.is_remote(folder):
-        above = Path(os.path.realpath(folder)).parent  # a link stays one
-        above = next(one for one in (above, *above.parents) if one.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            raise UserError(f"{folder} cannot be written: {above} takes no new folder.")
-        if os.path.ismount(folder):
-            raise UserError(f"{folder} cannot be replaced: it is a mount. Give a folder in it.")
-    return folder
-
-
-def _taken(folder: Any) -> bool:
-    """By anything but, on gs://, a bundle whose writing was cut off: its config.json came first."""
-    if not folder.is_dir():
-        return True
-    held = {path.name for path in folder.iterdir()}
-    if not storage.is_remote(folder):
-        return bool(held)
-    held.discard(folder.name)  # a console marks an empty folder by an object of its name
-    cut_off = (
-        "config.json" in held
-        and held <= set(WRITTEN)
-        and ARCHITECTURE in (folder / "config.json").read_text()
-    )
-    return bool(held) and not cut_off
-
-
 def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     """Reads what `save_bundle` wrote.
 
@@ -267,140 +144,201 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     Raises:
       ValueError: when a file is missing, damaged or of another bundle, or the format is newer
         than this ejax.
+
+    Warns:
+      UserWarning: where it is of an older format, or a file is not the one that was saved.
     """
-    if storage.is_remote(folder):
-        with storage.fetched(folder, (ROWS, *FILES)) as copy:
-            return load_bundle(copy, **overrides)
-    folder = storage.path_of(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        found = f"is not a whole bundle: {', '.join(missing)} missing"
-        inside = folder / "bundle"  # of a workdir
-        raise UserError(
-            f"{folder} {found if folder.exists() else 'does not exist'}. "
-            + (f"Did you mean {inside}? " if (inside / FILES[0]).is_file() else "")
-            + "A bundle is the folder that `ejax train --output` writes."
-        )
-    meta = _read(folder / "exits.json")
-    version = _version(folder, meta)
-    try:
-        _check_weights(folder, meta)
-        labels = _labels(folder / "config.json")
-        extra = {"buckets": meta["ngram_buckets"]} if "ngram_buckets" in meta else {}
-        extra |= {name: meta[name] for name in ("problem_type", "center", "spread") if name in meta}
-        exits = ExitConfig(
-            tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"], **extra
-        )
-        numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
-        cfg = from_json(BertConfig, {**to_json(read_config(folder)), **numerics, **overrides})
-        provenance = dict(meta["provenance"])
-        bundle = Bundle(
-            cut(cfg, exits),
-            exits,
-            _variables(folder, cfg, exits),
-            load_tokenizer(folder),
-            labels,
-            tuple(
-                tuple(map(float, t)) if isinstance(t, list) else float(t)
-                for t in meta["temperatures"]
-            ),
-            tuple(float(t) for t in meta["thresholds"]),
-            int(meta["max_length"]),
-            tuple(int(length) for length in meta["buckets"]),
-            {k: v for k, v in provenance.items() if k not in ("rows", "rows_unknown")},
-            _ledger(folder, meta),
-            float(meta.get("abstain", 0.0)),
-        )
-        _check_unchanged(folder, meta)
-        if version < ROWS_APART:
-            unknown = "" if bundle.ledger.complete else OLDER
-            warnings.warn(f"{folder}: {UNSALTED}{unknown}", stacklevel=2)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'exits.json'} is damaged: {error!r}.") from error
-    except ValueError as error:
-        if str(folder) in str(error):
-            raise
-        raise UserError(f"{folder}: {error}") from error
-    if bundle.max_length > cfg.max_position_embeddings:
-        raise UserError(
-            f"{folder / 'exits.json'}: max_length must be at most the "
-            f"{cfg.max_position_embeddings} positions of the encoder. Got {bundle.max_length}."
-        )
-    if bundle.tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(
-            f"{folder / 'tokenizer.json'} must be of this encoder, which embeds {cfg.vocab_size} "
-            f"tokens. Got one of {bundle.tokenizer.vocab_size}."
-        )
-    if len(bundle.thresholds) != len(exits.layers) or np.isnan(bundle.thresholds).any():
-        raise UserError(
-            f"{folder / 'exits.json'} must hold {len(exits.layers)} thresholds, one per exit. "
-            f"Got {list(bundle.thresholds)}."
-        )
-    try:
-        check_calibration(bundle.task, bundle.temperatures, len(exits.layers))
-    except ValueError as error:
-        raise UserError(f"{folder / 'exits.json'}: {error}") from None
-    if not 0 <= bundle.abstain <= 1:
-        raise UserError(
-            f"{folder / 'exits.json'} must hold an abstain threshold from 0 to 1, or none. "
-            f"Got {bundle.abstain}."
+    names = (ROWS, *FILES)
+    with storage.fetched(folder, names) as copy, storage.held(copy, names) as files:
+        _check_whole(copy, files)
+        meta = _exits_of(files)
+        _check_weights(files, meta)
+        try:
+            bundle = _bundle(files, meta, overrides)
+        except ValueError as error:
+            if str(copy) in str(error):
+                raise
+            raise UserError(f"{copy}: {error}") from error
+        _check(bundle, files)
+        changed = _changed(files, meta)
+    if meta["format_version"] < ROWS_APART:
+        unknown = "" if bundle.ledger.complete else OLDER
+        warnings.warn(f"{folder}: {UNSALTED}{unknown}", stacklevel=2)
+    if changed:
+        warnings.warn(
+            f"{folder}: {' and '.join(changed)} changed after the bundle was saved: it may answer "
+            f"otherwise than it did when it was measured.",
+            stacklevel=2,
         )
     return bundle
 
 
-def _version(folder: Path, meta: dict[str, Any]) -> int:
+def ledger_behind(folder: Path) -> Ledger:
+    """What a training that starts from the weights in a folder, a bundle's or others, must know."""
+    with storage.held(folder, (ROWS, *FILES)) as files:
+        made_by = read_json(files[CONFIG]).get("architectures") if CONFIG in files else None
+        if EXITS in files:
+            ledger = _ledger(files, _exits_of(files))
+        elif isinstance(made_by, list) and ARCHITECTURE in made_by:
+            ledger = _older_ledger(files, {"rows_unknown": True})  # weights alone
+        else:
+            ledger = Ledger(complete=True)
+    return ledger.behind()
+
+
+def _check_whole(folder: Path, files: Mapping[str, Held]) -> None:
+    missing = [name for name in FILES if name not in files]
+    if not missing:
+        return
+    found = f"is not a whole bundle: {', '.join(missing)} missing"
+    inside = folder / "bundle"  # of a workdir
+    hint = f"Did you mean {inside}? " if (inside / WEIGHTS).is_file() else ""
+    if (old := storage.set_aside(folder)) is not None:
+        hint = f"What was there before it was to be replaced is {old}: give it its name back. "
+    raise UserError(
+        f"{folder} {found if folder.exists() else 'does not exist'}. {hint}"
+        f"A bundle is the folder that `ejax train --output` writes."
+    )
+
+
+def _exits_of(files: Mapping[str, Held]) -> dict[str, Any]:
+    """What exits.json holds, of the types that it must have."""
+    meta, name = read_json(files[EXITS]), files[EXITS].name
     version = meta.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{folder / 'exits.json'} must have a format_version of at most {FORMAT_VERSION}. "
-            f"Got {version!r}: update ejax to read this bundle."
+            f"{name} must have a format_version of at most {FORMAT_VERSION}. Got "
+            f"{shown(version)}: update ejax to read this bundle."
         )
-    return version
-
-
-def _check_weights(folder: Path, meta: dict[str, Any]) -> None:
-    """Raises ValueError unless the weights are those that exits.json was saved with."""
-    path = folder / "model.safetensors"
-    if meta["format_version"] >= ROWS_APART and sha256_of(path) != meta["sha256"]:
-        _check_unchanged(folder, meta)
+    kind = meta.get("problem_type", Task.problem_type)
+    if kind not in list(TASKS):
         raise UserError(
-            f"{path} is damaged or of another bundle: its sha256 is not that in exits.json. Save "
+            f"{name}: problem_type must be one of {', '.join(TASKS)}. Got {shown(kind)}."
+        )
+    problem = misfit(meta, _schema(TASKS[kind])) or misfit(meta, _MORE)
+    if problem:
+        raise UserError(f"{name} is damaged: {problem}.")
+    return meta
+
+
+def _schema(task: type[Task]) -> Whole:
+    """Of exits.json."""
+    measures = Whole(dict.fromkeys(task.measures, float))
+    point = {task.metric: float, f"full_{task.metric}": float}
+    point |= {"rows": int, "mean_depth": float, "exit_share": [float]}
+    provenance = _PROVENANCE | {
+        "metrics": {...: [Whole(after=measures)]}, "operating_points": {...: Whole(point)},
+    }  # fmt: skip
+    return Whole(
+        layers=[int], pooling=str, mix=str, max_length=int, buckets=[int], dtype=str,
+        temperatures=[[float]] if task.answer_ndim == 2 else [float], thresholds=[float],
+        residual_dtype=str, provenance=provenance,
+    )  # fmt: skip
+
+
+def _check_weights(files: Mapping[str, Held], meta: Mapping[str, Any]) -> None:
+    path, name = files[WEIGHTS]
+    if meta["format_version"] >= ROWS_APART and sha256_of(path) != meta.get("sha256"):
+        raise UserError(
+            f"{name} is damaged or of another bundle: its sha256 is not that in exits.json. Save "
             f"or copy the bundle again."
         )
 
 
-def _check_unchanged(folder: Path, meta: dict[str, Any]) -> None:
-    if _read(folder / "exits.json") != meta:
-        raise UserError(f"{folder} is being written at this moment: try again.")
-
-
-def _labels(path: Path) -> tuple[str, ...]:
-    """In the order of their indices, whatever the order of the file."""
-    config = _read(path)
-    names = config.get("id2label")
-    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+@contextmanager
+def _opened(weights: Held) -> Iterator[Any]:
+    try:
+        with safe_open(weights.path, "numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: id2label must map 0, 1, … to the names of the labels. Got {names!r}."
+            f"{weights.name} is damaged: {clipped(error)}. Save or copy the bundle again."
+        ) from None
+
+
+def _bundle(files: Mapping[str, Held], meta: dict[str, Any], overrides: dict[str, Any]) -> Bundle:
+    config = read_json(files[CONFIG])
+    labels = _labels(config, files[CONFIG].name)
+    names = {"ngram_buckets": "buckets", "problem_type": "problem_type", "center": "center"}
+    names |= {"spread": "spread"}
+    more: dict[str, Any] = {names[name]: meta[name] for name in names if name in meta}
+    exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"], **more)
+    numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
+    encoder = to_json(config_of(config, files[CONFIG].name))
+    cfg = cut(from_json(BertConfig, {**encoder, **numerics, **overrides}), exits)
+    gone = ("rows", "rows_unknown")
+    return Bundle(
+        cfg,
+        exits,
+        _variables(files[WEIGHTS], cfg, exits),
+        read_tokenizer(*files[TOKENIZER]),
+        labels,
+        tuple(tuple(t) if isinstance(t, list) else float(t) for t in meta["temperatures"]),
+        tuple(map(float, meta["thresholds"])),
+        meta["max_length"],
+        tuple(meta["buckets"]),
+        {name: value for name, value in meta["provenance"].items() if name not in gone},
+        _ledger(files, meta),
+        float(meta.get("abstain", 0.0)),
+    )
+
+
+def _labels(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """In the order of their indices, whatever the order of the file."""
+    names = config.get("id2label")
+    if (
+        not isinstance(names, dict)
+        or set(names) != {str(i) for i in range(len(names))}
+        or misfit(names, {...: str})
+        or len(set(names.values())) < len(names)
+    ):
+        raise UserError(
+            f"{path}: id2label must map 0, 1, … to the names of the labels, each once. "
+            f"Got {shown(names)}."
         )
+    if any("\ud800" <= sign <= "\udfff" for name in names.values() for sign in name):
+        raise UserError(f"{path}: id2label must hold Unicode text. Got {shown(names)}.")
     return tuple(names[str(i)] for i in range(len(names)))
 
 
-def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
-    params = bundle.variables["params"]
-    heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
-    made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
-    if bundle.exits.has_zero:
-        saved = packed_table(params["ngrams"])
-        made |= {f"{NGRAMS}{name}": tensor for name, tensor in saved.items()}
-    return to_hf(params["bert"], bundle.cfg) | made
-
-
-def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
-    path = folder / "model.safetensors"
+def _ledger(files: Mapping[str, Held], meta: Mapping[str, Any]) -> Ledger:
+    """That of the bundle whose exits.json this is."""
+    version = meta["format_version"]
+    if version < ROWS_KNOWN or (version >= ROWS_APART and ROWS not in files):
+        return Ledger()  # the first format's hashes held labels too
+    if version < ROWS_APART:
+        return _older_ledger(files, meta["provenance"])
+    path, name = files[ROWS]
+    values = read_json(files[ROWS], _ROWS)
+    same_weights = values.get("sha256") == meta.get("sha256")
+    if not same_weights or meta.get("files", {}).get(ROWS) not in (None, sha256_of(path)):
+        raise UserError(
+            f"{name} is not of these weights: put back the one that was saved with them, or "
+            f"remove it."
+        )
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}. Save or copy the bundle again.") from None
+        return Ledger.from_json(values)
+    except UserError as error:
+        raise UserError(f"{name} is damaged: {error}.") from None
+
+
+def _older_ledger(files: Mapping[str, Held], provenance: Mapping[str, Any]) -> Ledger:
+    """Salted, from the unsalted hashes of formats before `ROWS_APART`."""
+    trained = np.zeros(0, np.int64)
+    if WEIGHTS in files:
+        with _opened(files[WEIGHTS]) as tensors:
+            trained = tensors.get_tensor(TRAINED) if TRAINED in set(tensors.keys()) else trained
+    if trained.dtype != np.int64 or trained.ndim != 1:
+        raise UserError(f"{files[WEIGHTS].name}: {TRAINED} must be a list of int64.")
+    rows = {"train": [f"{row:012x}" for row in trained.tolist()], **provenance.get("rows", {})}
+    return Ledger(complete="rows_unknown" not in provenance).with_training(rows)
+
+
+def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
+    """float32 parameters; nothing is allocated that the tensors do not fill."""
+    path = weights.name
+    with _opened(weights) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     e, n, d = len(exits.encoder.layers), exits.num_layers, cfg.hidden_size
     c = task_of(exits).outputs
     shapes = {
@@ -410,80 +348,91 @@ def _variables(folder: Path, cfg: BertConfig, exits: ExitConfig) -> Any:
         "heads.exits.classifier.kernel": (e, d, c),
         "heads.exits.classifier.bias": (e, c),
     }
-    wrong = [name for name in shapes if getattr(tensors.get(name), "shape", 0) != shapes[name]]
+    found = {name: tensors.get(name, np.zeros(())) for name in shapes}
+    wrong = [name for name in shapes if found[name].shape != shapes[name]]
     if wrong:
         raise UserError(
             f"{path} does not fit exits.json: {', '.join(wrong)} missing or of another shape."
         )
-    heads = traverse_util.unflatten_dict({name: tensors.pop(name) for name in shapes}, sep=".")
-    grams = [name for name in tensors if name.startswith(NGRAMS)]
-    saved = {name.removeprefix(NGRAMS): tensors.pop(name) for name in grams}
+    for name, tensor in found.items():
+        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+            got = tensor.dtype if tensor.dtype != np.float32 else "NaN or infinity"
+            raise UserError(f"{path}: {name} must hold finite float32. Got {got}.")
+    saved = {k.removeprefix(NGRAMS): v for k, v in tensors.items() if k.startswith(NGRAMS)}
+    others = {k: v for k, v in tensors.items() if k not in shapes and not k.startswith(NGRAMS)}
     try:
         zero = {"ngrams": unpacked_table(saved, exits)} if exits.has_zero else {}
-        bert = from_hf(tensors, cut(cfg, exits))
+        bert = from_hf(others, cfg)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    return {"params": {"bert": bert, **heads, **zero}}
+    return {"params": {"bert": bert, **traverse_util.unflatten_dict(found, sep="."), **zero}}
 
 
-def hf_config(bundle: Bundle) -> dict[str, Any]:
-    """The `config.json` of the encoder, under the names of Hugging Face."""
-    values = to_json(bundle.cfg)
-    for name in ("dtype", "residual_dtype"):
-        del values[name]
-    return values | {
-        "model_type": "bert",
-        "problem_type": bundle.exits.problem_type,
-        "architectures": [ARCHITECTURE],
-        "id2label": {str(i): label for i, label in enumerate(bundle.labels)},
-        "label2id": {label: i for i, label in enumerate(bundle.labels)},
-        "position_embedding_type": "absolute",
-        "torch_dtype": "float32",
-    }
-
-
-def _exits(bundle: Bundle) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "layers": list(bundle.exits.layers),
-        "pooling": bundle.exits.pooling,
-        "mix": bundle.exits.mix,
-        **_task_fields(bundle.exits),
-        "temperatures": list(bundle.temperatures),
-        "thresholds": list(bundle.thresholds),
-        **({"abstain": bundle.abstain} if bundle.abstain else {}),
-        "max_length": bundle.max_length,
-        "buckets": list(bundle.buckets),
-        **({"ngram_buckets": bundle.exits.buckets} if bundle.exits.has_zero else {}),
-        "dtype": bundle.cfg.dtype,
-        "residual_dtype": bundle.cfg.residual_dtype,
-        "provenance": bundle.provenance,
-    }
-
-
-def _task_fields(exits: ExitConfig) -> dict[str, Any]:
-    """Of other tasks than one label; older versions refuse what they do not know by format."""
-    if exits.problem_type == "single_label_classification":
-        return {}
-    scores = {"center": exits.center, "spread": exits.spread}
-    return {"problem_type": exits.problem_type} | (
-        scores if exits.problem_type == "regression" else {}
-    )
-
-
-def _write(path: Path, values: Any) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8", errors="replace")  # of a path that is not
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _check(bundle: Bundle, files: Mapping[str, Held]) -> None:
+    """Raises ValueError for what the model or the other files do not allow."""
+    path, count, cfg = files[EXITS].name, len(bundle.exits.layers), bundle.cfg
+    if not MIN_LENGTH <= bundle.max_length <= cfg.max_position_embeddings:
+        raise UserError(
+            f"{path}: max_length must be at least {MIN_LENGTH} and at most the "
+            f"{cfg.max_position_embeddings} positions of the encoder. Got {bundle.max_length}."
+        )
+    if bundle.tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"{files[TOKENIZER].name} must be of this encoder, which embeds {cfg.vocab_size} "
+            f"tokens. Got one of {bundle.tokenizer.vocab_size}."
+        )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: expected a JSON object.")
-    return values
+        check_calibration(bundle.task, bundle.temperatures, count)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    several = bundle.task.answer_ndim == 2
+    scales = tuple(
+        t for of in bundle.temperatures for t in (of[: len(bundle.labels)] if several else [of])
+    )
+    many = count * len(bundle.labels) if several else count
+    for values, count_of, low, high, what in (
+        (bundle.thresholds, count, 0, MOST, f"thresholds from 0 to {MOST:g}"),
+        (scales, many, *TEMPERATURES, "positive temperatures from {:g} to {:g}"),
+    ):
+        if len(values) != count_of or not all(low <= value <= high for value in values):
+            raise UserError(
+                f"{path} must hold {count_of} {what.format(low, high)}, one per exit. "
+                f"Got {shown(list(values))}."
+            )
+    if not bundle.buckets or min(bundle.buckets) < 1:
+        raise UserError(f"{path}: buckets must be lengths. Got {shown(bundle.buckets)}.")
+    if not 0 <= bundle.abstain <= 1:
+        raise UserError(
+            f"{path} must hold an abstain threshold from 0 to 1, or none. Got {bundle.abstain}."
+        )
+    for name, rows in bundle.provenance.get("metrics", {}).items():
+        if len(rows) != count:
+            raise UserError(
+                f"{path} is damaged: the metrics of {clipped(name, 40)} are of {len(rows)} exits, "
+                f"not {count}."
+            )
+
+
+def _changed(files: Mapping[str, Held], meta: Mapping[str, Any]) -> list[str]:
+    """The files that are not those which were saved, as far as their sums tell."""
+    sums = meta.get("files", {})
+    found = [
+        name
+        for name in (CONFIG, TOKENIZER)
+        if name in sums and sums[name] != sha256_of(files[name].path)
+    ]
+    return found + [EXITS] * (meta.get("values", digest_of(meta)) != digest_of(meta))
+
+
+def digest_of(meta: Mapping[str, Any]) -> str:
+    """The sha256 of what exits.json holds besides it."""
+    values = {name: value for name, value in meta.items() if name != "values"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_columns_of(bundle: Bundle) -> tuple[str, ...]:
@@ -509,98 +458,3 @@ def check_columns(bundle: Bundle, columns: Sequence[str], source: str) -> None:
             f"trained on {len(trained)} ({', '.join(trained)}): give other rows, or of a file name "
             f"the columns with text_columns (--text-column)."
         )
-
-
-def describe_thresholds(thresholds: Sequence[float]) -> str:
-    """In words: the last exit, which takes everyone, left out."""
-    early = sorted(set(thresholds[:-1]))
-    if not early or early[0] > 1:
-        return "full depth"
-    if len(early) == 1:
-        return f"{early[0]:.7g}"
-    return ", ".join(map(describe_threshold, thresholds[:-1]))
-
-
-def describe_threshold(threshold: float) -> str:
-    """Of one exit: those near 1 are chosen to more digits."""
-    if threshold > 1:
-        return "none"
-    return f"{threshold:.3f}" if threshold < 0.999 else f"{threshold:.7g}"
-
-
-def exits_in_words(exits: ExitConfig) -> str:
-    """Such as "before the first layer and after layers 2, 4"."""
-    before = "before the first layer and " if exits.has_zero else ""
-    return f"{before}after layers {', '.join(map(str, exits.encoder.layers))}"
-
-
-def measures_of(task: Task) -> dict[str, str]:
-    """What is told of every exit: names in `metrics` and for people."""
-    if task.metric == "accuracy":
-        names = ("accuracy", "macro_f1", "nll", "brier", "ece_width")
-        return dict(zip(names, ("accuracy", "macro-F1", "NLL", "Brier", "ECE"), strict=True))
-    if task.answer_ndim == 2:
-        return {"micro_f1": "micro-F1", "macro_f1": "macro-F1", "exact": "exact"}
-    return {"spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE"}
-
-
-def model_card(bundle: Bundle) -> str:
-    """What the bundle is, how its thresholds came about, and how to run it."""
-    p = bundle.provenance
-    zero_gives_away = (
-        "Exit 0's table has numbers for the hash of each token and pair of tokens that at least "
-        "three training texts hold: it may still show that such a pair occurred."
-    )
-    lines = [
-        "---",
-        "library_name: ejax",
-        "pipeline_tag: text-classification",
-        "---",
-        "",
-        "# BERT with early exits",
-        "",
-        f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits "
-        f"{exits_in_words(bundle.exits)}; labels: {', '.join(bundle.labels)}.",
-        "",
-        f"- Started from: {p.get('model', 'not recorded')}",
-        *([f"- Taught by: {p['teacher']}"] if p.get("teacher") else []),
-        f"- Trained on: {p.get('data', 'not recorded')}",
-        f"- Default thresholds: {describe_thresholds(bundle.thresholds)}. "
-        f"{p.get('thresholds_from', '')}".rstrip(),
-        *([f"- {p['abstain']['sentence']}"] if "abstain" in p else []),
-        f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
-        f"{bundle.max_length} tokens.",
-        "",
-    ]
-    for name in ("calibration", "dev_a", "dev_b", "test"):
-        rows = p.get("metrics", {}).get(name)
-        if rows:
-            lines += [f"## {name.replace('_', '-')}, per exit, after temperature", ""]
-            columns = measures_of(bundle.task)
-            lines.append(f"| layer | {' | '.join(columns.values())} |")
-            lines.append("|---" * (1 + len(columns)) + "|")
-            for layer, row in zip(bundle.exits.layers, rows, strict=True):
-                cells = " | ".join(f"{row['after'][column]:.4f}" for column in columns)
-                lines.append(f"| {layer} | {cells} |")
-            lines.append("")
-    lines += [
-        "## What it gives away",
-        "",
-        f"`{ROWS}`, where it is there, holds salted hashes of the texts that trained, fitted or "
-        "tested this bundle, so that they choose no thresholds and are not reported on.",
-        "With it, anyone who has a text can test whether it is among them. Where that must stay "
-        "secret, leave the file out: `clf.save_pretrained(folder, rows=False)`.",
-        "Then `ejax calibrate` and promises ask for `--rows-are-new`.",
-        *([zero_gives_away] if bundle.exits.has_zero else []),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import ejax",
-        "",
-        'clf = ejax.EarlyExitClassifier.from_pretrained("path/to/this/folder")',
-        'clf("a text")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from ejax.bundle import Bundle, load_bundle, save_bundle, text_columns_of
+from ejax.bundle import Bundle, load_bundle, text_columns_of
 from ejax.calibration.abstain import certainty, check_abstain
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
@@ -28,6 +28,7 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import ragged_logits
 from ejax.provenance import promises_risk
+from ejax.saving import save_bundle
 from ejax.streaming import chunks, pipelined
 from ejax.tasks import Regression, SeveralLabels
 from ejax.texts import as_list, characters, check_top_k, of_kind
@@ -136,7 +137,7 @@ class EarlyExitClassifier:
         return cls(bundle, shapes=shapes, one_type=one_type)
 
     def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
-        """Writes the bundle; with rows=False without rows.json, see `ejax.bundle.save_bundle`."""
+        """Writes the bundle; with rows=False without rows.json, see `ejax.saving.save_bundle`."""
         return save_bundle(self.bundle, folder, rows=rows)
 
     def __call__(
@@ -172,7 +173,7 @@ class EarlyExitClassifier:
         check_top_k(top_k)
         level = self.abstain_level(abstain)
         return self.answers(
-            self.decide(given(texts, text_columns_of(self.bundle)), threshold=threshold),
+            self.decide(as_list(texts, text_columns_of(self.bundle)), threshold=threshold),
             top_k,
             level,
         )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any, Literal, get_args, get_origin
 
-from ejax.errors import UserError
+from ejax.errors import UserError, shown
 
 T = typing.TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
@@ -25,6 +25,7 @@ Parallel = Literal["pmap", "shard_map"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 # From 16 to 160 each is at most a quarter longer than the one before: 8 % added to real texts.
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
+MOST_BUCKETS = 1 << 24  # of exit 0: a table of up to 2 GiB
 LOW_RANK = 32  # of exit 0's table where there are more classes
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20  # where they follow from the rows
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
@@ -41,7 +42,7 @@ def _check_types(config: Any) -> None:
         value = getattr(config, field)
         if not _fits(value, hint):
             raise UserError(
-                f"{type(config).__name__}.{field} must be {_describe(hint)}. Got {value!r}."
+                f"{type(config).__name__}.{field} must be {_describe(hint)}. Got {shown(value)}."
             )
 
 
@@ -123,6 +124,8 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"BertConfig.{name} must be in [0, 1). Got {value}.")
+        eps = self.layer_norm_eps
+        _check(0 < eps < 1, f"BertConfig.layer_norm_eps must be in (0, 1). Got {eps}.")
 
     @property
     def head_size(self) -> int:
@@ -158,8 +161,8 @@ class ExitConfig:
         _check_types(self)
         check_layers(self.layers)
         _check(
-            self.buckets > 0 and self.buckets & (self.buckets - 1) == 0,
-            f"ExitConfig.buckets must be a power of two. Got {self.buckets}.",
+            0 < self.buckets <= MOST_BUCKETS and self.buckets & (self.buckets - 1) == 0,
+            f"ExitConfig.buckets must be a power of two, at most 2^24. Got {self.buckets}.",
         )
         if self.problem_type == "single_label_classification":
             _check(
@@ -203,13 +206,13 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) 
     _check(
         len(layers) > 0 and layers[0] >= 0 and layers[-1] >= 1 and ascending,
         f"exit layers must be ascending, 0 or above, the last one at least 1, such as 0,1,2,4,6. "
-        f"Got {layers}.",
+        f"Got {shown(layers)}.",
     )
     if num_hidden_layers is not None:
         _check(
             layers[-1] <= num_hidden_layers,
             f"exit layers must be at most {num_hidden_layers}, the layers of this encoder. "
-            f"Got {layers}.",
+            f"Got {shown(layers)}.",
         )
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ejax import storage
-from ejax.bundle import Bundle, hf_config, replacing
+from ejax.bundle import Bundle
 from ejax.errors import UserError
 from ejax.models.weights import to_hf
+from ejax.saving import hf_config, replacing
 
 
 def export_hf(bundle: Bundle, folder: str | Path) -> Path:

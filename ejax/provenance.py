@@ -143,13 +143,19 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Ledger":
-        """Reads what `to_json` gave; whatever else it is given makes it raise."""
+        """Reads what `to_json` gave, of its types at least.
+
+        Raises:
+          ValueError: where a salt or a hash is none.
+        """
         trainings = []
         for one in values["trainings"]:
             rows = {name: frozenset(held) for name, held in one["rows"].items()}
-            if not all(len(salted) == 12 for held in rows.values() for salted in held):
-                raise UserError("a hash has 12 digits")
-            trainings.append(Training(str(one["salt"]), rows))
+            hashes = frozenset().union(*rows.values())
+            digits = set(one["salt"]).union(*hashes) <= set("0123456789abcdef")
+            if not digits or len(one["salt"]) != 32 or not all(len(row) == 12 for row in hashes):
+                raise UserError("a salt has 32 hex digits, and a hash 12")
+            trainings.append(Training(one["salt"], rows))
         return cls(tuple(trainings), values["complete"] is True)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders on object storage (gs://), through etils' paths.
+"""Files and folders here and on object storage (gs://), there through etils' paths.
 
 A rename is not atomic there: a folder is copied, and the file that makes it whole comes last.
 """
@@ -8,16 +8,19 @@ import logging
 import os
 import re
 import secrets
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ejax.ending import partial
 from ejax.errors import UserError
 
 SCHEME = "gs://"
+OPEN_FILES = Path("/proc/self/fd")  # of Linux: names for what is open, whatever became of its own
 
 
 def is_remote(path: str | Path) -> bool:
@@ -118,12 +121,116 @@ def fetched(path: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_folder(above: Path | None = None) -> Iterator[Path]:
-    """A new, private folder, gone at the end."""
+def temporary_folder(above: Path | None = None, name: str = "ejax") -> Iterator[Path]:
+    """A new, private folder, gone at the end; what it is for is part of its name."""
     above = above or Path(tempfile.gettempdir())
-    with partial(above / f".ejax-{secrets.token_hex(8)}") as folder:
+    with partial(above / f".{name}-{secrets.token_hex(4)}") as folder:
         folder.mkdir(mode=0o700)
         yield folder
+
+
+class Held(NamedTuple):
+    """A file of a folder."""
+
+    path: Path  # what opens it, even after another has taken its name
+    name: Path  # what it is called in errors
+
+
+@contextmanager
+def held(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Held]]:
+    """Those of the names that are files of a folder here, all of the same moment.
+
+    Whatever takes the place of the folder as a whole while they are read changes nothing. On
+    systems that have no `OPEN_FILES` they are read by name.
+
+    Raises:
+      ValueError: where the folder cannot be read, or single files of it change meanwhile.
+    """
+    if not OPEN_FILES.is_dir():
+        paths = {name: folder / name for name in names if (folder / name).is_file()}
+        yield {name: Held(path, path) for name, path in paths.items()}
+        return
+    busy = f"{folder} is being written at this moment: try again."
+    with ExitStack() as stack:
+        for _ in range(100):  # 10 ms apart where nothing stands between two renames
+            here, files = _opened(folder, names, stack)
+            if here is None and set_aside(folder):
+                time.sleep(0.01)
+            elif here is None or _is_at(here, folder):
+                break
+            stack.close()
+        else:
+            if here is not None:
+                raise UserError(busy)
+        before = _stamps(here, files)
+        try:
+            yield {name: Held(OPEN_FILES / str(n), folder / name) for name, n in files.items()}
+        except ValueError:
+            if _changed(here, folder, before):
+                raise UserError(busy) from None
+            raise
+        if _changed(here, folder, before):
+            raise UserError(busy)
+
+
+def _opened(
+    folder: Path, names: Sequence[str], stack: ExitStack
+) -> tuple[int | None, dict[str, int]]:
+    """Descriptors of a folder, None where it is none, and of those of the names that are files."""
+
+    def opened(path: str | Path, flags: int, within: int | None = None) -> int | None:
+        try:
+            file = os.open(path, flags, dir_fd=within)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{folder / path} cannot be read: {error.strerror}.") from None
+        stack.callback(os.close, file)
+        return file
+
+    here = opened(folder, os.O_RDONLY | os.O_DIRECTORY)
+    if here is None:
+        return None, {}
+    files = {name: opened(name, os.O_RDONLY | os.O_NONBLOCK, here) for name in names}
+    return here, {
+        name: file
+        for name, file in files.items()
+        if file is not None and stat.S_ISREG(os.fstat(file).st_mode)
+    }
+
+
+def _is_at(here: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(here), folder.stat())
+    except OSError:
+        return False
+
+
+def _stamps(here: int | None, names: Iterable[str]) -> dict[str, Any]:
+    """What tells whether the files of an open folder are the same as before."""
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            one = os.stat(name, dir_fd=here)
+            found[name] = (one.st_ino, one.st_size, one.st_mtime_ns)
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _changed(here: int | None, folder: Path, before: dict[str, Any]) -> bool:
+    """Whether single files did, rather than the whole folder."""
+    return here is not None and _stamps(here, before) != before and _is_at(here, folder)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """The folder that was here before it was to be replaced, where that was cut off."""
+    made = re.compile(re.escape(f".{folder.name}-") + r"[a-z0-9_]{8}-old")
+    try:
+        beside = [] if folder.exists() else list(folder.parent.iterdir())
+    except OSError:
+        beside = []
+    return next((path for path in beside if made.fullmatch(path.name)), None)
 
 
 def contents(path: Any) -> bytes | None:
@@ -139,16 +246,20 @@ def files_in(folder: Any) -> Iterator[Any]:
             yield path
 
 
-def upload(source: Path, target: Any, first: str = "", last: str = "") -> None:
+def upload(
+    source: Path, target: Any, first: str = "", last: str = "", owned: Sequence[str] = ()
+) -> None:
     """Copies a folder: the file `first`, the others, and `last`, without which it is not whole.
 
-    Other files of the target stay, but for an old `last`, which goes before anything comes.
+    Before anything comes an old `last` goes, and then what is `owned` and not in the source. Other
+    files of the target stay.
     """
     from etils import epath
 
     with reaching(target):
-        if last and (target / last).exists():
-            (target / last).unlink()
+        for name in (last, *owned):
+            if name and (name == last or not (source / name).exists()):
+                (target / name).unlink(missing_ok=True)
         for path in sorted(
             files_in(source), key=lambda path: (path.name == last) - (path.name == first)
         ):

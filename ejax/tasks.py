@@ -34,6 +34,11 @@ class Task:
     metric: ClassVar[str] = "accuracy"  # in JSON; in [0, 1] or [-1, 1], higher is better
     metric_name: ClassVar[str] = "accuracy"  # for people
     answer_ndim: ClassVar[int] = 1  # axes of the answers to N rows
+    # What is told of every exit: names in JSON, and for people.
+    measures: ClassVar[dict[str, str]] = {
+        "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "brier": "Brier",
+        "ece_width": "ECE",
+    }  # fmt: skip
 
     @property
     def outputs(self) -> int:
@@ -113,6 +118,9 @@ class SeveralLabels(Task):
     metric: ClassVar[str] = "micro_f1"
     metric_name: ClassVar[str] = "micro-F1"
     answer_ndim: ClassVar[int] = 2
+    measures: ClassVar[dict[str, str]] = {
+        "micro_f1": "micro-F1", "macro_f1": "macro-F1", "exact": "exact",
+    }  # fmt: skip
 
     def has_label(self, labels: Any) -> Any:
         return labels[..., 0] >= 0
@@ -192,6 +200,9 @@ class Regression(Task):
     problem_type: ClassVar[Problem] = "regression"
     metric: ClassVar[str] = "spearman"
     metric_name: ClassVar[str] = "Spearman's correlation"
+    measures: ClassVar[dict[str, str]] = {
+        "spearman": "Spearman", "pearson": "Pearson", "rmse": "RMSE", "mae": "MAE",
+    }  # fmt: skip
 
     @property
     def outputs(self) -> int:
@@ -251,6 +262,11 @@ class Regression(Task):
         if np.ptp(answers) == 0 or np.ptp(labels) == 0:
             return 0.0
         return float(spearmanr(answers, labels).statistic)
+
+
+TASKS: dict[str, type[Task]] = {
+    task.problem_type: task for task in (Task, SeveralLabels, Regression)
+}
 
 
 def task_of(exits: ExitConfig) -> Task:

@@ -187,8 +187,12 @@ def _other_layers(path: Path) -> None:
         ("exits.json", _half, "exits.json is damaged"),
         ("exits.json", _newer, "format_version of at most 4. Got 99: update ejax"),
         ("exits.json", _without_temperature, "must hold 2 positive temperatures"),
-        ("exits.json", _odd_threshold, "could not convert string to float: 'high'"),
-        ("exits.json", _few_thresholds, "must hold 2 thresholds, one per exit. Got [0.9]"),
+        ("exits.json", _odd_threshold, "thresholds[0] must be a number. Got 'high'"),
+        (
+            "exits.json",
+            _few_thresholds,
+            "2 thresholds from 0 to 1000, one per exit. Got [0.9]",
+        ),
         ("exits.json", _other_layers, "exit layers must be ascending"),
     ],
 )

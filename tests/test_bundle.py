@@ -5,23 +5,29 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ejax
 from ejax import bundle as bundle_module
-from ejax.bundle import FILES, describe_thresholds, ledger_behind, load_bundle, save_bundle
+from ejax import saving
+from ejax.bundle import FILES, ledger_behind, load_bundle
+from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Tokenizer
+from ejax.errors import UserError
 from ejax.evaluation.labelled import labelled_rows
 from ejax.models.weights import load_bert
 from ejax.provenance import ON_WORD, PICKED, TRAINED, UNKNOWN, UNKNOWN_BEHIND, Ledger
+from ejax.saving import save_bundle
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -263,6 +269,7 @@ def test_hugging_face_names_the_encoder_and_labels() -> None:
 
 
 def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Where two folders cannot take each other's name at once."""
     bundle, rename = load_bundle(tiny.trained()[0]), Path.rename
     folder = save_bundle(bundle, tmp_path / "b")
 
@@ -271,6 +278,7 @@ def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monke
         if self == folder:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(saving, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
@@ -278,15 +286,64 @@ def test_a_signal_while_a_bundle_is_replaced_loses_nothing(tmp_path: Path, monke
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_a_bundle_is_not_read_half_old_half_new(tmp_path: Path, monkeypatch) -> None:
-    bundle, read = load_bundle(tiny.trained()[0]), bundle_module.load_tokenizer
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Its bundle is found by whoever reads, and put back by whoever saves."""
+    bundle = load_bundle(tiny.trained()[0])
+    folder = save_bundle(bundle, tmp_path / "b")
+    (folder / "notes.txt").write_text("of mine")
+    old = folder.rename(tmp_path / ".b-01234_ab-old")
+    sentence = tiny.refused("predict", folder)
+    assert f"b does not exist. What was there before it was to be replaced is {old}" in sentence
+    save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
+    assert load_bundle(folder).thresholds == (0.75, 0.0)
+    assert (folder / "notes.txt").read_text() == "of mine"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_bundle_is_never_half_old_half_new(tmp_path: Path, monkeypatch, at_once: bool) -> None:
+    """While it is read it is replaced again and again, by other weights and labels."""
+    if not at_once:
+        monkeypatch.setattr(saving, "_exchange", lambda *_: False)
+    bundle, done, saved = load_bundle(tiny.trained()[0]), threading.Event(), []
+    folder = save_bundle(bundle, tmp_path / "b")
+    other = dataclasses.replace(
+        bundle, labels=("no", "yes"), thresholds=(0.75, 0.0),
+        variables=jax.tree.map(lambda leaf: leaf + 1, bundle.variables),
+    )  # fmt: skip
+
+    def write() -> None:
+        while not done.is_set():
+            saved.append(save_bundle((other, bundle)[len(saved) % 2], folder))
+
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write)
+        for _ in range(40):
+            found = load_bundle(folder)
+            same = other if found.labels == other.labels else bundle
+            assert found.thresholds == same.thresholds
+            jax.tree.map(np.testing.assert_array_equal, found.variables, same.variables)
+        done.set()
+        writing.result()
+    assert len(saved) > 3
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_what_was_opened_is_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
+    bundle, read = load_bundle(tiny.trained()[0]), bundle_module.read_tokenizer
     folder = save_bundle(bundle, tmp_path / "b")
 
-    def overtaken(path: Path) -> Tokenizer:
-        save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), path)
-        return read(path)
+    def overtaken(path: Path, name: Path) -> Tokenizer:
+        save_bundle(dataclasses.replace(bundle, thresholds=(0.75, 0.0)), folder)
+        return read(path, name)
 
-    monkeypatch.setattr(bundle_module, "load_tokenizer", overtaken)
+    def edited(path: Path, name: Path) -> Tokenizer:
+        (folder / "config.json").write_text("{}")
+        return read(path, name)
+
+    monkeypatch.setattr(bundle_module, "read_tokenizer", overtaken)
+    assert load_bundle(folder).thresholds == bundle.thresholds
+    monkeypatch.setattr(bundle_module, "read_tokenizer", edited)
     with pytest.raises(ValueError, match=r"b is being written at this moment: try again"):
         load_bundle(folder)
 
@@ -328,17 +385,29 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
-        ("exits.json", {"provenance": None}, "exits.json is damaged"),
-        ("exits.json", {"buckets": ["a"]}, "invalid literal for int"),
+        ("exits.json", {"provenance": None}, "provenance must be an object. Got None"),
+        ("exits.json", {"buckets": ["a"]}, "buckets[0] must be an integer. Got 'a'"),
         ("exits.json", {"abstain": 1.5}, "an abstain threshold from 0 to 1, or none. Got 1.5"),
-        ("exits.json", {"max_length": 4096}, "max_length must be at most the 32 positions"),
-        ("exits.json", {"sha256": None}, "its sha256 is not that in exits.json"),
-        ("rows.json", {"trainings": [{}]}, "rows.json is damaged: KeyError('rows')"),
+        ("exits.json", {"max_length": 4096}, "at least 4 and at most the 32 positions"),
+        ("exits.json", {"sha256": ""}, "its sha256 is not that in exits.json"),
+        ("rows.json", {"trainings": [{}]}, "trainings[0].salt is missing"),
         (
             "rows.json",
             {"trainings": [{"salt": "", "rows": {"train": "0"}}]},
             "rows.json is damaged",
         ),
+        ("exits.json", {"temperatures": [1e-45, 1.0]}, "temperatures from 0.001 to 1000, one per"),
+        ("exits.json", {"temperatures": [1.0, 1e38]}, "temperatures from 0.001 to 1000, one per"),
+        ("exits.json", {"ngram_buckets": 1 << 40}, "a power of two, at most 2^24"),
+        ("exits.json", {"format_version": True}, "a format_version of at most 4. Got True"),
+        ("exits.json", {"sha256": {"a": "b" * 10**7}}, "sha256 must be a string. Got {'a': 'bbb"),
+        ("exits.json", {"provenance": {"versions": 3}}, "provenance.versions must be an object"),
+        ("config.json", {"id2label": {"0": "a", "1": "a"}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": {"0": "a", "2": "b"}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": {"0": 1, "1": None}}, "the names of the labels, each once"),
+        ("config.json", {"id2label": ["x" * 10**7]}, "the names of the labels, each once"),
+        ("config.json", {"num_hidden_layers": 1}, "exit layers must be at most 1"),
+        ("config.json", {"vocab_size": 10**12}, "must be (1000000000000, 20). Got (19, 20)"),
         ("config.json", {"id2label": None}, "config.json: id2label must map 0, 1, … to the names"),
         ("config.json", {"vocab_size": 9}, "word"),
     ],
@@ -350,6 +419,55 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, changed: object, sai
     with pytest.raises(ValueError, match=re.escape(str(folder))) as raised:
         load_bundle(folder)
     assert said in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["1e999", "NaN", "1" * 400, "[" * 1100 + "]" * 1100, '"", "a": 1'])
+def test_json_that_no_program_should_read(tmp_path: Path, text: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    for name in ("exits.json", "config.json", "rows.json"):
+        before = (folder / name).read_text()
+        (folder / name).write_text(before.replace("{", f'{{"a": {text}, ', 1))
+        with pytest.raises(UserError, match=f"{name} is damaged: it is n") as raised:
+            load_bundle(folder)
+        assert len(str(raised.value)) < 500
+        (folder / name).write_text(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*an older ejax made it")
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("heads.mix", lambda x: x.astype(np.int32), "finite float32. Got int32"),
+        ("heads.exits.classifier.bias", lambda x: x * np.nan, "float32. Got NaN or infinity"),
+        ("heads.exits.dense.bias", lambda x: x[:, 1:].copy(), "missing or of another shape"),
+        ("ngrams.table", lambda x: x.astype(np.float64), "ngrams.table is missing, not finite, or"),
+        ("ngrams.known", lambda x: x[::-1].copy(), "ngrams.known is missing"),
+        ("ngrams.known", lambda x: x.astype(np.int64), "ngrams.known is missing"),
+        ("ngrams.bias", lambda x: x + np.inf, "ngrams.bias is missing, not finite"),
+        ("bert.embeddings.word_embeddings.weight", lambda x: x * np.nan, "not finite: embeddings."),
+        ("texts.train", lambda x: x.astype(np.float32), "texts.train must be a list of int64"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(tmp_path: Path, name: str, change, said: str) -> None:
+    """In a format without a sha256 that would tell."""
+    folder = Path(shutil.copytree(GOLDENS / "bundle_format_3", tmp_path / "b"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(str(folder / "model.safetensors"))) as raised:
+        load_bundle(folder)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["exits.json", "config.json"])
+def test_a_bundle_that_was_edited_loads_and_says_so(tmp_path: Path, name: str) -> None:
+    folder = tiny.copy_of_bundle(tmp_path)
+    edit = {"thresholds": [0.9, 0.0]} if name == "exits.json" else {"hidden_act": "relu"}
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | edit))
+    with pytest.warns(UserWarning, match=f"bundle: {name} changed after the bundle was saved"):
+        bundle = load_bundle(folder)
+    save_bundle(bundle, folder)
+    load_bundle(folder)  # without a warning
 
 
 @pytest.mark.parametrize("field", ["temperatures", "layers"])

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
 from ejax import classifier
-from ejax.bundle import load_bundle, save_bundle
+from ejax.bundle import load_bundle
 from ejax.calibration.placement import check_count, place
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import BertConfig, ExitConfig
@@ -29,6 +29,7 @@ from ejax.inference.pool import run_pool
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.ngrams import hashed, packed_table, ragged_grams, ragged_logits, unpacked_table
+from ejax.saving import save_bundle
 from ejax.training import ngrams
 from ejax.training.ngrams import fit_ngrams
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ejax.bundle import load_bundle, save_bundle
+from ejax.bundle import load_bundle
 from ejax.cli.run import run
+from ejax.saving import save_bundle
 from train.probe import app
 
 

@@ -1,5 +1,6 @@
 """The report: its numbers from the rows themselves, its page in a real browser."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from ejax.evaluation.report import shown, slices, weighted_f1
 from ejax.evaluation.targets import table_of
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.provenance import CHOSEN
+from ejax.saving import save_bundle
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BROWSER = (
@@ -250,8 +252,6 @@ def test_bundles_beside_that_are_called_alike_or_have_other_labels(tmp_path):
     assert tiny.ejax(*both).code == 0
     names = set(json.loads((tmp_path / "r.json").read_text())["beside"])
     assert names == {f"{path.parent.name}/bundle" for path in (same, tiny.trained()[0])}
-    config = json.loads((same / "config.json").read_text())
-    config["id2label"] = {"0": "good", "1": "bad"}
-    (same / "config.json").write_text(json.dumps(config))
+    save_bundle(dataclasses.replace(load_bundle(same), labels=("good", "bad")), same)
     other = (*args, tmp_path / "r.html", "--beside", same)
     assert "must have the labels bad, good, in this order. Got good, bad" in tiny.refused(*other)

@@ -19,8 +19,9 @@ import tiny
 from test_processes import child_of, finish, start, start_two, weights, write_config
 
 from ejax import storage
-from ejax.bundle import load_bundle, save_bundle
+from ejax.bundle import load_bundle
 from ejax.cli.run import explain
+from ejax.saving import save_bundle
 from ejax.storage import files_in, move, path_of, upload
 from ejax.training.checkpoint import Checkpoints
 
@@ -192,6 +193,33 @@ def test_half_a_bundle_is_none(bucket: Any, tmp_path: Path) -> None:
     beside = ("--beside", folder, "--against", "none", "--data", tiny.data())
     assert "--beside bucket/half is given twice" in tiny.refused(
         "bench", tiny.trained()[0], *beside, "--beside", folder, "--output", tmp_path / "b.json"
+    )
+
+
+def test_a_warning_names_the_bundle_and_not_its_copy(bucket: Any) -> None:
+    upload(Path(__file__).parent / "goldens" / "bundle_format_1", bucket / "older")
+    with pytest.warns(UserWarning, match="^gs://bucket/older: an older ejax made it"):
+        load_bundle(str(bucket / "older"))
+
+
+def test_rows_never_stand_beside_a_bundle_they_are_not_of(tmp_path: Path, monkeypatch) -> None:
+    """exits.json, which makes it whole, goes before the rows do, and comes last."""
+    names = ("exits.json", "rows.json", "config.json")
+    for folder, held in (("there", names), ("fresh", ("exits.json", "config.json"))):
+        (tmp_path / folder).mkdir()
+        for name in held:
+            (tmp_path / folder / name).write_text(folder)
+    there, seen, unlink = tmp_path / "there", [], Path.unlink
+
+    def watched(path: Path, **kwargs: bool) -> None:
+        unlink(path, **kwargs)
+        seen.append(sorted(one.name for one in there.iterdir()))
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    upload(tmp_path / "fresh", there, first="config.json", last="exits.json", owned=["rows.json"])
+    assert seen == [["config.json", "rows.json"], ["config.json"]]
+    assert {path.name: path.read_text() for path in there.iterdir()} == dict.fromkeys(
+        ("exits.json", "config.json"), "fresh"
     )
 
 

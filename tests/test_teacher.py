@@ -27,6 +27,7 @@ from ejax.data.tokenizer import load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
 from ejax.models.ngrams import ragged_logits
 from ejax.provenance import TRAINED
+from ejax.saving import save_bundle
 from ejax.training.losses import joint_loss
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import MIX_RATE
@@ -385,16 +386,14 @@ def test_settings_that_cannot_teach(tmp_path: Path) -> None:
     )
     assert f"{tmp_path} is not a whole bundle" in tiny.refused(*args, "--teacher", tmp_path)
     folder = tiny.copy_of_bundle(tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {"0": "bad", "1": "fine"}
-    (folder / "config.json").write_text(json.dumps(config))
+    bundle = load_bundle(folder)
+    save_bundle(dataclasses.replace(bundle, labels=("bad", "fine")), folder)
     assert tiny.refused(*args, "--teacher", folder) == (
         f"teacher {folder} must have the labels of train, bad, good. Got bad, fine."
     )
     folder = tiny.copy_of_bundle(tmp_path / "pairs")
-    exits = json.loads((folder / "exits.json").read_text())
-    exits["provenance"]["text_columns"] = ["question", "answer"]
-    (folder / "exits.json").write_text(json.dumps(exits))
+    provenance = bundle.provenance | {"text_columns": ["question", "answer"]}
+    save_bundle(dataclasses.replace(bundle, provenance=provenance), folder)
     assert tiny.refused(*args, "--teacher", folder) == (
         f"teacher {folder} reads 2 text columns (question, answer), train has 1 (text)."
     )

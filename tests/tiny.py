@@ -20,13 +20,14 @@ from typing import NamedTuple
 import jax
 from safetensors.numpy import save_file
 
-from ejax.bundle import Bundle, load_bundle, save_bundle
+from ejax.bundle import Bundle, load_bundle
 from ejax.calibration.drift import depth_of
 from ejax.cli.app import app
 from ejax.cli.run import run
 from ejax.config import BertConfig, to_json
 from ejax.models.bert import Batch, BertModel
 from ejax.models.weights import to_hf
+from ejax.saving import save_bundle
 
 CLASSES = {"bad": ("awful", "poor"), "good": ("great", "fine")}
 FILLERS = ("the", "film", "plot", "was", "is", "music", "and", "a", "cast", "tonight")

@@ -50,11 +50,11 @@ def calibrate(
     The weights stay. Rows trained on are left out, and rows of the bundle's dev-B, which is for
     reports, unless they placed the exits.
     """
-    from ejax.bundle import check_output, save_bundle
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import exit_tables, facts, show
     from ejax.evaluation.recalibrate import recalibrate
+    from ejax.saving import check_output, save_bundle
 
     check_split(split)
     if max_drop is not None:
@@ -129,12 +129,12 @@ def thresholds(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output
     from ejax.calibration.abstain import check_accuracy
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.abstain import choose_abstain
     from ejax.evaluation.describe import show
     from ejax.evaluation.targets import Target, choose, targets_table
+    from ejax.saving import check_output
 
     check_split(split)
     given = (max_drop, budget, budget_ms, risk, delta, loss)
@@ -181,11 +181,11 @@ def place(
     """
     from rich.console import Console
 
-    from ejax.bundle import check_output
     from ejax.calibration.thresholds import check_max_drop
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.place import place_exits, placements_table
+    from ejax.saving import check_output
 
     check_split(split)
     check_output(output)
@@ -219,7 +219,7 @@ def in_its_type(after: Any, bundle: Path) -> Any:
 
 def save_chosen(after: Any, bundle: Path, output: Path, *reports: dict[str, Any]) -> None:
     """Writes what was chosen on some rows, and says on which."""
-    from ejax.bundle import save_bundle
+    from ejax.saving import save_bundle
 
     folder = save_bundle(in_its_type(after, bundle), output)
     if left_out := reports[0]["rows_left_out"]:

@@ -9,7 +9,6 @@ Axes: N rows.
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ejax.errors import UserError
+from ejax.errors import UserError, clipped
+from ejax.records import misfit, read_json
 
 Text = str | tuple[str, str]
 
@@ -28,6 +28,8 @@ CHUNK_CHARACTERS = 1 << 20  # tokenised at a time: the library's objects are hea
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Tokenisers that split as BERT does, so that vocab.txt alone describes them.
 BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+
+_SETTINGS = dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), bool)
 
 # Tokenising a whole megabyte to keep 128 tokens is waste, so texts are cut to so many
 # characters first. English has 4 to 5 characters to a token: the cut leaves about
@@ -268,14 +270,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(
-                f"{path} is not a tokenizer that the tokenizers library "
-                f"{tokenizers.__version__} can read ({error}): fetch it again."
-            ) from error
-        return Tokenizer(backend, path)
+        return read_tokenizer(path, path)
     path = folder / "vocab.txt"
     if path.is_file():
         return Tokenizer(_from_vocab(path, _read_settings(folder / "tokenizer_config.json")), path)
@@ -283,6 +278,19 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     raise UserError(
         f"a tokenizer needs a folder with tokenizer.json or vocab.txt: {folder} {there}."
     )
+
+
+def read_tokenizer(path: Path, name: Path) -> Tokenizer:
+    """That of a tokenizer.json, which errors call `name`; see `load_tokenizer`."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.model.tokenize("\ue000")  # of no use, and in no vocabulary: needs [UNK]
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(
+            f"{name} is not a tokenizer that the tokenizers library {tokenizers.__version__} can "
+            f"read ({clipped(error)}): fetch it again."
+        ) from error
+    return Tokenizer(backend, name)
 
 
 def longest_first(
@@ -374,17 +382,14 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): fetch it again.") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object. Got {_shown(settings)}.")
+    settings = {name: value for name, value in read_json(path).items() if value is not None}
+    if problem := misfit(settings, _SETTINGS):
+        raise UserError(f"{path} is damaged: {problem}.")
     kind = settings.get("tokenizer_class") or "BertTokenizer"
     if str(kind).removesuffix("Fast") not in BERT_CLASSES:
         raise UserError(
             f"{path}: tokenizer_class must be one of {', '.join(BERT_CLASSES)} to be built from "
-            f"vocab.txt. Got {kind!r}: add a tokenizer.json, which Hugging Face's fast "
+            f"vocab.txt. Got {_shown(kind)}: add a tokenizer.json, which Hugging Face's fast "
             f"tokenizers save."
         )
     return settings

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from ejax.bundle import Bundle, hf_config
+from ejax.bundle import Bundle
 from ejax.data.batches import pad
 from ejax.data.tokenizer import Encoded, Text
 from ejax.models.heads import mix_columns
 from ejax.models.ngrams import ragged_logits
 from ejax.models.weights import to_hf
+from ejax.saving import hf_config
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

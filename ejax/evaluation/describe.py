@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_thresholds, exits_in_words, measures_of
+from ejax.bundle import Bundle
+from ejax.card import describe_thresholds, exits_in_words
 from ejax.config import BertConfig
 
 PARTS = {"test": "test", "dev_b": "dev-B", "calibration": "calibration rows", "dev_a": "dev-A"}
@@ -80,7 +81,7 @@ def exit_tables(bundle: Bundle) -> list[Table]:
             continue
         point = bundle.provenance.get("operating_points", {}).get(name)
         table = Table(title=f"{title}, {point['rows']} rows" if point else title)
-        columns = measures_of(bundle.task)
+        columns = bundle.task.measures
         for heading in ("layer", *columns.values(), "leave here"):
             table.add_column(heading, justify="right")
         shares = (

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import describe_thresholds
+from ejax.card import describe_thresholds
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import describe, plain, save_figure, write_json
 

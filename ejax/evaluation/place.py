@@ -11,10 +11,11 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_threshold
+from ejax.bundle import Bundle
 from ejax.calibration.drift import depth_of
 from ejax.calibration.placement import cheapest, check_count, place, point_of
 from ejax.calibration.thresholds import describe
+from ejax.card import describe_threshold
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded

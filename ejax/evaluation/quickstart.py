@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ejax import assets, storage
-from ejax.bundle import describe_thresholds
+from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources

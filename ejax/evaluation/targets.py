@@ -13,11 +13,12 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
-from ejax.bundle import Bundle, describe_threshold
+from ejax.bundle import Bundle
 from ejax.calibration import risk, thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
+from ejax.card import describe_threshold
 from ejax.classifier import EarlyExitClassifier, promises_risk
 from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode

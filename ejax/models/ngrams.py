@@ -102,19 +102,29 @@ def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str,
     """The inverse of `packed_table`.
 
     Raises:
-      ValueError: naming what is missing or of another shape.
+      ValueError: naming what is missing, or of another shape or type, or not finite.
     """
     known, c, r = saved.get("known", np.zeros(0, np.int32)), exits.num_labels, exits.rank
     saved = {"evidence": np.zeros(exits_after(exits), np.float32)} | saved  # older: none
     shapes = {"known": known.shape, "table": (known.size, r + 1), "bias": (c,)}
     shapes |= {"evidence": (exits_after(exits),)}
     shapes |= {"kernel": (r, c)} if r != c else {}
-    wrong = [name for name in shapes if getattr(saved.get(name), "shape", None) != shapes[name]]
-    if known.size and not 0 <= known.min() <= known.max() < exits.buckets:
+    wrong = [
+        name
+        for name in shapes
+        if getattr(saved.get(name), "shape", None) != shapes[name]
+        or saved[name].dtype != (np.int32 if name == "known" else np.float32)
+        or not np.isfinite(saved[name]).all()
+    ]
+    # As they are packed: each once, in order.
+    if known.ndim != 1 or (known.size and not 0 <= known[0] <= known[-1] < exits.buckets):
+        wrong.append("known")
+    if not wrong and (np.diff(known) <= 0).any():
         wrong.append("known")
     if wrong:
         raise UserError(
-            f"does not fit exits.json: ngrams.{wrong[0]} is missing or of another shape."
+            f"does not fit exits.json: ngrams.{wrong[0]} is missing, not finite, or of another "
+            f"shape or type."
         )
     table = np.zeros((exits.buckets, r + 1), np.float32)
     table[known] = saved["table"]

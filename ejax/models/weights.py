@@ -4,7 +4,7 @@ Axes: D width, H heads, K head size, F feed-forward, L layers, E exits,
 V vocabulary, P positions.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,11 @@ import numpy as np
 
 from ejax import assets
 from ejax.config import BertConfig, field_types, from_json, to_json
-from ejax.errors import UserError
+from ejax.errors import UserError, clipped, shown
+from ejax.records import read_json
 
 Params = dict[str, Any]
+NAMED = 3  # tensors that do not fit, in one error
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 # Keys that would change the maths, and the only values the encoder here computes.
@@ -70,7 +72,7 @@ def _leaves(cfg: BertConfig, *, pooler: bool) -> list[_Leaf]:
     def linear(
         path: tuple[str, ...], hf: str, inner: tuple[int, ...], outer: tuple[int, ...]
     ) -> None:
-        hf_shape = (int(np.prod(outer)), int(np.prod(inner)))
+        hf_shape = (math.prod(outer), math.prod(inner))
         leaves.append(_Leaf((*path, "kernel"), (*inner, *outer), f"{hf}.weight", hf_shape))
         leaves.append(_Leaf((*path, "bias"), outer, f"{hf}.bias", hf_shape[:1]))
 
@@ -105,7 +107,7 @@ def load_bert(name: str | Path, **overrides: Any) -> tuple[BertConfig, Params]:
 
     Raises:
       ValueError: when the folder, the config or any tensor of the encoder does not
-        fit; all tensors that do not are listed at once.
+        fit; the first tensors that do not are listed.
     """
     folder = assets.resolve(str(name))
     cfg = from_json(BertConfig, {**to_json(read_config(folder)), **overrides})
@@ -127,18 +129,17 @@ def read_config(folder: str | Path) -> BertConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object. Got {type(values).__name__}.")
+    return config_of(read_json(path), path)
+
+
+def config_of(values: Mapping[str, Any], path: Path) -> BertConfig:
+    """The `BertConfig` in the values of the config.json at `path`, see `read_config`."""
     for key, allowed in _ONLY.items():
         value = values.get(key)
         if value is not None and value not in allowed:
             raise UserError(
                 f"{path}: {key} must be {' or '.join(map(repr, allowed))}, the only one supported. "
-                f"Got {value!r}."
+                f"Got {shown(value)}."
             )
     known = [name for name in field_types(BertConfig) if name not in _NOT_IN_HF]
     given = {name: values[name] for name in known if values.get(name) is not None}
@@ -164,7 +165,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read, it may be damaged or cut short: {error}. Download it again."
+            f"{path} cannot be read, it may be damaged or cut short: {clipped(error)}. Download it "
+            f"again."
         ) from None
 
 
@@ -182,29 +184,38 @@ def from_hf(tensors: Mapping[str, np.ndarray], cfg: BertConfig) -> Params:
       numpy float32, new memory; "pooler" only if there is one.
 
     Raises:
-      ValueError: lists every tensor that is missing, unexpected or of a wrong shape
-        or type.
+      ValueError: lists the first tensors that are missing, unexpected, not finite or of a wrong
+        shape or type.
     """
     found, problems = _encoder_tensors(tensors)
     leaves = _leaves(cfg, pooler=any(name.startswith("pooler.") for name in found))
     params: Params = {}
     known = set()
+    # Of layers that are not there the first is named. Nothing is allocated that no tensor fills.
+    layers = min(cfg.num_hidden_layers, len(_layer_numbers(found)) + 1)
     for leaf in leaves:
-        count = cfg.num_hidden_layers if leaf.stacked else 1
-        out = np.empty((count, *leaf.shape), np.float32)
-        for i in range(count):
-            name = leaf.name.format(i)
-            known.add(name)
-            problem = _misfit(name, found.get(name), leaf.hf_shape)
-            if problem:
-                problems.append(problem)
-            else:
+        names = [leaf.name.format(i) for i in range(layers if leaf.stacked else 1)]
+        known.update(names)
+        wrong = [_misfit(name, found.get(name), leaf.hf_shape) for name in names]
+        problems += [problem for problem in wrong if problem]
+        if any(wrong):
+            continue
+        out = np.empty((len(names), *leaf.shape), np.float32)
+        with np.errstate(over="ignore"):  # of float64: what is then infinite is told
+            for i, name in enumerate(names):
                 out[i] = leaf.from_hf(found[name])
+        if not np.isfinite(out).all():
+            bad = [name for name, one in zip(names, out, strict=True) if not np.isfinite(one).all()]
+            problems += [f"not finite: {name}" for name in bad]
         _set(params, leaf.path, out if leaf.stacked else out[0])
-    problems += [f"unexpected: {name}" for name in found if name not in known]
+    problems += [f"unexpected: {clipped(name, 80)}" for name in found if name not in known]
     if problems:
         _raise_misfits(problems, found, cfg)
     return params
+
+
+def _layer_numbers(found: Mapping[str, Any]) -> set[str]:
+    return {name.split(".")[2] for name in found if name.startswith("encoder.layer.")}
 
 
 def _encoder_tensors(
@@ -221,7 +232,7 @@ def _encoder_tensors(
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in found:
-            problems.append(f"twice: {original}")
+            problems.append(f"twice: {clipped(original, 80)}")
         found[name] = tensor
     return found, problems
 
@@ -230,7 +241,7 @@ def _misfit(name: str, tensor: np.ndarray | None, shape: tuple[int, ...]) -> str
     if tensor is None:
         return f"missing: {name}"
     if tensor.shape != shape:
-        return f"wrong shape: {name} must be {shape}. Got {tensor.shape}"
+        return f"wrong shape: {name} must be {shape}. Got {shown(tensor.shape, 60)}"
     if tensor.dtype.name not in FLOATS:
         return f"wrong type: {name} must be one of {', '.join(FLOATS)}. Got {tensor.dtype.name}"
     return None
@@ -239,13 +250,13 @@ def _misfit(name: str, tensor: np.ndarray | None, shape: tuple[int, ...]) -> str
 def _raise_misfits(problems: list[str], found: Mapping[str, Any], cfg: BertConfig) -> None:
     if not found:
         raise UserError("holds no tensor of a BERT encoder, such as bert.encoder.layer.0.…")
-    numbers = {name.split(".")[2] for name in found if name.startswith("encoder.layer.")}
-    layers = ""
-    if len(numbers) != cfg.num_hidden_layers:
-        layers = f" ({len(numbers)} layers found, num_hidden_layers is {cfg.num_hidden_layers})"
+    count, layers = len(_layer_numbers(found)), ""
+    if count != cfg.num_hidden_layers:
+        layers = f" ({count} layers found, num_hidden_layers is {cfg.num_hidden_layers})"
+    more = [f"… and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
     raise UserError(
         f"{len(problems)} of the encoder's tensors do not fit the config{layers}:\n  "
-        + "\n  ".join(problems)
+        + "\n  ".join(problems[:NAMED] + more)
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from ejax.bundle import save_bundle
 from ejax.config import TrainConfig
 from ejax.inference.cost import zero_in_layers
+from ejax.saving import save_bundle
 from ejax.training.loop import make_logits, train
 from ejax.training.ngrams import trained_zero
 from ejax.training.outcome import (

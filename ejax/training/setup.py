@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 
 from ejax import assets, storage
-from ejax.bundle import WHOLE_TOKENS, Bundle, check_output, exits_in_words, ledger_behind
+from ejax.bundle import WHOLE_TOKENS, Bundle, ledger_behind
+from ejax.card import exits_in_words
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import worth_compiling
@@ -28,6 +29,7 @@ from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.weights import load_bert, with_pretrained
 from ejax.provenance import PICKED, TRAINED, UNKNOWN_BEHIND, Ledger
+from ejax.saving import check_output
 from ejax.training.checkpoint import claim_workdir
 from ejax.training.checks import unknown_words, warn
 from ejax.training.processes import made_by_first
@@ -316,11 +318,16 @@ def check_not_changed(bundle: Path) -> None:
     with storage.reaching(bundle):
         if not (bundle / "exits.json").exists():
             return
-        text = (bundle / "exits.json").read_text()
+        content = (bundle / "exits.json").read_bytes()
     try:
-        provenance = json.loads(text)["provenance"]
+        provenance = json.loads(content)["provenance"]
         since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
-    except (ValueError, LookupError, TypeError):  # damaged: the run writes a new one
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # damaged: the run writes a new one
         since = []
     if since:
         raise UserError(
