@@ -7,6 +7,7 @@ folder of it is unpacked into the cache. Nothing of it is installed or imported.
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,17 +15,22 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ejax.errors import UserError
 
 HUB_FILES = (
     "config.json",
     "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "vocab.txt",
 )
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
 class Package(NamedTuple):
@@ -77,7 +83,7 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
-    if name and folder.exists():
+    if name and held(folder):
         raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
         return _package_folder(name, PACKAGES[name], cache_dir)
@@ -88,6 +94,50 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
         f"{', '.join(PACKAGES)}.{old}"
     )
+
+
+def held(path: Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+      ValueError: where what is there only stands for a file: a link that leads nowhere, or a
+        pointer that Git LFS left.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which leads nowhere "
+                f"({error.strerror}): put the file itself there (`cp -L` copies what links lead "
+                f"to), or fetch it again."
+            ) from None
+        return False
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+                    f"`git lfs pull` in its folder, or download the file."
+                )
+    return True
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file.
+
+    Raises:
+      ValueError: for a file that holds something else.
+    """
+    if not held(path):
+        return {}
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch it again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object. Got {type(values).__name__}.")
+    return values
 
 
 def _hub_folder(name: str, cache: str) -> Path:
