@@ -11,8 +11,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 GOLDENS = Path(__file__).parent / "goldens" / "tokens.json"
-WORDS = """[PAD] [UNK] [CLS] [SEP] [MASK] the The film was good Good cafe café un ##afford ##able ##s
-! , . < > url 영화 ##가 좋 ##다 中 国 user [ ] 1 0 ##0 😀 mask s ##é e"""
+WORDS = """[PAD] [UNK] [CLS] [SEP] [MASK] the The film was good Good cafe café un ##afford ##able
+##s ! , . < > url 영화 ##가 좋 ##다 中 国 user [ ] 1 0 ##0 😀 mask s ##é e"""
 PIECES = """▁ e a t h o s l m f i g d w u n r c é ▁the ▁film ▁good ▁Good ▁was ▁un afford able s
 ▁caf ▁영화 가 ▁좋 다 中国 中 ! , . < > url 😀 1 0 ▁1"""
 MERGES = "t h|th e|Ġ th|Ġthe e|f i|fi l|fil m|Ġ film|Ġ g|o o|Ġg oo|Ġgoo d|w a|wa s|Ġ was|ì ĺ"
@@ -115,6 +115,7 @@ def folders() -> dict[str, tuple[Tokenizer | None, dict[str, object]]]:
     more = {"added_tokens_decoder": added(words)}
     typed = {"__type": "AddedToken", "rstrip": False, "single_word": False, "normalized": False}
     mask = {"content": "<mask>", "lstrip": True, **typed}
+    sep = {"content": "</s>", "lstrip": False, **typed}
     return {
         "uncased": (bert, said("BertTokenizer", **lower)),
         "cased": (cased, said("BertTokenizerFast", **upper)),
@@ -128,7 +129,8 @@ def folders() -> dict[str, tuple[Tokenizer | None, dict[str, object]]]:
         "tokens added": (bert, said("BertTokenizer", **more)),
         "tokens added to a cased one": (cased, said("BertTokenizer", **upper, **more)),
         "tokens in a file": (
-            bert, said("BertTokenizer") | {"added_tokens.json": old, "special_tokens_map.json": users},
+            bert,
+            said("BertTokenizer") | {"added_tokens.json": old, "special_tokens_map.json": users},
         ),
         "vocabulary": (None, {"vocab.txt": vocab}),
         "cased vocabulary": (None, {"vocab.txt": vocab} | said("BertTokenizer", **upper)),
@@ -144,7 +146,7 @@ def folders() -> dict[str, tuple[Tokenizer | None, dict[str, object]]]:
         "its own frame": (
             None,
             {"vocab.txt": vocab.replace("[CLS]", "<s>").replace("[SEP]", "</s>")}
-            | said("BertTokenizer", cls_token="<s>", sep_token={"content": "</s>", "lstrip": False, **typed}),
+            | said("BertTokenizer", cls_token="<s>", sep_token=sep),
         ),
         "bytes": (byte_bpe(), said("RobertaTokenizer", add_prefix_space=False)),
         "bytes with a space first": (byte_bpe(), said("RobertaTokenizer", add_prefix_space=True)),

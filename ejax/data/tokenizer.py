@@ -10,6 +10,7 @@ Axes: N rows.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,16 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers
 
-from ejax.data.vocabulary import PADDING, begins_of, frame_of, load_backend, unknowns_of
+from ejax.data.vocabulary import (
+    NORMAL,
+    PADDING,
+    SPLIT,
+    begins_of,
+    frame_of,
+    load_backend,
+    said_of,
+    unknowns_of,
+)
 from ejax.errors import UserError
 
 Text = str | tuple[str, str]
@@ -103,7 +113,7 @@ class Tokenizer:
         text = normal.normalize_str(text) if normal else text
         return bool(words) and len(words.pre_tokenize_str(text)) > 1
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows a word embedding must have."""
         return max(self._backend.get_vocab().values()) + 1
@@ -165,8 +175,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids [T], without the frame; of an uncased BERT in lower case."""
-        frame = set(self._frame.ids)
-        return self._backend.decode([token for token in ids if token not in frame])
+        parts = itertools.groupby(ids, key=set(self._frame.ids).__contains__)
+        return " ".join(self._backend.decode(list(part)) for framed, part in parts if not framed)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, without settings for truncation and padding."""
@@ -175,21 +185,15 @@ class Tokenizer:
 
     def hf_settings(self) -> dict[str, Any]:
         """What tokenizer_config.json must say; without it transformers takes lower case for it."""
-        normal, name = self._backend.normalizer, self._backend.id_to_token
+        name, words = self._backend.id_to_token, self._backend.pre_tokenizer
         padding = (token for token in PADDING if self._backend.token_to_id(token) is not None)
-        tokens = {
-            "cls_token": name(self._frame.before[0]),
-            "sep_token": name(self._frame.after[0]),
-            "pad_token": next(padding, name(self._frame.after[0])),
-        }
-        if not (self._pieces and isinstance(normal, normalizers.BertNormalizer)):
-            return {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
-        return {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": normal.lowercase,
-            "strip_accents": normal.strip_accents,
-            "tokenize_chinese_chars": normal.handle_chinese_chars,
-        } | tokens
+        after = name(self._frame.after[0])
+        tokens = {"cls_token": name(self._frame.before[0]), "sep_token": after}
+        tokens |= {"pad_token": next(padding, after)}
+        if self._pieces and isinstance(self._backend.normalizer, normalizers.BertNormalizer):
+            said = said_of(self._backend.normalizer, NORMAL)
+            return {"tokenizer_class": "BertTokenizer"} | said | tokens
+        return {"tokenizer_class": "PreTrainedTokenizerFast"} | said_of(words, SPLIT) | tokens
 
     def _encode_chunk(
         self, firsts: list[str], seconds: list[str | None], limits: tuple[int, ...]

@@ -89,8 +89,9 @@ def frame_of(backend: tokenizers.Tokenizer, source: str | Path) -> Frame:
     Raises:
       ValueError: when texts do not stand between tokens, such as [CLS] and [SEP].
     """
-    known = (text for text in ("a", *backend.get_vocab()) if _bare(backend, text))
-    text = next(known, "a")
+    text = "a"
+    if not _ids(backend, text):  # the frame shows around a text of some tokens
+        text = next((token for token in backend.get_vocab() if _ids(backend, token)), text)
     single, pair = backend.encode(text), backend.encode(text, text)
     one, two = _groups(single), _groups(pair)
     good = [k for k, _ in one] == [None, 0, None] and [k for k, _ in two] == [
@@ -116,7 +117,7 @@ def frame_of(backend: tokenizers.Tokenizer, source: str | Path) -> Frame:
     return Frame(before, after, parts[2], parts[4], types[2], types[3][0], types[4])
 
 
-def _bare(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 
@@ -289,6 +290,11 @@ def _follow(
             raise UserError(
                 f"{said}: {key} must be true or false. Got {settings[key]!r}."
             ) from None
+
+
+def said_of(part: Any, fields: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """What tokenizer_config.json must say of a normaliser or a pre-tokenizer."""
+    return {key: getattr(part, at) for at, (key, _) in fields.items() if hasattr(part, at)}
 
 
 def _add_tokens(
