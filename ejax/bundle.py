@@ -27,7 +27,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from ejax import storage
+from ejax import assets, storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.errors import UserError
@@ -272,7 +272,7 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
         with storage.fetched(folder, (ROWS, *FILES)) as copy:
             return load_bundle(copy, **overrides)
     folder = storage.path_of(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in FILES if not assets.held(folder / name)]
     if missing:
         found = f"is not a whole bundle: {', '.join(missing)} missing"
         inside = folder / "bundle"  # of a workdir

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from ejax import assets
 from ejax.assets import Package, cache_dir, resolve
+from ejax.bundle import load_bundle
 from ejax.data.files import check_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -107,6 +109,14 @@ def test_data_that_git_lfs_has_not_fetched(tmp_path):
     (tmp_path / "train.csv").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(ValueError, match=r"train\.csv is a Git LFS pointer, .* `git lfs pull`"):
         check_file(tmp_path / "train.csv")
+
+
+def test_a_bundle_that_git_lfs_has_not_fetched(tmp_path):
+    golden = REPOSITORY / "tests" / "goldens" / "bundle_format_3"
+    folder = shutil.copytree(golden, tmp_path / "bundle")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
+        load_bundle(folder)
 
 
 # package files
