@@ -132,6 +132,9 @@ def folders() -> dict[str, tuple[Tokenizer | None, dict[str, object]]]:
             bert,
             said("BertTokenizer") | {"added_tokens.json": old, "special_tokens_map.json": users},
         ),
+        "a token of its own": (
+            cased, said("BertTokenizer", **upper, extra_special_tokens={"user_token": "[USER]"}),
+        ),
         "vocabulary": (None, {"vocab.txt": vocab}),
         "cased vocabulary": (None, {"vocab.txt": vocab} | said("BertTokenizer", **upper)),
         "Chinese together": (

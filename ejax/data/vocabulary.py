@@ -330,7 +330,7 @@ def _add_tokens(
         _check_id(backend, token.content, i, said if decoder is not None else old)
     for name, i in listed.items():
         _check_id(backend, name, _number(i, old), old)
-    extra = {_content(token) for token in names.get("additional_special_tokens") or []}
+    extra = {_content(token) for token in _extra(names)}
     present = _added_to(backend)
     for one in special:
         content = _content(one)
@@ -350,11 +350,18 @@ def _special(names: dict[str, Any], mask: str) -> list[str | dict[str, Any]]:
     """The tokens with a part of their own, as the settings give them or the class does."""
     keys = ("bos_token", "eos_token", *SPECIAL_TOKENS)
     given = [names[key] for key in keys if names.get(key)]
-    given += names.get("additional_special_tokens") or []
+    given += _extra(names)
     if mask and not isinstance(names.get("mask_token"), dict):
         name = names.get("mask_token") or mask
         given.append({"content": name, "lstrip": True, "normalized": False})
     return given
+
+
+def _extra(names: dict[str, Any]) -> list[str | dict[str, Any]]:
+    """Special tokens of this model alone; transformers 5 has the second key for both."""
+    more = names.get("extra_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    return [*(names.get("additional_special_tokens") or []), *more]
 
 
 def _content(token: Any) -> str:
