@@ -81,9 +81,9 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
       ValueError: when there is no such thing, or it cannot be fetched.
     """
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
     if name and held(folder):
+        if folder.is_dir():
+            return folder
         raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
         return _package_folder(name, PACKAGES[name], cache_dir)
@@ -100,26 +100,30 @@ def held(path: Path) -> bool:
     """Whether a file or folder is there.
 
     Raises:
-      ValueError: where what is there only stands for a file: a link that leads nowhere, or a
-        pointer that Git LFS left.
+      ValueError: where it cannot be read, or what is there only stands for a file: a link that
+        leads nowhere, or a pointer that Git LFS left.
     """
     try:
         path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            raise UserError(
-                f"{path} is a link to {os.readlink(path)}, which leads nowhere "
-                f"({error.strerror}): put the file itself there (`cp -L` copies what links lead "
-                f"to), or fetch it again."
-            ) from None
-        return False
-    if path.is_file():
+        if not path.is_file():
+            return True
         with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(
-                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs install` and "
-                    f"`git lfs pull` in its folder, or download the file."
-                )
+            head = file.read(len(LFS_POINTER))
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None)
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which leads nowhere ({reason}): put "
+                f"the file itself there (`cp -L` copies what links lead to), or fetch it again."
+            ) from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+            return False
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    if head == LFS_POINTER:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+            f"`git lfs pull` in its folder, or download the file."
+        )
     return True
 
 

@@ -105,6 +105,13 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
         check_file(tmp_path / "train.tsv")
 
 
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(ValueError, match=r"neither a folder here"):
+        resolve("a\0b")
+    with pytest.raises(ValueError, match=r"cannot be read: File name too long"):
+        resolve("a" * 5000)
+
+
 def test_data_that_git_lfs_has_not_fetched(tmp_path):
     (tmp_path / "train.csv").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(ValueError, match=r"train\.csv is a Git LFS pointer, .* `git lfs pull`"):
