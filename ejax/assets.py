@@ -17,18 +17,24 @@ import warnings
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ejax import storage
 from ejax.errors import UserError
+from ejax.records import read_json
 
 HUB_FILES = (
     "config.json",
     "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "vocab.txt",
 )
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
 class Package(NamedTuple):
@@ -97,9 +103,9 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
       ValueError: when there is no such thing, or it cannot be fetched.
     """
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
-    if name and folder.exists():
+    if name and held(folder):
+        if folder.is_dir():
+            return folder
         raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
         return _package_folder(name, PACKAGES[name], cache_dir)
@@ -110,6 +116,46 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
         f"{', '.join(PACKAGES)}.{old}"
     )
+
+
+def held(path: Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+      ValueError: where it cannot be read, or what is there only stands for a file: a link that
+        leads nowhere, or a pointer that Git LFS left.
+    """
+    try:
+        path.stat()
+        if not path.is_file():
+            return True
+        with path.open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None)
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which leads nowhere ({reason}): put "
+                f"the file itself there (`cp -L` copies what links lead to), or fetch it again."
+            ) from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+            return False
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    if head == LFS_POINTER:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+            f"`git lfs pull` in its folder, or download the file."
+        )
+    return True
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file.
+
+    Raises:
+      ValueError: for a file that holds something else.
+    """
+    return read_json(path) if held(path) else {}
 
 
 def _hub_folder(name: str, cache: str) -> Path:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from ejax import storage
 from ejax.config import BUCKETS, BertConfig, ExitConfig, from_json, to_json
-from ejax.data.tokenizer import MIN_LENGTH, Encoded, Tokenizer, read_tokenizer
+from ejax.data.tokenizer import Encoded, Tokenizer, read_tokenizer
 from ejax.errors import UserError, clipped, shown
 from ejax.inference.cost import zero_in_layers
 from ejax.inference.policy import check_calibration
@@ -224,7 +224,7 @@ def _exits_of(files: Mapping[str, Held]) -> dict[str, Any]:
 def _schema(task: type[Task]) -> Whole:
     """Of exits.json."""
     measures = Whole(dict.fromkeys(task.measures, float))
-    point = {task.metric: float, f"full_{task.metric}": float}
+    point: dict[Any, Any] = {task.metric: float, f"full_{task.metric}": float}
     point |= {"rows": int, "mean_depth": float, "exit_share": [float]}
     provenance = _PROVENANCE | {
         "metrics": {...: [Whole(after=measures)]}, "operating_points": {...: Whole(point)},
@@ -371,9 +371,9 @@ def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
 def _check(bundle: Bundle, files: Mapping[str, Held]) -> None:
     """Raises ValueError for what the model or the other files do not allow."""
     path, count, cfg = files[EXITS].name, len(bundle.exits.layers), bundle.cfg
-    if not MIN_LENGTH <= bundle.max_length <= cfg.max_position_embeddings:
+    if not 4 <= bundle.max_length <= cfg.max_position_embeddings:
         raise UserError(
-            f"{path}: max_length must be at least {MIN_LENGTH} and at most the "
+            f"{path}: max_length must be at least 4 and at most the "
             f"{cfg.max_position_embeddings} positions of the encoder. Got {bundle.max_length}."
         )
     if bundle.tokenizer.vocab_size > cfg.vocab_size:

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ import pytest
 
 from ejax import assets
 from ejax.assets import Package, cache_dir, resolve
+from ejax.bundle import load_bundle
+from ejax.data.files import check_file
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -91,6 +94,36 @@ def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="is a file: give the folder"):
         resolve(str(tmp_path / "config.json"))
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"loop is a link to loop, which leads nowhere \(Too many"):
+        resolve(str(tmp_path / "loop"))
+    (tmp_path / "train.tsv").symlink_to("gone.tsv")
+    with pytest.raises(ValueError, match=r"train\.tsv is a link to gone\.tsv, which leads nowhere"):
+        check_file(tmp_path / "train.tsv")
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(ValueError, match=r"neither a folder here"):
+        resolve("a\0b")
+    with pytest.raises(ValueError, match=r"cannot be read: File name too long"):
+        resolve("a" * 5000)
+
+
+def test_data_that_git_lfs_has_not_fetched(tmp_path):
+    (tmp_path / "train.csv").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(ValueError, match=r"train\.csv is a Git LFS pointer, .* `git lfs pull`"):
+        check_file(tmp_path / "train.csv")
+
+
+def test_a_bundle_that_git_lfs_has_not_fetched(tmp_path):
+    golden = REPOSITORY / "tests" / "goldens" / "bundle_format_3"
+    folder = shutil.copytree(golden, tmp_path / "bundle")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
+        load_bundle(folder)
 
 
 # package files
@@ -205,8 +238,10 @@ SHA = "1234567890" * 4
 HELD = {
     "config.json": b'{"model_type": "bert"}',
     "model.safetensors": b"weights" * 1000,
+    "model-00001-of-00002.safetensors": b"a shard",
     "vocab.txt": b"[PAD]\n",
     "pytorch_model.bin": b"never fetched",
+    "onnx/model.safetensors": b"never fetched",
 }
 
 
@@ -276,7 +311,8 @@ def test_a_hub_id_fetches_the_files_that_are_read(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.strip())
     assert folder.is_relative_to(tmp_path / "hub")
-    assert listing(folder) == ["config.json", "model.safetensors", "vocab.txt"]
+    shard = "model-00001-of-00002.safetensors"
+    assert listing(folder) == ["config.json", shard, "model.safetensors", "vocab.txt"]
     assert (folder / "model.safetensors").read_bytes() == HELD["model.safetensors"]
     assert not any("pytorch_model.bin" in path for path in Hub.asked)
     # Once fetched it is there without a network.

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import tiny
+import vocabularies
 
 from ejax.data.sources import Example
-from ejax.data.tokenizer import load_tokenizer
+from ejax.data.tokenizer import Tokenizer, load_tokenizer
 from ejax.training.checks import (
     no_better_than_chance,
     still_rising,
@@ -54,6 +55,20 @@ def test_the_example_may_stand_in_the_second_text(pieces):
     rows = examples("영" * 90)  # as where a language sets no spaces
     sentence = unknown_words(pieces, pieces.encode([rows[0].text], 16), rows)
     assert f"such as '{'영' * 30}…', become" in sentence
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_unknown_to_other_tokenizers(byte_fallback):
+    """Good and film are known, 만세 is one <unk>, or six bytes of two characters."""
+    tokenizer = Tokenizer(vocabularies.unigram(byte_fallback=byte_fallback))
+    rows = examples("good film", "film 만세")
+    encoded = tokenizer.encode([row.inputs for row in rows], 32)
+    share = 2 / 5 if byte_fallback else 1 / 4
+    assert unknown_share(tokenizer, encoded) == share
+    token = "<0xEB>" if byte_fallback else "<unk>"
+    assert f"such as '만세', become {token}:" in unknown_words(tokenizer, encoded, rows)
+    spelt = Tokenizer(vocabularies.byte_bpe())
+    assert unknown_share(spelt, spelt.encode(["만세"], 32)) == 0
 
 
 @pytest.mark.filterwarnings("always:.*words of train", "ignore:exit .*:UserWarning")

@@ -5,12 +5,15 @@ The bound is 1e-5 in float32 on every layer and every position, padding included
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import vocabularies
 
 from ejax import assets
+from ejax.data.tokenizer import load_tokenizer
 from ejax.models.bert import Batch, BertModel
 from ejax.models.weights import load_bert
 
@@ -112,3 +115,16 @@ def test_live_minilm_all_hidden_states(transformers, minilm):
     ours = hidden_states(minilm, batch)
     assert ours.shape == theirs.shape == (7, 3, 40, 384)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", vocabularies.FOLDERS)
+def test_live_tokens_are_those_of_the_goldens(transformers, tmp_path, name):
+    """And of a tokenizer that is saved here and read there, by its tokenizer_config.json."""
+    expected = json.loads(vocabularies.GOLDENS.read_text(encoding="utf-8"))[name]
+    folder = vocabularies.write(name, tmp_path / "from")
+    assert vocabularies.of_transformers(folder) == expected
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path / "to")
+    settings = json.dumps(tokenizer.hf_settings())
+    (tmp_path / "to" / "tokenizer_config.json").write_text(settings)
+    assert vocabularies.of_transformers(tmp_path / "to") == expected

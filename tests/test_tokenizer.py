@@ -6,11 +6,12 @@ import time
 import numpy as np
 import pytest
 import tokenizers
+import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ejax import assets
-from ejax.data.tokenizer import bucket_of, load_tokenizer, longest_first
+from ejax.data.tokenizer import Tokenizer, bucket_of, load_tokenizer, longest_first
 
 TOKENS = """[PAD] [UNK] [CLS] [SEP] [MASK] the cafe film was un ##afford ##able ##s good , ! ' 中 国
 Good café bad 10 ##0 % ~"""
@@ -300,7 +301,9 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
     plain = json.loads(path.read_text())
     plain["post_processor"] = None
     path.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match=r"tokenizer\.json must frame .* as BERT does\. Got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json must frame .* as BERT does\. Got \['\[UNK"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -331,6 +334,200 @@ def test_tokenizer_config_of_another_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged: it is not JSON"):
         load_tokenizer(tmp_path)
+
+
+# Other tokenizers than BERT's
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    """Of transformers 4.57.6; tests/test_parity.py makes them again where it is installed."""
+    return json.loads(vocabularies.GOLDENS.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", vocabularies.FOLDERS)
+def test_ids_and_types_are_those_of_transformers(goldens, tmp_path, name):
+    loaded = load_tokenizer(vocabularies.write(name, tmp_path / "from"))
+    loaded.save(tmp_path / "bundle")
+    for tokenizer in (loaded, load_tokenizer(tmp_path / "bundle")):
+        for length, expected in zip(vocabularies.LENGTHS, goldens[name], strict=True):
+            encoded = tokenizer.encode(vocabularies.TEXTS, length)
+            assert rows(encoded) == [ids for ids, _ in expected]
+            assert types(encoded) == [kinds for _, kinds in expected]
+
+
+def test_an_encoder_with_one_token_type_gets_no_other(tmp_path):
+    folder = vocabularies.write("uncased", tmp_path)
+    assert types(load_tokenizer(folder).encode([("good", "film")], 8)) == [[0, 0, 0, 1, 1]]
+    (folder / "config.json").write_text('{"type_vocab_size": 1}')
+    assert types(load_tokenizer(folder).encode([("good", "film")], 8)) == [[0] * 5]
+
+
+def test_a_pair_with_two_tokens_between_its_texts_needs_room_for_them():
+    tokenizer = Tokenizer(vocabularies.unigram())
+    assert tokenizer.encode([("good", "film")], 5).lengths.tolist() == [5]
+    with pytest.raises(ValueError, match=r"max_length must be at least 5 tokens\. Got 4\."):
+        tokenizer.encode(["good"], 4)
+
+
+OTHERS = {
+    "Unigram": vocabularies.unigram,
+    "bytes": vocabularies.byte_bpe,
+    "one long word": lambda: tokenizers.Tokenizer(models_without_words()),
+}
+
+
+def models_without_words():
+    """Pieces of equal length and score: the end of a word decides how all of it is spelt."""
+    scored = [("<s>", 0.0), ("</s>", 0.0), ("a", -3.0), ("aa", -3.5), ("aaa", -4.0), (" ", -1.0)]
+    return tokenizers.models.Unigram(scored, unk_id=0)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the film was good " * 900,
+        "영화가좋다中国" * 2000,
+        "a" * 9001 + " good",
+        "good" + " " * 9000 + "film was " * 500,
+        "the film\n" * 1500,
+        "a\u3000" * 5000,
+    ],
+)
+def test_cutting_changes_no_token_of_other_tokenizers(kind, text):
+    backend = OTHERS[kind]()
+    if kind == "one long word":
+        backend.post_processor = tokenizers.processors.BertProcessing(("</s>", 1), ("<s>", 0))
+    expected = backend.encode(text, add_special_tokens=False).ids
+    for length in (7, 64):
+        (ids,) = rows(Tokenizer(backend).encode([text], length))
+        assert ids[1:-1] == expected[: length - 2]
+
+
+def test_decoding_leaves_out_the_frame():
+    for made in (vocabularies.unigram(), vocabularies.byte_bpe(), vocabularies.wordpiece(False)):
+        tokenizer = Tokenizer(made)
+        (ids,) = rows(tokenizer.encode([("the film", "was good")], 32))
+        assert tokenizer.decode(ids).split() == ["the", "film", "was", "good"]
+
+
+@pytest.mark.parametrize("made", [vocabularies.unigram, vocabularies.byte_bpe])
+def test_lone_surrogates_are_dropped_by_every_tokenizer(made):
+    tokenizer = Tokenizer(made())
+    broken, whole = (
+        tokenizer.encode(["the\ud83d film", "\udc00"], 16),
+        tokenizer.encode(["the film", ""], 16),
+    )
+    assert rows(broken) == rows(whole)
+
+
+# What cannot be followed
+
+
+def with_files(folder, name, **files):
+    """A folder of `vocabularies` with other files; __ stands for the dot of their names."""
+    folder = vocabularies.write(name, folder)
+    for file, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / file.replace("__", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+def settings_file(**values):
+    return {"tokenizer_config__json": values}
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "sentence"),
+    [
+        (
+            "uncased",
+            settings_file(tokenizer_class="KoBertTokenizer"),
+            r"tokenizer_config\.json: tokenizer_class must be .* Got 'KoBertTokenizer': choose",
+        ),
+        (
+            "vocabulary",
+            {"config__json": {"tokenizer_class": "BertJapaneseTokenizer"}},
+            r"/config\.json: tokenizer_class must be .* Got 'BertJapaneseTokenizer'",
+        ),
+        (
+            "vocabulary",
+            settings_file(word_tokenizer_type="mecab"),
+            r"word_tokenizer_type must be 'basic', the only one supported\. Got 'mecab'",
+        ),
+        ("cased", settings_file(do_basic_tokenize=False), "do_basic_tokenize must be True"),
+        ("cased", settings_file(truncation_side="left"), "truncation_side must be 'right'"),
+        (
+            "cased",
+            settings_file(model_max_length=512),
+            r"tokenizer_config\.json must say do_lower_case: tokenizer\.json has False, .* True",
+        ),
+        ("cased", settings_file(do_lower_case="no"), "must be true or false. Got 'no'"),
+        (
+            "vocabulary",
+            settings_file(tokenizer_class="XLMRobertaTokenizer"),
+            r"without a tokenizer\.json, .* Got 'XLMRobertaTokenizer': save a fast tokenizer",
+        ),
+        (
+            "vocabulary",
+            {"vocab__txt": "[UNK]\n[CLS]\n[SEP]\n▁나는\n▁학교\n에\n"},
+            r"vocab\.txt must hold WordPiece's .* such as '▁나는', which needs a tokenizer\.json",
+        ),
+        (
+            "vocabulary",
+            {"added_tokens__json": {"<url>": 90}},
+            r"added_tokens\.json: .* '<url>' must have the id 90; by the other files 4",
+        ),
+        (
+            "tokens added",
+            {"added_tokens__json": {"<new>": 41}},
+            r"added_tokens\.json: .* '<new>' must have the id 41; the other files do not have it",
+        ),
+        (
+            "cased",
+            {"added_tokens__json": {"<url>": -1}},
+            r"the id of an added token is not as .* -1",
+        ),
+        (
+            "vocabulary",
+            settings_file(added_tokens_decoder={"5": "the"}),
+            "a token is not as transformers writes it. Got the",
+        ),
+        (
+            "uncased",
+            {"tokenizer__json": "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n"},
+            r"tokenizer\.json is a Git LFS pointer, not the file itself: run .*git lfs pull",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_named(tmp_path, name, files, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_tokenizer(with_files(tmp_path, name, **files))
+
+
+@pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "merges.txt"])
+def test_a_file_that_only_a_slow_tokenizer_reads(tmp_path, file):
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=rf"has {file} and no tokenizer\.json.* save a fast token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_link_to_a_file_that_is_gone(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("../blobs/123")
+    with pytest.raises(ValueError, match=r"is a link to \.\./blobs/123, which leads nowhere"):
+        load_tokenizer(tmp_path)
+
+
+def test_without_settings_tokenizer_json_stands_for_itself(tmp_path):
+    """As in a bundle: a cased tokenizer stays cased."""
+    Tokenizer(vocabularies.wordpiece(False)).save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert rows(tokenizer.encode(["The"], 8)) == [[2, WORDS_OF.index("The"), 3]]
+
+
+WORDS_OF = vocabularies.WORDS.split()
 
 
 def test_bucket_of():

@@ -193,6 +193,9 @@ def test_missing_files(folder):
     with pytest.raises(ValueError, match=r"no model.safetensors") as error:
         load_bert(folder)
     assert "it holds config.json, pytorch_model.bin. Convert pytorch_model.bin" in str(error.value)
+    (folder / "model.safetensors").symlink_to("../../blobs/3f")
+    with pytest.raises(ValueError, match=r"is a link to ../../blobs/3f, which leads nowhere"):
+        load_bert(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_bert(folder)
@@ -204,6 +207,52 @@ def test_a_damaged_file(folder, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read, it may be damaged"):
         load_bert(folder)
+
+
+def in_shards(folder, tensors):
+    """As transformers writes a checkpoint that is larger than max_shard_size."""
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(where.values()):
+        held = {name: x for name, x in tensors.items() if where[name] == shard}
+        save_file(held, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+def test_a_checkpoint_in_shards(folder, tensors, cfg):
+    index = in_shards(folder, tensors)
+    same(load_bert(folder)[1], from_hf(tensors, cfg))
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of the 3 files .* model-00002-of-00003\.safe"):
+        load_bert(folder)
+    for content in ('{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": []}', "{}"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json must hold weight_map"):
+            load_bert(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 133466304\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs(folder, file):
+    (folder / file).write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{file} is a Git LFS pointer, .* `git lfs pull`"):
+        load_bert(folder)
+
+
+@pytest.mark.parametrize("config", [None, '{"__version__": "0.3"}'])
+def test_an_old_sentence_transformers_names_the_folder_of_its_bert(folder, tmp_path, config):
+    root = tmp_path / "root"
+    root.mkdir()
+    folder.rename(root / "0_Transformer")
+    if config:
+        (root / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"old sentence-transformers.*: give .*/0_Transformer\.$"):
+        load_bert(root)
+    assert load_bert(root / "0_Transformer")
 
 
 # read_config
@@ -232,6 +281,7 @@ def test_keys_that_do_not_change_the_encoder_are_ignored(folder, cfg):
     ("key", "value", "message"),
     [
         ("model_type", "roberta", "model_type must be 'bert', the only one supported. Got 'rob"),
+        ("model_type", "xlm-roberta", "model_type must be 'bert', .*Got 'xlm-roberta'"),
         ("position_embedding_type", "relative_key", "position_embedding_type must be 'absolute'"),
         ("is_decoder", True, "is_decoder must be False"),
         ("add_cross_attention", True, "add_cross_attention must be False"),

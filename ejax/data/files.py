@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ejax import storage
+from ejax import assets, storage
 from ejax.data import frames
 from ejax.data.columns import (
     TEXT_COLUMNS,
@@ -203,6 +203,8 @@ def format_of(path: str | Path) -> str:
 def check_file(path: str | Path) -> None:
     """Raises ValueError, with the nearest name in the folder, unless `path` is a file."""
     file = storage.path_of(path)
+    if not storage.is_remote(path):
+        assets.held(file)  # a link that leads nowhere, or a pointer of Git LFS, says so
     try:
         if file.is_dir():
             raise UserError(f"{path} is a folder: expected a file.")

@@ -1,13 +1,16 @@
-"""Texts to BERT's word pieces: Hugging Face `tokenizers`, ragged numpy arrays out.
+"""Texts to tokens: Hugging Face `tokenizers`, ragged numpy arrays out.
 
-A text becomes `[CLS] text [SEP]` with token type 0, a pair `[CLS] first [SEP] second
-[SEP]` with type 1 from `second` on. N rows are kept flat, without padding; rows are
-padded to one of a few lengths, the buckets, only when they are batched.
+The tokenizer's own frame is put around them: BERT's makes `[CLS] text [SEP]` of a text, with
+token type 0, and `[CLS] first [SEP] second [SEP]` of a pair, with type 1 from `second` on;
+XLM-R's `<s> first </s></s> second </s>`, with type 0. N rows are kept flat, without padding; rows
+are padded to one of a few lengths, the buckets, only when they are batched. What a folder says
+about its tokenizer is read in `ejax.data.vocabulary`.
 
 Axes: N rows.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -16,31 +19,36 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import models, normalizers
 
+from ejax.data.vocabulary import (
+    NORMAL,
+    PADDING,
+    SPLIT,
+    begins_of,
+    frame_of,
+    load_backend,
+    said_of,
+    unknowns_of,
+)
 from ejax.errors import UserError, clipped
-from ejax.records import misfit, read_json
 
 Text = str | tuple[str, str]
 
-MIN_LENGTH = 4  # [CLS] and two [SEP]s of a pair, and one token of text
 CHUNK_CHARACTERS = 1 << 20  # tokenised at a time: the library's objects are heavy
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Tokenisers that split as BERT does, so that vocab.txt alone describes them.
-BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
-
-_SETTINGS = dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), bool)
 
 # Tokenising a whole megabyte to keep 128 tokens is waste, so texts are cut to so many
 # characters first. English has 4 to 5 characters to a token: the cut leaves about
 # twice what is needed.
 CUT_PER_TOKEN = 10
 CUT_EXTRA = 1000
-# What the cut damages is its last word, and WordPiece gives a word at most 100 tokens
-# (a longer word is one [UNK]). So where a cut text has 100 tokens more than are kept,
-# the kept ones are exact; where it has fewer (long runs of spaces, or words of
-# thousands of letters), the text is cut later and tokenised again.
-LONGEST_WORD = 100
+# What the cut damages is its last word, and WordPiece gives a word at most so many tokens as its
+# model says, 100 by default (a longer word is one [UNK]). So where a cut text has that many more
+# than are kept, the kept ones are exact; where it has fewer (long runs of spaces, or words of
+# thousands of letters), the text is cut later and tokenised again. Other models spell a word of
+# any length, and all of a word's pieces depend on its end: they are cut between words only.
+MARGIN = 100
+GAPS = " \n\t\u3000"  # what may stand between words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +91,7 @@ class Encoded:
 
 
 class Tokenizer:
-    """BERT's tokenizer; see `load_tokenizer`. Threads may share one."""
+    """A tokenizer with the frame of its encoder; see `load_tokenizer`. Threads may share one."""
 
     # Truncation is done here and not by the library: there it is a setting that threads
     # would share, and what it cuts off is kept, for a pair in quadratically many parts.
@@ -91,48 +99,50 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, source: str | Path = "the tokenizer"):
         backend.no_truncation()  # files in the wild carry their own settings for both
         backend.no_padding()
-        single, pair = backend.encode(""), backend.encode("", "")
-        if (
-            len(single.ids) != 2
-            or pair.ids != [*single.ids, single.ids[1]]
-            or pair.type_ids != [0, 0, 1]
-        ):
-            raise UserError(
-                f"{source} must frame a text as [CLS] text [SEP] and a pair as [CLS] first [SEP] "
-                f"second [SEP], as BERT does. Got {single.tokens} and {pair.tokens} with token "
-                f"types {pair.type_ids} around empty texts."
-            )
-        self._cls, self._sep = single.ids
+        self._frame = frame_of(backend, source)
         self._backend = backend
+        model = backend.model
+        self._pieces = isinstance(model, models.WordPiece)
+        self._margin = max(MARGIN, model.max_input_chars_per_word) if self._pieces else MARGIN
+        self._gaps = "".join(gap for gap in GAPS if self._parts(gap))
 
-    @property
+    def _parts(self, gap: str) -> bool:
+        """Whether this character parts words."""
+        normal, words = self._backend.normalizer, self._backend.pre_tokenizer
+        text = f"a{gap}a"
+        text = normal.normalize_str(text) if normal else text
+        return bool(words) and len(words.pre_tokenize_str(text)) > 1
+
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows a word embedding must have."""
         return max(self._backend.get_vocab().values()) + 1
 
-    @property
-    def unknown(self) -> int | None:
-        """The id of [UNK], which stands for a word that the vocabulary cannot spell."""
-        return self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "[UNK]")
+    def unknown(self) -> np.ndarray:
+        """Which ids stand for what the vocabulary cannot spell, bool [vocab_size].
+
+        [UNK] or <unk>, and, where such characters become bytes, the first byte of one.
+        """
+        return unknowns_of(self._backend, self.vocab_size)
 
     def begins_word(self) -> np.ndarray:
-        """Which ids begin a word, bool [vocab_size]: all but [CLS], [SEP] and ##pieces.
+        """Which ids count as words, bool [vocab_size]: all but the frame and ##pieces.
 
-        A vocabulary that marks no pieces has every token for a word.
+        A vocabulary that marks no pieces has every token for a word, but for a space alone, and
+        the bytes of one character for one.
         """
-        vocabulary = self._backend.get_vocab()
-        begins = np.ones(self.vocab_size, bool)
-        begins[[i for token, i in vocabulary.items() if token.startswith("##")]] = False
-        begins[[self._cls, self._sep]] = False
+        begins = begins_of(self._backend, self.vocab_size)
+        begins[self._frame.ids] = False
         return begins
 
-    def first_unknown(self, text: str) -> str:
-        """The first word of a text that becomes [UNK]; "" where there is none."""
+    def first_unknown(self, text: str) -> tuple[str, str]:
+        """The first word of a text that is not known and the token it becomes; "" for none."""
+        unknown = self.unknown()
         found = self._backend.encode(text, add_special_tokens=False)  # the fast way has no offsets
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
-            if token == self.unknown:
-                return text[start:end]
-        return ""
+            if unknown[token]:
+                return text[start:end], str(self._backend.id_to_token(token))
+        return "", ""
 
     def encode(
         self, texts: Sequence[Text], max_length: int, *, whole: int = 0, first: int = 0
@@ -143,16 +153,17 @@ class Tokenizer:
         the longer text is shortened until both are equal, then both are (an odd token
         goes to the text that was longer, the second if none was), as Hugging Face's
         fast tokenizers do; of two texts that are cut before, the parts left decide
-        which is longer. An empty text is [CLS] [SEP]. Characters that are not
+        which is longer. An empty text is the frame alone. Characters that are not
         Unicode (lone surrogates) are dropped. `first` is the number of the first row, for errors.
         With `whole`, at least `max_length`, the rows stand in `Encoded.whole` too, cut there.
 
         Raises:
-          ValueError: for a max_length below 4, or a row that is neither a string nor a
-            pair of strings (the message names its index).
+          ValueError: for a max_length without room for a token in the frame of a pair, or a row
+            that is neither a string nor a pair of strings (the message names its index).
         """
-        if max_length < MIN_LENGTH:
-            raise UserError(f"max_length must be at least {MIN_LENGTH} tokens. Got {max_length}.")
+        least = self._frame.pair_size + 1
+        if max_length < least:
+            raise UserError(f"max_length must be at least {least} tokens. Got {max_length}.")
         firsts, seconds = _split_pairs(texts, first)
         limits = (max_length, whole) if whole else (max_length,)
         chunks = [
@@ -163,8 +174,9 @@ class Tokenizer:
         return dataclasses.replace(short, whole=longer[0]) if longer else short
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids [T], without [CLS] and [SEP]; of an uncased BERT in lower case."""
-        return self._backend.decode(list(ids))
+        """The text of token ids [T], without the frame; of an uncased BERT in lower case."""
+        parts = itertools.groupby(ids, key=set(self._frame.ids).__contains__)
+        return " ".join(self._backend.decode(list(part)) for framed, part in parts if not framed)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, without settings for truncation and padding."""
@@ -173,15 +185,15 @@ class Tokenizer:
 
     def hf_settings(self) -> dict[str, Any]:
         """What tokenizer_config.json must say; without it transformers takes lower case for it."""
-        normal = self._backend.normalizer
-        lower = {
-            "do_lower_case": normal.lowercase,
-            "strip_accents": normal.strip_accents,
-            "tokenize_chinese_chars": normal.handle_chinese_chars,
-        } if isinstance(normal, normalizers.BertNormalizer) else {}  # fmt: skip
-        names = {"cls_token": self._cls, "sep_token": self._sep}
-        tokens = {name: self._backend.id_to_token(token) for name, token in names.items()}
-        return {"tokenizer_class": "BertTokenizer"} | lower | tokens
+        name, words = self._backend.id_to_token, self._backend.pre_tokenizer
+        padding = (token for token in PADDING if self._backend.token_to_id(token) is not None)
+        after = name(self._frame.after[0])
+        tokens = {"cls_token": name(self._frame.before[0]), "sep_token": after}
+        tokens |= {"pad_token": next(padding, after)}
+        if self._pieces and isinstance(self._backend.normalizer, normalizers.BertNormalizer):
+            said = said_of(self._backend.normalizer, NORMAL)
+            return {"tokenizer_class": "BertTokenizer"} | said | tokens
+        return {"tokenizer_class": "PreTrainedTokenizerFast"} | said_of(words, SPLIT) | tokens
 
     def _encode_chunk(
         self, firsts: list[str], seconds: list[str | None], limits: tuple[int, ...]
@@ -210,39 +222,53 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, types, lengths [N]) of texts given as (start, count) [N] among the pieces."""
         (a_start, a_count), (b_start, b_count) = first, second
-        a_kept, b_kept = longest_first(a_count, b_count, max_length - 2 - pair)
-        lengths = a_kept + 2 + (b_kept + 1) * pair
-        ends = np.cumsum(lengths)
-        row = ends - lengths
+        frame = self._frame
+        head, gap = len(frame.before), len(frame.middle)
+        rest = np.where(pair, gap + len(frame.end), len(frame.after))
+        a_kept, b_kept = longest_first(a_count, b_count, max_length - head - rest)
+        lengths = a_kept + b_kept + head + rest
+        row = np.cumsum(lengths) - lengths
+        a_row, a_end = row + head, row + head + a_kept
+        b_row, b_end = a_end + gap, a_end + gap + b_kept  # of pairs
         ids = np.empty(lengths.sum(), np.int32)
         types = np.zeros(len(ids), np.int8)
-        b_row = row + a_kept + 2  # where the second text starts
-        ids[row] = self._cls
-        ids[row + a_kept + 1] = self._sep
-        ids[ends - 1] = self._sep
-        ids[_ranges(row + 1, a_kept)] = pieces[_ranges(a_start, a_kept)]
+        ids[_ranges(a_row, a_kept)] = pieces[_ranges(a_start, a_kept)]
         ids[_ranges(b_row, b_kept)] = pieces[_ranges(b_start, b_kept)]
-        types[_ranges(b_row, (b_kept + 1) * pair)] = 1
+        types[_ranges(b_row, b_kept)] = frame.second_type
+        for starts, tokens, kinds in (
+            (row, frame.before, [0] * head),
+            (a_end[~pair], frame.after, [0] * len(frame.after)),
+            (a_end[pair], frame.middle, frame.middle_types),
+            (b_end[pair], frame.end, frame.end_types),
+        ):
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+                ids[starts + i], types[starts + i] = token, kind
         return ids, types, lengths
 
     def _word_pieces(self, texts: list[str], kept: int) -> tuple[np.ndarray, np.ndarray]:
         """At least the first `kept` word pieces of each text, flat, and their counts."""
         limit = _cut(kept)
-        found = self._run([text[:limit] for text in texts])
+        found = self._run([self._shortened(text, limit) for text in texts])
         for i, text in enumerate(texts):
             cut = limit
-            while len(text) > cut and len(found[i]) < kept + LONGEST_WORD:
+            while len(text) > cut and len(found[i]) < kept + self._margin:
                 cut *= 4
-                found[i] = self._run([text[:cut]])[0]
+                found[i] = self._run([self._shortened(text, cut)])[0]
         counts = np.fromiter(map(len, found), np.int64, len(found))
         flat = itertools.chain.from_iterable(row.ids for row in found)
         return np.fromiter(flat, np.int32, counts.sum()), counts
 
+    def _shortened(self, text: str, limit: int) -> str:
+        """The text up to a limit in characters, cut where that changes no token that is kept."""
+        if len(text) <= limit or self._pieces:
+            return text[:limit]
+        return text[: max(0, *(text.rfind(gap, 0, limit) for gap in self._gaps), 0)].rstrip()
+
     def _run(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
             return self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:  # a lone surrogate; U+FFFD, which replaces it, is dropped by BERT
-            texts = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+        except TypeError:  # a lone surrogate
+            texts = [t.encode("utf-16", "surrogatepass").decode("utf-16", "ignore") for t in texts]
             return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
 
@@ -257,27 +283,12 @@ def _joined(chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encoded:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or a bundle.
-
-    Read from tokenizer.json; its settings for truncation and padding are dropped.
-    Where there is none, built from vocab.txt with BERT's own normalisation:
-    `do_lower_case` (by default true), `strip_accents` and `tokenize_chinese_chars` as
-    tokenizer_config.json says, if it is there.
+    """The tokenizer of a Hugging Face folder or a bundle; see `ejax.data.vocabulary.load_backend`.
 
     Raises:
-      ValueError: naming the file, when neither is there or one cannot be used.
+      ValueError: naming the file, when there is none or one cannot be used.
     """
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return read_tokenizer(path, path)
-    path = folder / "vocab.txt"
-    if path.is_file():
-        return Tokenizer(_from_vocab(path, _read_settings(folder / "tokenizer_config.json")), path)
-    there = "has neither" if folder.is_dir() else "is not a folder"
-    raise UserError(
-        f"a tokenizer needs a folder with tokenizer.json or vocab.txt: {folder} {there}."
-    )
+    return Tokenizer(*load_backend(Path(folder)))
 
 
 def read_tokenizer(path: Path, name: Path) -> Tokenizer:
@@ -377,51 +388,3 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, … counts[0] of them, then starts[1], …"""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    settings = {name: value for name, value in read_json(path).items() if value is not None}
-    if problem := misfit(settings, _SETTINGS):
-        raise UserError(f"{path} is damaged: {problem}.")
-    kind = settings.get("tokenizer_class") or "BertTokenizer"
-    if str(kind).removesuffix("Fast") not in BERT_CLASSES:
-        raise UserError(
-            f"{path}: tokenizer_class must be one of {', '.join(BERT_CLASSES)} to be built from "
-            f"vocab.txt. Got {_shown(kind)}: add a tokenizer.json, which Hugging Face's fast "
-            f"tokenizers save."
-        )
-    return settings
-
-
-def _from_vocab(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8 text ({error}): fetch it again.") from error
-    if lines[-1] == "":
-        lines.pop()
-    vocab = {token: i for i, token in enumerate(lines)}
-    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocab]
-    if missing:
-        raise UserError(
-            f"{path} must hold one token per line, [UNK], [CLS] and [SEP] among them. "
-            f"Got {len(lines)} lines without {', '.join(missing)}."
-        )
-    backend = tokenizers.Tokenizer(
-        models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
-    )
-    backend.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocab])
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(
-        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
-    )
-    backend.decoder = decoders.WordPiece()
-    return backend

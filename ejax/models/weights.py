@@ -15,10 +15,10 @@ import numpy as np
 from ejax import assets
 from ejax.config import BertConfig, field_types, from_json, to_json
 from ejax.errors import UserError, clipped, shown
-from ejax.records import read_json
 
 Params = dict[str, Any]
 NAMED = 3  # tensors that do not fit, in one error
+WEIGHTS = "model.safetensors"
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 # Keys that would change the maths, and the only values the encoder here computes.
@@ -97,7 +97,7 @@ def load_bert(name: str | Path, **overrides: Any) -> tuple[BertConfig, Params]:
     """Reads a Hugging Face BERT.
 
     Args:
-      name: a folder with config.json and model.safetensors, a hub id, or a name in
+      name: a folder with config.json and model.safetensors or its shards, a hub id, or a name in
         `ejax.assets.PACKAGES`.
       **overrides: fields of `BertConfig`, such as dtype="float32".
 
@@ -115,7 +115,7 @@ def load_bert(name: str | Path, **overrides: Any) -> tuple[BertConfig, Params]:
     try:
         return cfg, from_hf(tensors, cfg)
     except ValueError as error:
-        raise UserError(f"{folder / 'model.safetensors'}: {error}") from None
+        raise UserError(f"{folder / WEIGHTS}: {error}") from None
 
 
 def read_config(folder: str | Path) -> BertConfig:
@@ -127,9 +127,16 @@ def read_config(folder: str | Path) -> BertConfig:
       ValueError: for a missing or broken file, or a setting that is not supported.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
-    return config_of(read_json(path), path)
+    values = assets.read_object(path)
+    if "hidden_size" not in values:
+        for inside in sorted(Path(folder).glob("*_Transformer/config.json")):
+            raise UserError(
+                f"{folder} is of an old sentence-transformers, which keeps the BERT in a folder "
+                f"of its own: give {inside.parent}."
+            )
+        if not path.is_file():
+            raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face BERT.")
+    return config_of(values, path)
 
 
 def config_of(values: Mapping[str, Any], path: Path) -> BertConfig:
@@ -150,17 +157,38 @@ def config_of(values: Mapping[str, Any], path: Path) -> BertConfig:
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder, from one file or from the shards that an index names."""
+    path = folder / WEIGHTS
+    index = path.with_name(f"{WEIGHTS}.index.json")
+    if assets.held(path):
+        return _read_file(path)
+    if not assets.held(index):
+        names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"{folder} has no {WEIGHTS}, the one format read; it holds {names}. Convert "
+            f"pytorch_model.bin and the like once, where PyTorch and transformers are installed: "
+            f"AutoModel.from_pretrained(name).save_pretrained(folder)."
+        )
+    where = assets.read_object(index).get("weight_map")
+    shards = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise UserError(
+            f"{index} must hold weight_map, the file next to it that has each tensor. Got "
+            f"{str(where)[:60]}: fetch it again."
+        )
+    missing = [shard for shard in shards if not assets.held(folder / shard)]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(shards)} files that {index.name} names, "
+            f"such as {missing[0]}: fetch the rest."
+        )
+    return {name: x for shard in shards for name, x in _read_file(folder / shard).items()}
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
 
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        held = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise UserError(
-            f"{folder} has no model.safetensors, the one format read; it holds {held}. Convert "
-            f"pytorch_model.bin or shards once, where PyTorch and transformers are installed: "
-            f"AutoModel.from_pretrained(name).save_pretrained(folder, max_shard_size='99GB')."
-        )
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, TypeError) as error:

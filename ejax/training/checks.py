@@ -28,9 +28,12 @@ def warn(sentence: str) -> None:
 
 
 def unknown_share(tokenizer: Tokenizer, encoded: Encoded) -> float:
-    """The share of the words in N rows that are [UNK]; punctuation counts as words, as in BERT."""
+    """The share of the words in N rows that are not known; punctuation counts, as in BERT.
+
+    Where a vocabulary does not mark what begins a word, the share is of the tokens.
+    """
     words = tokenizer.begins_word()[encoded.ids].sum()
-    return float((encoded.ids == tokenizer.unknown).sum() / max(words, 1))
+    return float(tokenizer.unknown()[encoded.ids].sum() / max(words, 1))
 
 
 def unknown_words(tokenizer: Tokenizer, encoded: Encoded, rows: Sequence[Example]) -> str:
@@ -38,13 +41,15 @@ def unknown_words(tokenizer: Tokenizer, encoded: Encoded, rows: Sequence[Example
     share = unknown_share(tokenizer, encoded)
     if share <= UNKNOWN_SHARE:
         return ""
-    token = int((encoded.ids == tokenizer.unknown).argmax())
-    row = rows[int(np.searchsorted(encoded.offsets, token, side="right")) - 1]
-    word = tokenizer.first_unknown(row.text) or tokenizer.first_unknown(row.pair or "")
+    first = int(tokenizer.unknown()[encoded.ids].argmax())
+    row = rows[int(np.searchsorted(encoded.offsets, first, side="right")) - 1]
+    word, token = tokenizer.first_unknown(row.text)
+    if not token:
+        word, token = tokenizer.first_unknown(row.pair or "")
     word = word if len(word) <= SHOWN else f"{word[:SHOWN]}…"
     return (
-        f"{100 * share:.0f} % of the words of train, such as {word!r}, become [UNK]: the encoder's "
-        f"vocabulary does not fit the language of the data; choose another model."
+        f"{100 * share:.0f} % of the words of train, such as {word!r}, become {token}: the "
+        f"encoder's vocabulary does not fit the language of the data; choose another model."
     )
 
 
