@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
-from ejax.data.files import Row, path_format, read_rows, texts_of
+from ejax.data.files import QUOTED, Quoting, Row, path_format, read_rows, texts_of
 from ejax.errors import UserError
 from ejax.streaming import chunks
 
@@ -154,6 +155,7 @@ def read_texts(
     columns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     refused: ValueError | None = None
+    quoting = Quoting()
     by_row = (format or path_format(source) or "jsonl") == "jsonl"  # has its own columns
 
     def find(row: Row) -> tuple[str, ...]:
@@ -177,9 +179,12 @@ def read_texts(
             skip(str(error))
             continue
         check_still(row, known, columns, find, f"{source}, line {line}")
+        quoting.see(line, text)
         yield row, text if pair is None else (text, pair), names
     if refused and not columns:
         raise refused
+    if quoting.line and (format or path_format(source)) == "tsv":
+        warnings.warn(f"{source}, line {quoting.line}: {QUOTED}", stacklevel=2)
 
 
 def free_names(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -38,6 +38,10 @@ ENDINGS = ".tsv, .csv, .jsonl, .json or .txt, each also with .gz, or .parquet"
 HEADERLESS = {2: ("label", "text"), 3: ("label", "text_a", "text_b")}
 PEEK_ROWS = 1000  # rows looked at to tell whether a tsv has a header
 LONGEST = 1 << 24  # bytes of a line, or characters of a csv field
+QUOTED = (
+    "the text looks quoted, as pandas writes it, and in a tsv a quote is a plain character: save "
+    "it as .csv."
+)
 HEADER_AGAIN = "the header stands here again: delete it."
 
 Row = dict[str, Any]
@@ -139,10 +143,28 @@ def _table_rows(
         yield number, dict(zip(columns, row, strict=True))
 
 
-def looks_quoted(cell: str) -> bool:
-    """Whether a cell of a tsv was quoted by a program: quotes around it, those inside doubled."""
-    inner = cell[1:-1]
-    return cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+class Quoting:
+    """Tells a tsv that a program quoted, as pandas does, from one whose quotes are text.
+
+    In the first every text with a quote has quotes around it, and those inside doubled.
+    """
+
+    def __init__(self) -> None:
+        self.first, self.plain = 0, False
+
+    def see(self, line: int, cell: str) -> None:
+        if '"' in cell:
+            inner = cell[1:-1]
+            around = len(cell) > 1 and cell[0] == cell[-1] == '"'
+            if not around or '"' in inner.replace('""', ""):
+                self.plain = True
+            elif '""' in inner:
+                self.first = self.first or line
+
+    @property
+    def line(self) -> int:
+        """The first that was quoted by a program; 0 for none."""
+        return 0 if self.plain else self.first
 
 
 def _opens_quote(cell: str) -> bool:

@@ -19,7 +19,7 @@ from ejax import assets, storage
 from ejax.config import DataConfig, Problem
 from ejax.data import named
 from ejax.data.columns import Columns, find_label_columns, find_text_columns, label_columns
-from ejax.data.files import read_rows, texts_of
+from ejax.data.files import QUOTED, read_rows, texts_of
 from ejax.data.frames import Table
 from ejax.data.labels import (
     REGRESSION,
@@ -45,10 +45,6 @@ SPLITS = ("train", "dev", "test")
 FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 LABELLED = ("tsv", "csv", "jsonl", "json", "parquet")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
-QUOTED = (
-    "the text looks quoted, as pandas writes it, and in a tsv a quote is a plain character: save "
-    "it as .csv."
-)
 FEW_ROWS = 20  # of which every second may have a label of its own
 
 
