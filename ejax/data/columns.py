@@ -236,7 +236,9 @@ def listed(columns: Collection[str]) -> str:
 
 def _is_other(plain: str) -> bool:
     """Whether it is the name of a label or of a row number."""
-    return plain in LABEL_COLUMNS + ROW_NUMBER_COLUMNS or plain.startswith("unnamed: ")
+    return plain in LABEL_COLUMNS + ROW_NUMBER_COLUMNS or plain.startswith(
+        ("unnamed: ", "__index_level_")
+    )
 
 
 def _is_table(path: str | Path) -> bool:

@@ -157,6 +157,8 @@ def load(
     if wrong:
         raise UserError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
+    if given and (config.path or config.train or config.dev or config.test or config.name):
+        raise UserError("rows were given in Python: data must name no files and no set. Got both.")
     paths: Mapping[str, Path | Table] = given or _find_files(config)
     if paths:
         asked = Columns(
@@ -232,6 +234,8 @@ def _load_files(
     if "train" in wanted:
         wanted.add("dev")  # a dev file keeps train whole
     if "train" in wanted and "train" not in paths:
+        if any(isinstance(path, Table) for path in paths.values()):
+            raise UserError("no rows of train were given: give train.")
         raise UserError("no training file: set data.train, or data.path to a folder with one.")
     found: dict[str, Split] = {}
     for name in (name for name in SPLITS if name in wanted and name in paths):

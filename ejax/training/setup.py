@@ -6,7 +6,7 @@ and, from shapes alone, for `train.aot`; `set_up` adds the rows of a training.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ejax.bundle import WHOLE_TOKENS, Bundle, check_output, exits_in_words, ledg
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import worth_compiling
+from ejax.data.frames import Table
 from ejax.data.labels import SINGLE
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
@@ -57,8 +58,16 @@ class Setup:
     behind: Ledger  # the rows of the model and the teacher
 
 
-def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
+def set_up(
+    config: TrainConfig,
+    workdir: Any,
+    console: Console,
+    given: Mapping[str, Table] | None = None,
+) -> Setup:
     """Reads, checks and tokenises all that a training needs, and claims the workdir for it.
+
+    Args:
+      given: rows of Python by split, instead of the files that the config names.
 
     Raises:
       ValueError: on bad data, a bad config, or a workdir of another config. Nothing is written
@@ -66,7 +75,7 @@ def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
     """
     if config.data.problem_type != SINGLE:
         raise UserError(f"no model learns problem_type {config.data.problem_type} yet.")
-    splits = sources.load(config.data, seed=config.seed)
+    splits = sources.load(config.data, seed=config.seed, given=given)
     labels = splits["train"].labels
     whole_cfg, bert, tokenizer = load_encoder(config)
     behind = ledger_behind(assets.resolve(config.model))
