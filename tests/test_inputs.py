@@ -1,5 +1,6 @@
 """Inputs that people have: parquet, JSON lists, rows of Python, and tables that are not tidy."""
 
+import dataclasses
 import datetime
 import gzip
 import json
@@ -13,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from ejax.config import DataConfig
+from ejax.bundle import load_bundle
+from ejax.config import DataConfig, TrainConfig
 from ejax.data import files, sources
 from ejax.data.files import read_rows
 from ejax.data.frames import as_rows, as_splits
 from ejax.evaluation.labelled import labelled_rows
 from ejax.predict import writing
+from ejax.training.finetune import finetune
 
 ROWS = [{"text": "a fine film", "label": "good"}, {"text": "dull", "label": "bad"}] * 3
 CLASSES = {"info": {"features": {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}}}}
@@ -218,8 +221,6 @@ def test_rows_or_files_but_not_both(tmp_path):
 
 
 def test_labelled_rows_of_python(tmp_path):
-    from ejax.bundle import load_bundle
-
     bundle = load_bundle(tiny.trained()[0])
     assert [row.label for row in labelled_rows(bundle, ROWS)] == [1, 0] * 3
     assert labelled_rows(bundle, {"test": ROWS[:2]})[0].text == "a fine film"
@@ -329,3 +330,21 @@ def test_an_output_keeps_its_mode(tmp_path):
     with writing(str(path)) as file:
         file.write(b"new")
     assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o640)
+
+
+@pytest.mark.slow
+def test_a_training_on_rows_of_python_is_that_on_files(tmp_path):
+    """To the same weights, and the ledger knows the same rows."""
+    config = TrainConfig(
+        model=str(tiny.model()), layers=(1, 3), epochs=1, batch_size=16, dtype="float32",
+        distillation=0.0, data=DataConfig(max_length=16, buckets=(16,)),
+    )  # fmt: skip
+    paths = {name: str(tiny.file(name)) for name in ("train", "dev", "test")}
+    rows = {name: [row for _, row in read_rows(path)] for name, path in paths.items()}
+    of_files = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    made = [finetune(of_files, tmp_path / "a"), finetune(config, tmp_path / "b", **rows)]
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in made)
+    assert first == second
+    trained = {sources.row_hash(sources.Example(row["text"], None, 0)) for row in rows["train"]}
+    for folder in made:
+        assert load_bundle(folder).ledger.among(trained, ["train"]) == trained

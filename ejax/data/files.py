@@ -25,12 +25,11 @@ from ejax.data import frames
 from ejax.data.columns import (
     TEXT_COLUMNS,
     find_column,
-    listed,
     names_columns,
     plain,
     recognised_texts,
 )
-from ejax.data.labels import INVISIBLE, check_characters
+from ejax.data.labels import INVISIBLE, check_characters, listed, short
 from ejax.errors import UserError
 
 FORMATS = ("tsv", "csv", "jsonl", "json", "parquet", "txt")
@@ -196,12 +195,10 @@ def texts_of(
     """
     for name in columns:
         if name not in row:
-            raise UserError(
-                f"{path}, line {line}: no column {name!r}. Its columns: {', '.join(row)}."
-            )
+            raise UserError(f"{path}, line {line}: no column {name!r}. Its columns: {listed(row)}.")
         if not isinstance(row[name], str):
             raise UserError(
-                f"{path}, line {line}: column {name!r} must hold text. Got {row[name]!r}."
+                f"{path}, line {line}: column {name!r} must hold text. Got {short(row[name])}."
             )
         check_characters(row[name], f"{path}, line {line}: column {name!r}")
     return row[columns[0]], row[columns[1]] if len(columns) == 2 else None
@@ -423,7 +420,7 @@ def _columns(
     alone = header[0].strip() if len(header) == 1 else ""
     if re.search(r"[,;|\t ]", alone) and not any(find_column(header, n) for n in text_columns):
         raise UserError(
-            f"{path}: {header[0]!r} does not look like the name of a column. A tsv has tabs "
+            f"{path}: {short(header[0])} does not look like the name of a column. A tsv has tabs "
             f"between its columns, a csv commas; one text per line without a header is a txt. If "
             f"it is a name, give it as text_columns (--text-column)."
         )
@@ -432,5 +429,5 @@ def _columns(
         header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{path}: the header names column {twice[0]!r} twice.")
+        raise UserError(f"{path}: the header names column {short(twice[0])} twice.")
     return tuple(header), cells

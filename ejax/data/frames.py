@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
+from ejax.data.labels import short
 from ejax.errors import UserError
 
 Row = dict[str, Any]
@@ -120,7 +121,7 @@ def parquet_rows(
             schema = file.schema_arrow
             twice = [name for name in schema.names if schema.names.count(name) > 1]
             if twice:
-                raise UserError(f"{path}: it has column {twice[0]!r} twice.")
+                raise UserError(f"{path}: it has column {short(twice[0])} twice.")
             header(tuple(schema.names))
             names = class_names(schema)
             number = 0
