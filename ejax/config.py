@@ -220,12 +220,13 @@ def check_layers(layers: tuple[int, ...], num_hidden_layers: int | None = None) 
 class DataConfig:
     """Labelled text: a TFDS name, or local files, which win over the name.
 
-    Local files are tsv, csv or jsonl, each also .gz. The comment behind a field is its help.
+    Local files are tsv, csv, jsonl or json, each also .gz, or parquet. The comment behind a field
+    is its help.
     """
 
     name: str = ""  # a TFDS name, such as glue/sst2
     path: str = ""  # a folder with train.*, dev.* and test.*
-    train: str = ""  # the file to learn from: tsv, csv or jsonl, each also .gz
+    train: str = ""  # the file to learn from: tsv, csv or jsonl, each also .gz, or parquet
     dev: str = ""  # the file that picks the checkpoint and thresholds; "" = a part of train
     test: str = ""  # the file to report on, never fitted on
     unlabelled: str = ""  # a file of texts without labels to learn from too: tsv, csv, jsonl, txt

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,11 +22,12 @@ from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
-from ejax.data.files import Row, path_format, read_rows, texts_of
+from ejax.data.files import QUOTED, Quoting, Row, path_format, read_rows, texts_of
+from ejax.data.frames import ParquetWriter
 from ejax.errors import UserError
 from ejax.streaming import arriving, chunks
 
-FORMATS = ("tsv", "csv", "jsonl")
+FORMATS = ("tsv", "csv", "jsonl", "parquet")
 ADDED = ("label", "score", "exit_layer", "top_k")
 PROGRESS_ROWS = 1000
 NAMED = 20  # skipped rows that are named
@@ -67,8 +69,8 @@ def predict_file(
     A tsv cannot hold tabs and line breaks: there they become spaces, and are counted.
 
     Args:
-      source: tsv, csv, jsonl or txt, each also .gz, or "-" for standard input.
-      output: tsv, csv or jsonl by its ending, each also .gz; "-" is standard output.
+      source: tsv, csv, jsonl, json or txt, each also .gz, parquet, or "-" for standard input.
+      output: tsv, csv or jsonl by its ending, each also .gz, or parquet; "-" is standard output.
         Without an ending: the format of the input, jsonl where that is txt or unknown.
       threshold: None means the bundle's; above 1 full depth.
       top_k: None means all labels.
@@ -108,12 +110,12 @@ def predict_file(
             yield [text for _, text, _ in chunk]
 
     with writing(output) as file:
-        write: Writer | None = None
+        write: Writer | ParquetWriter | None = None
         for answer in clf.stream_chunks(texts(), threshold, top_k, abstain):
             row, names = waiting.popleft()
             row_out = row | dict(zip(names, added(answer), strict=True))
             if write is None:
-                write = Writer(kind, list(row_out))
+                write = writer_of(kind, file, list(row_out), source)
                 file.write(write.header())
             line, has_spaces = write.row(row_out)
             file.write(line)
@@ -125,21 +127,34 @@ def predict_file(
                 progress(done)
             if not waiting:  # no more has come yet
                 file.flush()
-        if write is None and header:  # no rows: a file that can still be read back
-            file.write(Writer(kind, [*header, *free_names(added_names, header)]).header())
+        if write is None and (
+            header or kind == "parquet"
+        ):  # no rows: a file that can still be read back
+            columns = [*header, *free_names(added_names, header)]
+            write = writer_of(kind, file, columns, source)
+            file.write(write.header())
+        if write:
+            write.close()
     return Summary(done, exits, skipped, named, unanswered, spaced)
 
 
+def writer_of(
+    kind: str, file: BinaryIO, columns: list[str], source: str
+) -> "Writer | ParquetWriter":
+    """What turns rows of these columns into a file of that kind."""
+    return ParquetWriter(file, columns, source) if kind == "parquet" else Writer(kind, columns)
+
+
 def output_format(source: str, output: str, format: str = "") -> str:
-    """ "tsv", "csv" or "jsonl": by the ending of `output`, or else that of the input."""
+    """One of `FORMATS`: by the ending of `output`, or else that of the input."""
     kind = path_format(output) if output != "-" else ""
-    if kind and kind not in FORMATS:
+    if kind and (kind not in FORMATS or output.lower().endswith(".parquet.gz")):
         raise UserError(
             f"{output}: cannot write that format. Expected an ending .tsv, .csv or .jsonl, "
-            f"each also with .gz."
+            f"each also with .gz, or .parquet."
         )
     kind = kind or format or path_format(source)
-    return kind if kind in FORMATS else "jsonl"
+    return kind if kind in FORMATS and (output, kind) != ("-", "parquet") else "jsonl"
 
 
 def read_texts(
@@ -157,7 +172,8 @@ def read_texts(
     columns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     refused: ValueError | None = None
-    by_row = (format or path_format(source) or "jsonl") == "jsonl"  # has its own columns
+    quoting = Quoting()
+    by_row = (format or path_format(source) or "jsonl") in ("jsonl", "json")
 
     def find(row: Row) -> tuple[str, ...]:
         return columns_of(clf.bundle, text_columns, tuple(row), source)
@@ -180,9 +196,12 @@ def read_texts(
             skip(str(error))
             continue
         check_still(row, known, columns, find, f"{source}, line {line}")
+        quoting.see(line, text)
         yield row, text if pair is None else (text, pair), names
     if refused and not columns:
         raise refused
+    if quoting.line and (format or path_format(source)) == "tsv":
+        warnings.warn(f"{source}, line {quoting.line}: {QUOTED}", stacklevel=2)
 
 
 def free_names(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -254,13 +273,16 @@ class Writer:
             return b""
         return self.row({name: name for name in self.columns})[0]
 
+    def close(self) -> None:
+        """Nothing is held back."""
+
     def row(self, row: Row) -> tuple[bytes, bool]:
         """(the line, whether tabs or line breaks became spaces)."""
         if self.kind == "jsonl":
             try:
-                return (json.dumps(row, ensure_ascii=False) + "\n").encode(), False
+                return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode(), False
             except UnicodeEncodeError:  # half a surrogate pair, in a column that is passed on
-                return (json.dumps(row) + "\n").encode(), False
+                return (json.dumps(row, default=str) + "\n").encode(), False
         cells = [_cell(row.get(name)) for name in self.columns]
         if self.kind == "csv":
             line = io.StringIO()
@@ -274,7 +296,7 @@ class Writer:
 def _cell(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 @contextmanager

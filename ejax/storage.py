@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -294,6 +295,8 @@ def becoming(path: Path) -> Iterator[Path]:
     """A file of this machine to write, which takes the name of `path` if all goes well."""
     with partial(path.with_name(f".{path.name}.{os.getpid()}.part")) as fresh:
         yield fresh
+        if path.exists():  # it keeps its mode
+            shutil.copymode(path, fresh)
         fresh.replace(path)
 
 

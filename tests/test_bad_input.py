@@ -225,7 +225,7 @@ def test_no_bundle_at_all(tmp_path):
         (["--threshold", "-1"], "a threshold must be a number of at least 0, or full"),
         (["--top-k", "0"], "--top-k must be a positive number or all. Got '0'."),
         (["--on-error", "ignore"], "--on-error must be stop or skip. Got 'ignore'."),
-        (["--output", "out.parquet"], "out.parquet: cannot write that format"),
+        (["--output", "out.xlsx"], "out.xlsx: cannot write that format"),
         (["--output", "no/such/folder.tsv"], "no/such/folder.tsv cannot be written: No such file"),
         (["--output", "/tmp"], "/tmp is a folder"),
         (["--input", "nothing.tsv"], "No such file: nothing.tsv"),

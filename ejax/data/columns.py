@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ejax.config import Problem
-from ejax.data.labels import FLAGS, INVISIBLE, REGRESSION, SCORE, SEVERAL, SINGLE
+from ejax.data.labels import FLAGS, INVISIBLE, REGRESSION, SCORE, SEVERAL, SINGLE, listed, short
 from ejax.errors import UserError
 
 LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target", "gold_label")
@@ -85,7 +85,7 @@ def find_label_column(
         return found[0]
     what = f"{path}: which column holds the label? Its columns: {listed(columns)}."
     if found:
-        what = f"{path}: which column holds the label, {' or '.join(found)}?"
+        what = f"{path}: which column holds the label, {' or '.join(found[:3])}?"
     if given:
         what = f"{path} has no column {given!r} for the label. Its columns: {listed(columns)}."
     raise UserError(
@@ -157,9 +157,9 @@ def find_text_columns(
         if found := recognised_texts(names):
             if len(columns) == 1 and _is_table(path) and plain(found[0]) not in USUAL_TEXTS:
                 raise UserError(
-                    f"{path}: {found[0]!r}, its first line, may be a text or the name of its one "
-                    f"column: for a text put a header such as text above it, a name give as "
-                    f"text_columns (--text-column)."
+                    f"{path}: {short(found[0])}, its first line, may be a text or the name of "
+                    f"its one column: for a text put a header such as text above it, a name "
+                    f"give as text_columns (--text-column)."
                 )
             return found
         raise UserError(
@@ -228,15 +228,11 @@ def plain(name: str) -> str:
     return INVISIBLE.sub("", name).strip().casefold()
 
 
-def listed(columns: Collection[str]) -> str:
-    """The names; in quotes where a space or an invisible character would not be seen."""
-    odd = any(name != INVISIBLE.sub("", name).strip() for name in columns)
-    return ", ".join(map(ascii, columns) if odd else columns)
-
-
 def _is_other(plain: str) -> bool:
     """Whether it is the name of a label or of a row number."""
-    return plain in LABEL_COLUMNS + ROW_NUMBER_COLUMNS or plain.startswith("unnamed: ")
+    return plain in LABEL_COLUMNS + ROW_NUMBER_COLUMNS or plain.startswith(
+        ("unnamed: ", "__index_level_")
+    )
 
 
 def _is_table(path: str | Path) -> bool:

@@ -25,12 +25,11 @@ from ejax.data import frames
 from ejax.data.columns import (
     TEXT_COLUMNS,
     find_column,
-    listed,
     names_columns,
     plain,
     recognised_texts,
 )
-from ejax.data.labels import INVISIBLE, check_characters
+from ejax.data.labels import INVISIBLE, check_characters, listed, short
 from ejax.errors import UserError
 
 FORMATS = ("tsv", "csv", "jsonl", "json", "parquet", "txt")
@@ -38,6 +37,10 @@ ENDINGS = ".tsv, .csv, .jsonl, .json or .txt, each also with .gz, or .parquet"
 HEADERLESS = {2: ("label", "text"), 3: ("label", "text_a", "text_b")}
 PEEK_ROWS = 1000  # rows looked at to tell whether a tsv has a header
 LONGEST = 1 << 24  # bytes of a line, or characters of a csv field
+QUOTED = (
+    "the text looks quoted, as pandas writes it, and in a tsv a quote is a plain character: save "
+    "it as .csv."
+)
 HEADER_AGAIN = "the header stands here again: delete it."
 
 Row = dict[str, Any]
@@ -139,10 +142,28 @@ def _table_rows(
         yield number, dict(zip(columns, row, strict=True))
 
 
-def looks_quoted(cell: str) -> bool:
-    """Whether a cell of a tsv was quoted by a program: quotes around it, those inside doubled."""
-    inner = cell[1:-1]
-    return cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+class Quoting:
+    """Tells a tsv that a program quoted, as pandas does, from one whose quotes are text.
+
+    In the first every text with a quote has quotes around it, and those inside doubled.
+    """
+
+    def __init__(self) -> None:
+        self.first, self.plain = 0, False
+
+    def see(self, line: int, cell: str) -> None:
+        if '"' in cell:
+            inner = cell[1:-1]
+            around = len(cell) > 1 and cell[0] == cell[-1] == '"'
+            if not around or '"' in inner.replace('""', ""):
+                self.plain = True
+            elif '""' in inner:
+                self.first = self.first or line
+
+    @property
+    def line(self) -> int:
+        """The first that was quoted by a program; 0 for none."""
+        return 0 if self.plain else self.first
 
 
 def _opens_quote(cell: str) -> bool:
@@ -174,12 +195,10 @@ def texts_of(
     """
     for name in columns:
         if name not in row:
-            raise UserError(
-                f"{path}, line {line}: no column {name!r}. Its columns: {', '.join(row)}."
-            )
+            raise UserError(f"{path}, line {line}: no column {name!r}. Its columns: {listed(row)}.")
         if not isinstance(row[name], str):
             raise UserError(
-                f"{path}, line {line}: column {name!r} must hold text. Got {row[name]!r}."
+                f"{path}, line {line}: column {name!r} must hold text. Got {short(row[name])}."
             )
         check_characters(row[name], f"{path}, line {line}: column {name!r}")
     return row[columns[0]], row[columns[1]] if len(columns) == 2 else None
@@ -403,7 +422,7 @@ def _columns(
     alone = header[0].strip() if len(header) == 1 else ""
     if re.search(r"[,;|\t ]", alone) and not any(find_column(header, n) for n in text_columns):
         raise UserError(
-            f"{path}: {header[0]!r} does not look like the name of a column. A tsv has tabs "
+            f"{path}: {short(header[0])} does not look like the name of a column. A tsv has tabs "
             f"between its columns, a csv commas; one text per line without a header is a txt. If "
             f"it is a name, give it as text_columns (--text-column)."
         )
@@ -412,5 +431,5 @@ def _columns(
         header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{path}: the header names column {twice[0]!r} twice.")
+        raise UserError(f"{path}: the header names column {short(twice[0])} twice.")
     return tuple(header), cells

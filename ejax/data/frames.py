@@ -7,12 +7,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
+from ejax.data.labels import short
 from ejax.errors import UserError
 
 Row = dict[str, Any]
+WRITTEN_ROWS = 4096  # of a parquet file, at once
 Name = Callable[[Any], Any]  # from a value of a column to one with names
 
 
@@ -48,8 +50,10 @@ def as_rows(source: Any, name: str = "the rows") -> Table:
     names: dict[str, Name] = {}
     if isinstance(source, Mapping | str | bytes):
         raise UserError(f"{name} must be a list of dicts or a table. Got a {_kind(source)}.")
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a DataFrame
-        source = source.to_dict("records")
+    for way, args in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
+        if hasattr(source, way) and hasattr(source, "columns"):  # polars, pyarrow, pandas
+            source = getattr(source, way)(*args)
+            break
     features = getattr(source, "features", None)
     if isinstance(features, Mapping):  # a Dataset
         names = {
@@ -82,23 +86,19 @@ def as_splits(train: Any = None, dev: Any = None, test: Any = None) -> dict[str,
     given = {"train": train, "dev": dev, "test": test}
     if isinstance(train, Mapping):
         alike = {"validation": "dev", "valid": "dev", "val": "dev"}
-        splits = {alike.get(name, name): rows for name, rows in train.items()}
-        for name, rows in splits.items():
-            if name not in given or (name != "train" and given[name] is not None):
+        given["train"] = None
+        for name, rows in ((alike.get(name, name), rows) for name, rows in train.items()):
+            if name not in given or given[name] is not None:
                 raise UserError(
                     f"train must be rows, or their dict by train, dev (or validation) and test, "
                     f"each given once. Got {', '.join(map(str, train))}."
                 )
             given[name] = rows
-        if "train" not in splits:
-            raise UserError(f"train must have a split train. Got {', '.join(map(str, train))}.")
     found = {
         name: as_rows(rows, f"the rows of {name}")
         for name, rows in given.items()
         if rows is not None
     }
-    if found and "train" not in found:
-        raise UserError("rows of dev or test need rows of train: give train too.")
     return found or None
 
 
@@ -121,7 +121,7 @@ def parquet_rows(
             schema = file.schema_arrow
             twice = [name for name in schema.names if schema.names.count(name) > 1]
             if twice:
-                raise UserError(f"{path}: it has column {twice[0]!r} twice.")
+                raise UserError(f"{path}: it has column {short(twice[0])} twice.")
             header(tuple(schema.names))
             names = class_names(schema)
             number = 0
@@ -134,6 +134,70 @@ def parquet_rows(
             raise
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"{path} cannot be read as parquet: {reason}.") from error
+
+
+class ParquetWriter:
+    """Rows to a parquet file; the first ones tell the types of the columns.
+
+    Args:
+      file: open for bytes.
+      columns: of every row.
+      source: the file that the rows were read from; if it is parquet, its types are kept.
+    """
+
+    def __init__(self, file: BinaryIO, columns: list[str], source: str) -> None:
+        self.file, self.columns, self.rows = file, columns, list[Row]()
+        self.types: dict[str, Any] = {}  # pyarrow's, by column
+        self.writer: Any = None
+        if source.lower().endswith(".parquet"):
+            import pyarrow.parquet
+
+            with storage.path_of(source).open("rb") as opened:
+                schema = pyarrow.parquet.read_schema(opened)
+            named = class_names(schema)
+            self.types = {field.name: field.type for field in schema if field.name not in named}
+
+    def header(self) -> bytes:
+        return b""
+
+    def row(self, row: Row) -> tuple[bytes, bool]:
+        """Takes a row; the two are those of a writer of lines."""
+        self.rows.append(row)
+        if len(self.rows) == WRITTEN_ROWS:
+            self._write()
+        return b"", False
+
+    def close(self) -> None:
+        self._write()
+        self.writer.close()
+
+    def _write(self) -> None:
+        """Raises ValueError where a column holds values of two types."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            if self.writer is None:
+                arrays = {
+                    name: pyarrow.array([row.get(name) for row in self.rows], self.types.get(name))
+                    for name in self.columns
+                }
+                known = {
+                    name: pyarrow.string() if pyarrow.types.is_null(array.type) else array.type
+                    for name, array in arrays.items()
+                }
+                self.writer = pyarrow.parquet.ParquetWriter(
+                    self.file, pyarrow.schema(list(known.items()))
+                )
+            table = pyarrow.Table.from_pylist(self.rows, self.writer.schema)
+        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"a column has values of several types, which parquet cannot hold ({reason}): "
+                f"write .jsonl."
+            ) from error
+        self.writer.write_table(table)
+        self.rows.clear()
 
 
 def class_names(schema: Any) -> dict[str, Name]:

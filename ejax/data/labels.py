@@ -29,6 +29,19 @@ INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060\xad]")
 _FRACTION = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?")
 
 
+def short(value: Any) -> str:
+    """A value in quotes, for a sentence: its beginning, where it is long."""
+    shown = repr(value[:100] if isinstance(value, str | bytes) else value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
+
+
+def listed(columns: Collection[str]) -> str:
+    """The names of columns; in quotes where a space or an invisible character would not be seen."""
+    shown = [name[:30] for name in [*columns][:10]] + ["…"] * (len(columns) > 10)
+    odd = any(name != INVISIBLE.sub("", name).strip() for name in shown)
+    return ", ".join(map(ascii, shown) if odd else shown)
+
+
 def read_label(
     row: Mapping[str, Any], columns: Sequence[str], problem: Problem, path: object, line: int
 ) -> str | tuple[str, ...] | float:
@@ -46,7 +59,7 @@ def read_label(
         if column not in row:
             raise UserError(
                 f"{path}, line {line}: no column {column!r} for the label. "
-                f"Its columns: {', '.join(row)}. Name it with label_column (--label-column)."
+                f"Its columns: {listed(row)}. Name it with label_column (--label-column)."
             )
     where = f"{path}, line {line}: the label"
     typed = not str(path).lower().removesuffix(".gz").endswith((".tsv", ".csv"))
@@ -64,7 +77,7 @@ def _number(label: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = nan
     if not isfinite(number):
-        raise UserError(f"{where} must be a finite number, such as 3.5. Got {_short(label)}.")
+        raise UserError(f"{where} must be a finite number, such as 3.5. Got {short(label)}.")
     return number
 
 
@@ -73,7 +86,7 @@ def _flagged(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tupl
         if str(row[name]).strip().lower() not in FLAGS:
             raise UserError(
                 f"{where}: column {name!r} must hold 0 or 1, as the other labels' do. Got "
-                f"{_short(row[name])}. Name the columns of labels with --label-column a,b,c."
+                f"{short(row[name])}. Name the columns of labels with --label-column a,b,c."
             )
     return tuple(name for name in columns if FLAGS[str(row[name]).strip().lower()])
 
@@ -86,7 +99,7 @@ def _names(label: Any, where: str, typed: bool) -> tuple[str, ...]:
         if cell[:1] + cell[-1:] == "[]" and not typed:
             raise UserError(
                 f"{where} is a list in a cell: join the names by {JOINT}, as in a{JOINT}b. "
-                f"Got {_short(label)}."
+                f"Got {short(label)}."
             )
         label = [name.strip() for name in cell.split(JOINT)] if cell else []
     names = tuple(
@@ -95,7 +108,8 @@ def _names(label: Any, where: str, typed: bool) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
-            f"{where} names {twice!r} twice: expected the names or numbers of those that apply."
+            f"{where} names {short(twice)} twice: expected the names or numbers of those that "
+            f"apply."
         )
     return names
 
@@ -104,18 +118,20 @@ def _name(label: Any, where: str, typed: bool) -> str:
     if isinstance(label, list | tuple):
         raise UserError(
             f"{where} is a list: for several labels per text set problem_type={SEVERAL} "
-            f"(--problem-type). Got {_short(label)}."
+            f"(--problem-type). Got {short(label)}."
         )
     number = isinstance(label, float) or (
         isinstance(label, str) and not typed and _FRACTION.fullmatch(label)
     )
     if number and not isfinite(value := float(label)) and value == value:
-        raise UserError(f"{where} {label} is no name of a class: expected a name or an integer.")
+        raise UserError(
+            f"{where} {short(label)} is no name of a class: expected a name or an integer."
+        )
     if number and value == value:
         if value == int(value):
             return str(int(value))
         raise UserError(
-            f"{where} {label} is a number with a fraction: for numbers set "
+            f"{where} {str(label)[:30]} is a number with a fraction: for numbers set "
             f"problem_type={REGRESSION} (--problem-type)."
         )
     if isinstance(label, bool):
@@ -124,10 +140,10 @@ def _name(label: Any, where: str, typed: bool) -> str:
         return str(label)
     if not isinstance(label, str) or not label:
         raise UserError(
-            f"{where} is missing: expected a name. Got {_short(label)}. Leave the row out."
+            f"{where} is missing: expected a name. Got {short(label)}. Leave the row out."
         )
     if label != label.strip():
-        raise UserError(f"{where} must not begin or end with a space. Got {label!r}.")
+        raise UserError(f"{where} must not begin or end with a space. Got {short(label)}.")
     check_characters(label, where)
     return label
 
@@ -138,11 +154,6 @@ def check_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError:  # "\ud800" in JSON
         raise UserError(f"{where} holds half a surrogate pair, which is no character.") from None
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 # The names of a whole file
@@ -162,12 +173,12 @@ def check_names(
     for name, line in lines.items():
         if name.casefold() in WRITTEN_MARKS:
             raise UserError(
-                f"{path}, line {line}: label {name!r} ({counts[name]} rows) marks a row without "
-                f"a label: leave such rows out, or give the class another name."
+                f"{path}, line {line}: label {short(name)} ({counts[name]} rows) marks a row "
+                f"without a label: leave such rows out, or give the class another name."
             )
     check_joined(counts, problem, path)
     said = [
-        f"{path}, line {line}: label {name!r} ({counts[name]} rows) marks rows without one in "
+        f"{path}, line {line}: label {short(name)} ({counts[name]} rows) marks rows without one in "
         f"some data: here it is a class. Leave such rows out."
         for name, line in lines.items()
         if name.casefold() in LIKELY_MARKS
@@ -195,7 +206,7 @@ def check_joined(counts: Mapping[str, int], problem: Problem, path: object) -> N
     rows = sum(counts[name] for name in joined)
     if joined and (2 * rows > sum(counts.values()) or 2 * len(made) >= len(joined)):
         raise UserError(
-            f"{path}: labels such as {_short(joined[0])} are several names joined by "
+            f"{path}: labels such as {short(joined[0])} are several names joined by "
             f"{mark!r}: {fix}."
         )
 
@@ -207,7 +218,7 @@ def check_known(
     for label, line in lines.items():
         if label in known:
             continue
-        names = ", ".join([*known][:20]) + (", …" if len(known) > 20 else "")
+        names = ", ".join(name[:30] for name in [*known][:10]) + (", …" if len(known) > 10 else "")
         alike = [name for name in known if _plain(name) == _plain(label)]
         hint = ""
         if alike:
@@ -216,7 +227,7 @@ def check_known(
         elif label == "-1" or label.casefold() in WRITTEN_MARKS + LIKELY_MARKS:
             hint = " If it marks a row without a label, leave the row out."
         raise UserError(
-            f"{path}, line {line}: label {label!r} is not among the labels of {whose}: "
+            f"{path}, line {line}: label {short(label)} is not among the labels of {whose}: "
             f"{names}.{hint}"
         )
 

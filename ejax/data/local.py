@@ -76,7 +76,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
         lines: dict[str, int] = {}
         counts: Counter[str] = Counter()
         span: list[float] = []
-        quoted = 0
+        quoting = files.Quoting()
         for index, (line, text, pair, label) in enumerate(self.builder_config.rows()):
             names: Sequence[str] = (label,) if isinstance(label, str) else ()
             if isinstance(label, tuple):
@@ -87,11 +87,12 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
             for name in names:
                 lines.setdefault(name, line)
             counts.update(names)
-            if self.builder_config.tsv and not quoted:
-                quoted = line * any(map(files.looks_quoted, (text, pair or "")))
+            if self.builder_config.tsv:
+                quoting.see(line, text)
+                quoting.see(line, pair or "")
             row = {"text": text, "label": label}
             yield index, row if pair is None else {**row, "pair": pair}
-        told = {"labels": lines, "counts": dict(counts), "span": span, "quoted": quoted}
+        told = {"labels": lines, "counts": dict(counts), "span": span, "quoted": quoting.line}
         self.info.metadata.update(told)  # written together with the records
 
 

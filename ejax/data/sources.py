@@ -19,7 +19,7 @@ from ejax import assets, storage
 from ejax.config import DataConfig, Problem
 from ejax.data import named
 from ejax.data.columns import Columns, find_label_columns, find_text_columns, label_columns
-from ejax.data.files import read_rows, texts_of
+from ejax.data.files import QUOTED, read_rows, texts_of
 from ejax.data.frames import Table
 from ejax.data.labels import (
     REGRESSION,
@@ -45,10 +45,6 @@ SPLITS = ("train", "dev", "test")
 FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 LABELLED = ("tsv", "csv", "jsonl", "json", "parquet")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
-QUOTED = (
-    "the text looks quoted, as pandas writes it, and in a tsv a quote is a plain character: save "
-    "it as .csv."
-)
 FEW_ROWS = 20  # of which every second may have a label of its own
 
 
@@ -161,6 +157,8 @@ def load(
     if wrong:
         raise UserError(f"splits must be among {', '.join(SPLITS)}. Got {wrong[0]!r}.")
     root = assets.cache_dir(config.cache_dir) / "data"
+    if given and (config.path or config.train or config.dev or config.test or config.name):
+        raise UserError("rows were given in Python: data must name no files and no set. Got both.")
     paths: Mapping[str, Path | Table] = given or _find_files(config)
     if paths:
         asked = Columns(
@@ -236,6 +234,8 @@ def _load_files(
     if "train" in wanted:
         wanted.add("dev")  # a dev file keeps train whole
     if "train" in wanted and "train" not in paths:
+        if any(isinstance(path, Table) for path in paths.values()):
+            raise UserError("no rows of train were given: give train.")
         raise UserError("no training file: set data.train, or data.path to a folder with one.")
     found: dict[str, Split] = {}
     for name in (name for name in SPLITS if name in wanted and name in paths):

@@ -1,11 +1,13 @@
 """Labelled rows for a trained bundle: to evaluate it, or to calibrate it again."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
+from ejax.data.frames import as_rows, as_splits
 from ejax.data.labels import SINGLE
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
@@ -14,7 +16,7 @@ from ejax.errors import UserError
 
 def labelled_rows(
     bundle: Bundle,
-    data: str,
+    data: Any,
     split: str = "test",
     *,
     text_columns: Sequence[str] = (),
@@ -28,8 +30,8 @@ def labelled_rows(
     so that the dev rows of the same data are the dev rows of then.
 
     Args:
-      data: a file (`split` does not matter), a folder with train, dev and test files, or
-        a TFDS name.
+      data: a file (`split` does not matter), a folder with train, dev and test files, a TFDS
+        name, or rows as `finetune` takes them.
       text_columns: () means those of the training, or else as many recognised ones.
       label_column: "" means that of the training, or else a recognised one.
       limit: at most so many rows, drawn by a fixed seed; 0 means all.
@@ -49,11 +51,17 @@ def labelled_rows(
         "limit": limit,
         "cache_dir": cache_dir,
     }
-    path = storage.path_of(data)
-    if path.is_file():
-        config, split = DataConfig(test=data, **options), "test"
+    given = None
+    path = storage.path_of(data if isinstance(data, str | Path) else "")
+    if not isinstance(data, str | Path):
+        config, given = DataConfig(**options), as_splits(data)
+        if not isinstance(data, Mapping):
+            given, split = {"test": as_rows(data)}, "test"
+        data = "data"
+    elif path.is_file():
+        config, split = DataConfig(test=str(data), **options), "test"
     elif path.is_dir():
-        config = DataConfig(path=data, **options)
+        config = DataConfig(path=str(data), **options)
     elif data in TFDS:
         config = DataConfig(name=data, **options)
     else:
@@ -63,7 +71,7 @@ def labelled_rows(
     seed = trained.get("seed", 0)
     found = load(
         config, splits=(split,), seed=seed, labels=bundle.labels,
-        preferred=text_columns_of(bundle), preferred_label=label_column_of(bundle),
+        preferred=text_columns_of(bundle), preferred_label=label_column_of(bundle), given=given,
     )  # fmt: skip
     if split not in found:
         raise UserError(f"{data} has no labelled {split} split: choose another one (--split).")

@@ -6,14 +6,17 @@ choose the default thresholds on dev-A, report on dev-B and test.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from ejax.config import TrainConfig
+from ejax.data.frames import as_splits
 from ejax.inference.cost import zero_in_layers
 from ejax.saving import save_bundle
-from ejax.training.loop import make_logits, train
+from ejax.training.loop import make_logits
+from ejax.training.loop import train as fit
 from ejax.training.ngrams import trained_zero
 from ejax.training.outcome import (
     answers,
@@ -30,6 +33,9 @@ def finetune(
     config: TrainConfig,
     workdir: str | Path,
     *,
+    train: Any = None,
+    dev: Any = None,
+    test: Any = None,
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Path:
@@ -39,6 +45,9 @@ def finetune(
       config: everything the result depends on.
       workdir: checkpoints, metrics.jsonl, TensorBoard files and result.json go here; a
         folder that all hosts share, or gs://.
+      train, dev, test: rows in place of files: a list of dicts by column, a pandas DataFrame or a
+        Hugging Face `Dataset`; train may be a dict of them by split, such as a `DatasetDict`. To
+        resume, give the same rows.
       output: the bundle's folder; None means workdir/bundle.
       console: where progress is shown; None means standard error.
 
@@ -55,14 +64,14 @@ def finetune(
 
     # Config -> pretrained encoder, exits, tokens of train, dev-A, dev-B and test. Bad input is
     # refused here, before anything is written.
-    setup = set_up(config, workdir, console)
+    setup = set_up(config, workdir, console, as_splits(train, dev, test))
 
     # Exit 0 reads n-grams, not the encoder: it is trained alone, once.
     zero = trained_zero(setup.train, setup.exits, config, workdir, console)
 
     # The exits after layers and the encoder, together; of all checkpoints the best on dev-A.
     logits_of = make_logits(setup)
-    trained = train(setup, logits_of, workdir, console)
+    trained = fit(setup, logits_of, workdir, console)
 
     # From dev-A what exit 0 adds to later exits, temperatures and default thresholds; what they
     # give on dev-A, dev-B and test.

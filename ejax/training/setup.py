@@ -6,7 +6,7 @@ and, from shapes alone, for `train.aot`; `set_up` adds the rows of a training.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ejax.card import exits_in_words
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import worth_compiling
+from ejax.data.frames import Table
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from ejax.data.unlabelled import read_unlabelled
@@ -58,14 +59,22 @@ class Setup:
     behind: Ledger  # the rows of the model and the teacher
 
 
-def set_up(config: TrainConfig, workdir: Any, console: Console) -> Setup:
+def set_up(
+    config: TrainConfig,
+    workdir: Any,
+    console: Console,
+    given: Mapping[str, Table] | None = None,
+) -> Setup:
     """Reads, checks and tokenises all that a training needs, and claims the workdir for it.
+
+    Args:
+      given: rows of Python by split, instead of the files that the config names.
 
     Raises:
       ValueError: on bad data, a bad config, or a workdir of another config. Nothing is written
         before all is checked.
     """
-    splits = sources.load(config.data, seed=config.seed)
+    splits = sources.load(config.data, seed=config.seed, given=given)
     labels = splits["train"].labels
     whole_cfg, bert, tokenizer = load_encoder(config)
     behind = ledger_behind(assets.resolve(config.model))
