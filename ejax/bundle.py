@@ -105,6 +105,11 @@ class Bundle:
         return task_of(self.exits)
 
     @property
+    def calibration(self) -> np.ndarray:
+        """`temperatures` as `Task` reads them: float32 [E] or [E, K]."""
+        return np.asarray(self.temperatures, np.float32)
+
+    @property
     def model(self) -> EarlyExitBert:
         return EarlyExitBert(self.cfg, self.exits)
 

@@ -345,6 +345,10 @@ class EarlyExitClassifier:
         """The answers in numbers: int [N]; bool [N, C] of several labels; float [N] of a score."""
         return self.bundle.task.answers(decision.logits, self._temperatures(decision.exit))
 
+    def full_answers(self, logits: np.ndarray) -> np.ndarray:
+        """The answers of `full_logits`, as `chosen` has them."""
+        return self.bundle.task.answers(logits, self.bundle.calibration[-1])
+
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
         """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`.
 
@@ -367,7 +371,7 @@ class EarlyExitClassifier:
 
     def _temperatures(self, exit: np.ndarray) -> np.ndarray:
         """Of the exits taken: float32 [N], of several labels [N, 2 C]."""
-        return np.asarray(self.bundle.temperatures, np.float32)[exit]
+        return self.bundle.calibration[exit]
 
     def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
         return self.bundle.encode(texts, first=first)

@@ -59,8 +59,8 @@ def predict_file(
 ) -> Summary:
     """Classifies every row of `source` and writes it to `output` with the answer.
 
-    Every column is kept. Added are `label`, `score` (its calibrated probability) and
-    `exit_layer`; with a `top_k` other than 1 also `top_k`, a list of
+    Every column is kept. Added are `label` (several joined by "|"), `score` (its calibrated
+    probability; of a regression the number) and `exit_layer`; with a `top_k` other than 1 also `top_k`, a list of
     {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that the
     first row has already gets the prefix "predicted_", as often as it takes.
 
@@ -109,11 +109,13 @@ def predict_file(
             waiting.extend((row, names) for row, _, names in chunk)
             yield [text for _, text, _ in chunk]
 
+    # Which of several labels at once are chosen takes all of them.
+    asked = None if clf.bundle.task.answer_ndim == 2 else top_k
     with writing(output) as file:
         write: Writer | ParquetWriter | None = None
-        for answer in clf.stream_chunks(texts(), threshold, top_k, abstain):
+        for answer in clf.stream_chunks(texts(), threshold, asked, abstain):
             row, names = waiting.popleft()
-            row_out = row | dict(zip(names, added(answer), strict=True))
+            row_out = row | dict(zip(names, added(answer, top_k), strict=True))
             if write is None:
                 write = writer_of(kind, file, list(row_out), source)
                 file.write(write.header())
@@ -251,15 +253,20 @@ def _check_columns(
         )
 
 
-def added(answer: Any) -> list[Any]:
-    """The values of the added columns, from what the classifier says of a row."""
+def added(answer: Any, top_k: int | None) -> list[Any]:
+    """The values of the added columns, from what the classifier says of a row.
+
+    Several labels at once are joined by "|", and the score is that of the likeliest.
+    """
     top = answer if isinstance(answer, list) else [answer]
     first = [top[0]["label"], round(top[0]["score"], 6), top[0]["exit_layer"]]
-    if not isinstance(answer, list):
+    if "chosen" in top[0]:  # several labels at once, all of them are here
+        first[0] = "|".join(likely["label"] for likely in top if likely["chosen"])
+    if top_k == 1:
         return first
     pairs = [(likely["label"], round(likely["score"], 6)) for likely in top]
     listed = [{"label": label, "score": score} for label, score in pairs if label is not None]
-    return [*first, listed]
+    return [*first, listed[:top_k]]
 
 
 class Writer:

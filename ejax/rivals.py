@@ -66,6 +66,10 @@ class Rival:
         found[:, self.model.classes_] = self.model.predict_log_proba(self.features(texts))
         return found
 
+    def answers(self, scores: np.ndarray) -> np.ndarray:
+        """As `Task.answers` has them, from `scores`."""
+        return scores.argmax(axis=1)
+
     def facts(self) -> dict[str, Any]:
         """Ready for JSON."""
         names = ("name", "encoder", "layers", "c", "fitted_rows", "fit_seconds")

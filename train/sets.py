@@ -28,7 +28,7 @@ from ejax.data import sources
 from ejax.data.rows import encode
 from ejax.data.tokenizer import Encoded, Tokenizer
 from ejax.errors import UserError
-from ejax.evaluation.evaluate import evaluate, exit_accuracy, write_json
+from ejax.evaluation.evaluate import evaluate, exit_measures, write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.quickstart import data_config
 from ejax.evaluation.targets import rows_for_thresholds, table_of
@@ -182,7 +182,7 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
     return found | {
         "dev_rows": len(dev_task.labels),
         "evidence": evidence.tolist(),
-        "alone_accuracy": exit_accuracy(alone, task.labels),
+        "alone_accuracy": exit_measures(bundle, alone, task.labels),
         "linear": {name: float(of.mean()) for name, of in answers.items()},
         "better_than": {
             name: {layer: paired_interval(of, other) for layer, of in ours.items()}

@@ -151,6 +151,11 @@ def promised_drop(
       ValueError: on a drop or a delta outside its range.
     """
     check_promise(max_drop, delta)
+    if table.task.metric != "accuracy":
+        raise UserError(
+            f"with delta, max_drop is for bundles of one label per text, not for "
+            f"{table.task.metric_name}: promise a risk."
+        )
     first, rest = split_rows(table, seed)
     if not rest.size:
         raise UserError("a promise needs at least 2 rows, to order policies and to test them.")

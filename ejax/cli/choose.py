@@ -77,7 +77,10 @@ def thresholds(
     data: Data,
     split: NewSplit = "dev",
     max_drop: Annotated[
-        float | None, typer.Option(help="Points of accuracy to lose.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Points of accuracy (hundredths of F1, of Spearman) to lose.", show_default=False
+        ),
     ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Share of full depth to spend.", show_default=False)
@@ -103,6 +106,13 @@ def thresholds(
         typer.Option(
             help="Of --risk: disagreement with full depth (the default), error where that is "
             "right, or wrong: any wrong answer.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Of --risk on scores: numbers this far apart, or less, are the same.",
             show_default=False,
         ),
     ] = None,
@@ -137,7 +147,7 @@ def thresholds(
     from ejax.saving import check_output
 
     check_split(split)
-    given = (max_drop, budget, budget_ms, risk, delta, loss)
+    given = (max_drop, budget, budget_ms, risk, delta, loss, tolerance)
     alone = abstain is not None and given == (None,) * len(given)
     target = None if alone else Target(*given)
     if abstain is not None:

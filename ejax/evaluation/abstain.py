@@ -9,6 +9,7 @@ from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, check_accuracy, in_words, lowest_abstain
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
+from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import rows_for_thresholds
 from ejax.provenance import ON_WORD, UNKNOWN
 
@@ -40,6 +41,7 @@ def choose_abstain(
       ValueError: where no rows are left, or no threshold reaches the accuracy.
     """
     check_accuracy(accuracy)
+    check_single(clf.bundle, "abstain")
     bundle = bundle or clf.bundle
     task = rows_for_thresholds(clf.bundle, split)
     progress("answers at the default thresholds")

@@ -20,7 +20,6 @@ import numpy as np
 from rich.table import Table
 
 from ejax.bundle import Bundle
-from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
@@ -30,14 +29,14 @@ from ejax.evaluation.evaluate import (
     LADDER,
     best_full_depth,
     compared_with_full,
-    exit_accuracy,
+    exit_measures,
     plain,
     quality,
     save_png,
     timing,
     write_json,
 )
-from ejax.evaluation.labelled import check_beside
+from ejax.evaluation.labelled import check_beside, check_single
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup
 from ejax.rivals import Rival, enough
@@ -121,6 +120,7 @@ def bench(
     unknown = [name for name in against if name not in AGAINST]
     if unknown:
         raise UserError(f"--against must be among {', '.join(AGAINST)}. Got {unknown[0]!r}.")
+    check_single(clf.bundle, "bench")
     check_beside(clf.bundle, beside or {})
     levels = clf.bundle.thresholds
     if threshold is not None:
@@ -186,8 +186,8 @@ def bench(
     exact = in_float32(clf).full_logits(first)
     full = field[0].logits
     decision = clf.decide_encoded(encoded, threshold=levels)
-    early = quality(clf, encoded.lengths, truth, decision, full)
-    measured = []
+    early = quality(clf, encoded.lengths, truth, decision, full.argmax(axis=1))
+    measured, task = [], clf.bundle.task
     for one in field:
         time_of = timing(seconds[one.name], len(encoded))
         from_text = time_of["seconds"]["median"] + (0 if one.rival else tokenising_seconds)
@@ -195,7 +195,7 @@ def bench(
         measured.append(
             {
                 "name": one.name,
-                **compared_with_full(one.logits.argmax(axis=1), full.argmax(axis=1), truth),
+                **compared_with_full(task, one.logits.argmax(axis=1), full.argmax(axis=1), truth),
                 "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
                 if same
                 else None,
@@ -223,7 +223,7 @@ def bench(
                 encoded.whole_lengths,
             )
         },
-        "exit_accuracy": exit_accuracy(clf.exit_logits(encoded), truth),
+        "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.cfg.dtype,
         "profiled": clf.shapes.profile is not None,
@@ -391,7 +391,7 @@ def curve(
         points.append(
             {
                 "threshold": threshold,
-                "accuracy": accuracy(answers, truth),
+                "accuracy": clf.bundle.task.measure(answers, truth),
                 "texts_per_second": len(encoded) / seconds,
             }
         )

@@ -17,8 +17,9 @@ import numpy as np
 from rich.table import Table
 
 from ejax import storage
+from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, in_words
-from ejax.calibration.metrics import accuracy, macro_f1, paired_interval
+from ejax.calibration.metrics import lost_points, macro_f1
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
@@ -27,6 +28,7 @@ from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
 from ejax.inference.shapes import Pool
 from ejax.rivals import Rival, enough
+from ejax.tasks import TASKS, Task
 from ejax.timing import interleaved, medians
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
@@ -60,7 +62,8 @@ def evaluate(
       rivals: linear models for the same labels.
 
     Returns:
-      Ready for JSON. `full`: the baseline, a straight scan of the same model with its
+      Ready for JSON. `metric`: that of the task, "accuracy" below. `full`: the baseline, a
+      straight scan of the same model with its
       best tile. `thresholds`: for each `accuracy`, `macro_f1`, `drop` (points below
       full depth, with its paired 95 % interval), `agreement` (share of rows with full
       depth's label), `mean_depth` (layers, weighted by tokens), `exit_share`,
@@ -80,7 +83,6 @@ def evaluate(
     progress("choosing the baseline's tile")
     clf = clf.on_one_device()
     baseline = best_full_depth(clf, encoded)
-    pools = list(clf.pools(encoded.lengths))
     runs: dict[Level, Callable[[], Any]] = {"full": partial(baseline.full_logits, encoded)}
     for threshold in thresholds:
         runs[threshold] = partial(clf.decide_encoded, encoded, threshold=threshold)
@@ -96,69 +98,90 @@ def evaluate(
         runs, repeats, warm_up=False,
         progress=lambda turn, name: progress(f"pass {turn} of {repeats}, {describe(name)}"),
     )  # fmt: skip
-    tokenising = {"tokenising_seconds": statistics.median(seconds["tokenising"])} if texts else {}
-
-    def time_of(name: Level) -> dict[str, Any]:
-        found = timing(seconds[name], rows)
-        from_text = found["seconds"]["median"] + sum(tokenising.values())
-        return found | ({"from_text": rows / from_text} if texts else {})
-
-    full_logits = results["full"]
-    lengths = {shape.length for _, shape in pools}
-    full = {
-        "accuracy": accuracy(full_logits.argmax(axis=1), labels),
-        "macro_f1": macro_f1(full_logits.argmax(axis=1), labels),
-        "tiles": {length: baseline.shapes.tile(length) for length in sorted(lengths)},
-        **time_of("full"),
-    }
-    points = []
-    for threshold in thresholds:
-        decision = results[threshold]
-        point = quality(clf, encoded.lengths, labels, decision, full_logits)
-        timed = time_of(threshold)
-        speedup = full["seconds"]["median"] / timed["seconds"]["median"]
-        ideal = ideal_speedup(
-            clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit, encoded.whole_lengths
-        )
-        points.append(
-            {
-                "threshold": np.asarray(
-                    clf.bundle.thresholds if threshold is None else threshold
-                ).tolist(),
-                **point,
-                **timed,
-                "speedup": speedup,
-                "ideal_speedup": ideal,
-                "efficiency": speedup / ideal,
-                "tile_rounding": tile_rounding(clf, pools, decision.exit),
-                "predicted_seconds": predicted(clf, pools, decision.exit, encoded),
-            }
-        )
+    tokenising = statistics.median(seconds["tokenising"]) if texts else None
+    times = {name: timing(taken, rows, tokenising) for name, taken in seconds.items()}
+    task, full_answers = clf.bundle.task, clf.full_answers(results["full"])
+    pools = list(clf.pools(encoded.lengths))
     if exit_logits is None:
         exit_logits = clf.exit_logits(encoded)
-    full_answers = full_logits.argmax(axis=1)
-    answers = {rival.name: results[rival.name].argmax(axis=1) for rival in rivals}
-    linear = [
-        rival.facts()
-        | compared_with_full(answers[rival.name], full_answers, labels)
-        | {"from_text": rows / statistics.median(seconds[rival.name])}
-        for rival in rivals
-    ]
-    right = {name: answer == labels for name, answer in answers.items()}
     return {
         "rows": rows,
+        "metric": task.metric,
         "layers": list(clf.bundle.exits.layers),
         "dtype": clf.bundle.cfg.dtype,
         "repeats": repeats,
-        "exit_accuracy": exit_accuracy(exit_logits, labels),
-        "full": full,
-        "thresholds": points,
+        f"exit_{task.metric}": exit_measures(clf.bundle, exit_logits, labels),
+        "full": {
+            **measures(task, full_answers, labels),
+            "tiles": {
+                length: baseline.shapes.tile(length)
+                for length in sorted({shape.length for _, shape in pools})
+            },
+            **times["full"],
+        },
+        "thresholds": [
+            {"threshold": np.asarray(clf.bundle.thresholds if t is None else t).tolist()}
+            | quality(clf, encoded.lengths, labels, results[t], full_answers)
+            | times[t]
+            | speed(clf, encoded, pools, results[t], times[t], times["full"])
+            for t in thresholds
+        ],
         **(of_own(clf, results[None], labels) if None in results else {}),
-        **tokenising,
-        **({"rivals": linear, "enough": enough(full_answers == labels, right)} if rivals else {}),
+        **({"tokenising_seconds": tokenising} if texts else {}),
+        **compared_with_rivals(
+            clf.bundle, rivals, full_answers, labels,
+            {rival.name: results[rival.name] for rival in rivals},
+            {rival.name: rows / statistics.median(seconds[rival.name]) for rival in rivals},
+        ),
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
+    }  # fmt: skip
+
+
+def speed(
+    clf: EarlyExitClassifier,
+    encoded: Encoded,
+    pools: "Pools",
+    decision: Decision,
+    taken: dict[str, Any],
+    full: dict[str, Any],
+) -> dict[str, Any]:
+    """How much faster than full depth a decision was, and could have been."""
+    speedup = full["seconds"]["median"] / taken["seconds"]["median"]
+    ideal = ideal_speedup(
+        clf.bundle.cfg, clf.bundle.exits, encoded.lengths, decision.exit, encoded.whole_lengths
+    )
+    return {
+        "speedup": speedup,
+        "ideal_speedup": ideal,
+        "efficiency": speedup / ideal,
+        "tile_rounding": tile_rounding(clf, pools, decision.exit),
+        "predicted_seconds": predicted(clf, pools, decision.exit, encoded),
     }
+
+
+def compared_with_rivals(
+    bundle: Bundle,
+    rivals: Sequence[Rival],
+    full: np.ndarray,
+    labels: np.ndarray,
+    scores: dict[str, np.ndarray],
+    from_text: dict[str, float],
+) -> dict[str, Any]:
+    """`rivals` and `enough` of `evaluate`; {} without any."""
+    if not rivals:
+        return {}
+    task = bundle.task
+    answers = {rival.name: rival.answers(scores[rival.name]) for rival in rivals}
+    linear = [
+        rival.facts()
+        | compared_with_full(task, answers[rival.name], full, labels)
+        | {"from_text": from_text[rival.name]}
+        for rival in rivals
+    ]
+    right = {name: task.right(answer, labels) for name, answer in answers.items()}
+    told = enough(task.right(full, labels), right) if task.metric == "accuracy" else ""
+    return {"rivals": linear, "enough": told}
 
 
 def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> 
     if clf.depth_record:
         found["drift"] = clf.drift(decision)._asdict()
     if clf.bundle.abstain:
-        right = decision.logits.argmax(axis=1) == labels
+        right = clf.bundle.task.right(clf.chosen(decision), labels)
         point = answered(clf.certainty(decision), right, clf.bundle.abstain)
         sentence = f"With its threshold of an answer: {in_words(point)}."
         found["abstain"] = point | {"sentence": sentence}
@@ -182,9 +205,11 @@ def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> 
 Pools = Sequence[Pool]
 
 
-def exit_accuracy(logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Of every exit on all rows, from its logits [E, N, C]."""
-    return [accuracy(one.argmax(axis=1), labels) for one in logits]
+def exit_measures(bundle: Bundle, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The metric of every exit on all rows, from its logits [E, N, O]."""
+    task = bundle.task
+    each = zip(logits, bundle.calibration, strict=True)
+    return [task.measure(task.answers(*of_exit), labels) for of_exit in each]
 
 
 def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float:
@@ -237,37 +262,47 @@ def quality(
     tokens: np.ndarray,
     labels: np.ndarray,
     decision: Decision,
-    full_logits: np.ndarray,
+    full: np.ndarray,
 ) -> dict[str, Any]:
+    """Of a decision, compared with the answers of full depth."""
     layers = np.asarray(clf.bundle.exits.layers)
     counts = np.bincount(decision.exit, minlength=len(layers))
     return {
-        **compared_with_full(decision.logits.argmax(axis=1), full_logits.argmax(axis=1), labels),
+        **compared_with_full(clf.bundle.task, clf.chosen(decision), full, labels),
         "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
         "exit_share": [float(share) for share in counts / len(labels)],
     }
 
 
 def compared_with_full(
-    answers: np.ndarray, full: np.ndarray, labels: np.ndarray
+    task: Task, answers: np.ndarray, full: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-    """Answers compared with those of full depth, all int [N]."""
-    drop, low, high = paired_interval(full == labels, answers == labels)
+    """Answers compared with those of full depth, as `Task.answers` has them."""
+    drop, low, high = lost_points(task, full, answers, labels)
     return {
-        "accuracy": accuracy(answers, labels),
-        "macro_f1": macro_f1(answers, labels),
+        **measures(task, answers, labels),
         "drop": drop,
         "drop_low": low,
         "drop_high": high,
-        "agreement": float(np.mean(answers == full)),
+        "agreement": float(1 - task.differ(answers, full).mean()),
     }
 
 
-def timing(seconds: list[float], rows: int) -> dict[str, Any]:
+def measures(task: Task, answers: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metric, and of labels macro-F1."""
+    found = {task.metric: task.measure(answers, labels)}
+    if task.metric == "accuracy":
+        found["macro_f1"] = macro_f1(answers, labels)
+    return found
+
+
+def timing(seconds: list[float], rows: int, tokenising: float | None = None) -> dict[str, Any]:
+    """Of passes over so many rows; with the seconds of tokenising them also from text."""
     median = statistics.median(seconds)
     return {
         "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
         "texts_per_second": rows / median,
+        **({} if tokenising is None else {"from_text": rows / (median + tokenising)}),
     }
 
 
@@ -283,9 +318,11 @@ def describe(threshold: Any) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The result as people read it."""
-    layers = result["layers"][-1]
+    layers, metric = result["layers"][-1], result["metric"]
+    task = next(task for task in TASKS.values() if task.metric == metric)
+    macro = ("macro-F1",) if metric == "accuracy" else ()
     made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
-    headings = ("threshold", "accuracy", "macro-F1", "drop, points (95 %)", f"depth of {layers}")
+    headings = ("threshold", task.metric_name, *macro, "drop, points (95 %)", f"depth of {layers}")
     for heading in (
         *headings,
         "texts/s",
@@ -298,14 +335,15 @@ def table(result: dict[str, Any]) -> Table:
         made.add_column(heading, justify="right")
     full = result["full"]
     made.add_row(
-        "full model", f"{full['accuracy']:.4f}", f"{full['macro_f1']:.4f}", "", f"{layers:.2f}",
+        "full model", f"{full[metric]:.4f}", *(f"{full['macro_f1']:.4f}" for _ in macro), "",
+        f"{layers:.2f}",
         f"{full['texts_per_second']:.0f}", "", "1.00", "1.00", "", "",
     )  # fmt: skip
     for p in result["thresholds"]:
         made.add_row(
             describe(p["threshold"]).removeprefix("threshold "),
-            f"{p['accuracy']:.4f}",
-            f"{p['macro_f1']:.4f}",
+            f"{p[metric]:.4f}",
+            *(f"{p['macro_f1']:.4f}" for _ in macro),
             f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
             f"{p['mean_depth']:.2f}",
             f"{p['texts_per_second']:.0f}",
@@ -315,8 +353,8 @@ def table(result: dict[str, Any]) -> Table:
             f"{p['efficiency']:.2f}",
             f"{p['tile_rounding']:.3f}",
         )
-    shares = zip(result["layers"], result["exit_accuracy"], strict=True)
-    made.caption = "accuracy per exit: " + ", ".join(f"{k}: {v:.4f}" for k, v in shares)
+    shares = zip(result["layers"], result[f"exit_{metric}"], strict=True)
+    made.caption = f"{task.metric_name} per exit: " + ", ".join(f"{k}: {v:.4f}" for k, v in shares)
     return made
 
 
@@ -362,6 +400,7 @@ def plain(name: str) -> str:
 
 def draw(result: dict[str, Any], axes: Any) -> None:
     points = sorted(result["thresholds"], key=lambda p: p["seconds"]["median"])
+    metric = result["metric"]
 
     def per_text(entry: dict[str, Any], which: str = "median") -> float:
         return 1000 * entry["seconds"][which] / result["rows"]
@@ -374,19 +413,19 @@ def draw(result: dict[str, Any], axes: Any) -> None:
         x = np.array([per_text(p) for p in some])
         low, high = (np.array([per_text(p, end) for p in some]) for end in ("min", "max"))
         axes.errorbar(
-            x, [100 * p["accuracy"] for p in some], xerr=(x - low, high - x), fmt=style,
+            x, [100 * p[metric] for p in some], xerr=(x - low, high - x), fmt=style,
             capsize=2, label=label,
         )  # fmt: skip
     for p in ladder:
         axes.annotate(
             describe(p["threshold"]).removeprefix("threshold "),
-            (per_text(p), 100 * p["accuracy"]),
+            (per_text(p), 100 * p[metric]),
             textcoords="offset points",
             xytext=(4, -11),
             fontsize=8,
         )
     full = result["full"]
-    axes.plot([per_text(full)], [100 * full["accuracy"]], "s", color="black", label="full model")
-    axes.set(xlabel="milliseconds per text, measured", ylabel="accuracy, %", xlim=(0, None))
+    axes.plot([per_text(full)], [100 * full[metric]], "s", color="black", label="full model")
+    axes.set(xlabel="milliseconds per text, measured", ylabel=f"100 x {metric}", xlim=(0, None))
     axes.set_title(f"{result['rows']} texts, {result['dtype']}, {result['date']}", fontsize=10)
     axes.legend(loc="lower right")

@@ -80,6 +80,15 @@ def labelled_rows(
     return found[split]
 
 
+def check_single(bundle: Bundle, what: str) -> None:
+    """Raises ValueError for what knows accuracies alone."""
+    if bundle.task.metric != "accuracy":
+        raise UserError(
+            f"{what} is for bundles of one label per text. This one is of "
+            f"{bundle.exits.problem_type}: `ejax evaluate` measures it."
+        )
+
+
 def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():

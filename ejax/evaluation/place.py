@@ -19,6 +19,7 @@ from ejax.card import describe_threshold
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
+from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import needed_profile, rows_for_thresholds, table_of
 from ejax.hardware import describe as machine
 from ejax.models.early_exit import cut
@@ -51,6 +52,7 @@ def place_exits(
       ValueError: without a profile, or where no rows are left.
     """
     bundle = clf.bundle
+    check_single(bundle, "place")
     needed_profile(clf, "placing exits")
     check_count(count, len(bundle.exits.layers), bundle.adds_evidence)
     task = rows_for_thresholds(bundle, split)

@@ -28,7 +28,7 @@ from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.rows import encode
 from ejax.data.sources import Example, Split
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
-from ejax.evaluation.labelled import check_beside
+from ejax.evaluation.labelled import check_beside, check_single
 from ejax.evaluation.targets import FAMILIES
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
@@ -75,6 +75,7 @@ def make_report(
       ValueError: when no rows are left, a model beside has other labels, or `train` has one label.
     """
     bundle = clf.bundle
+    check_single(bundle, "report")
     check_beside(bundle, beside or {})
     progress("tokenising")
     rows = list(split)

@@ -30,6 +30,7 @@ from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
 from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known
+from ejax.tasks import TASKS, Regression, Task
 from ejax.timing import interleaved, medians
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
@@ -41,7 +42,7 @@ class Target:
     """What thresholds are for; exactly one of the first four is given.
 
     Attributes:
-      max_drop: points of accuracy that may be lost.
+      max_drop: points of accuracy that may be lost, or hundredths of another task's metric.
       budget: the share of full depth's layers per token that may be spent, in (0, 1].
       budget_ms: mean milliseconds of one text alone on this machine, its tokens given.
       risk: the share of texts that may lose, with probability 1 - delta.
@@ -49,6 +50,8 @@ class Target:
         promise.
       loss: of `risk` alone: "disagreement" with full depth (None means that), "error", where
         full depth is right, or "wrong", whatever full depth says.
+      tolerance: of a risk of a regression: numbers this far apart, or less, are the same; None
+        means half of the standard deviation of the scores in training.
     """
 
     max_drop: float | None = None
@@ -57,6 +60,7 @@ class Target:
     risk: float | None = None
     delta: float | None = None
     loss: str | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         names = ("max_drop", "budget", "budget_ms", "risk")
@@ -68,6 +72,8 @@ class Target:
             )
         if self.risk is None and self.loss is not None:
             raise UserError(f"loss goes with risk alone. Got {given[0]}.")
+        if self.tolerance is not None and (self.risk is None or not self.tolerance >= 0):
+            raise UserError(f"tolerance goes with risk, and is at least 0. Got {self.tolerance}.")
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
             if self.delta is not None:
@@ -140,7 +146,7 @@ def choose(
         needed_profile(clf, "budget-ms", 1)
     task = rows_for_thresholds(bundle, split)
     progress("every exit's answers")
-    table = table_of(clf, task)
+    table = with_tolerance(table_of(clf, task), target.tolerance)
     costs = Costs(clf, task.encoded)
     if target.budget_ms is not None:
         progress("timing single texts")
@@ -156,7 +162,7 @@ def choose(
     progress("trying them in the engine")
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
-    sentence = in_words(chosen, split.origin, target.budget_ms is not None)
+    sentence = in_words(chosen, split.origin, table.task, target.budget_ms is not None)
     if not bundle.ledger.complete:
         sentence += f" {ON_WORD if rows_are_new else UNKNOWN}"
     copies = len(task.hashes) - len(set(task.hashes))
@@ -226,6 +232,15 @@ def table_of(clf: EarlyExitClassifier, task: TokenizedSplit) -> Table:
         clf.bundle.exits.layers, task.encoded.lengths,
         task=clf.bundle.task, exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
+
+
+def with_tolerance(table: Table, tolerance: float | None) -> Table:
+    """The same rows, where answers of a regression may be so far apart; None: as they are."""
+    if tolerance is None:
+        return table
+    if not isinstance(table.task, Regression):
+        raise UserError("tolerance is for regressions, and this bundle has labels.")
+    return dataclasses.replace(table, task=dataclasses.replace(table.task, tolerance=tolerance))
 
 
 class Costs:
@@ -320,7 +335,7 @@ def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[
     )
 
 
-def in_words(chosen: dict[str, Any], origin: str, in_ms: bool = False) -> str:
+def in_words(chosen: dict[str, Any], origin: str, task: Task, in_ms: bool = False) -> str:
     """What was asked, on which rows, and what can be said for it."""
     where = f"on {chosen['rows']} rows of {origin}"
     unit = "ms of one text alone" if in_ms else "of full depth's layers"
@@ -330,12 +345,13 @@ def in_words(chosen: dict[str, Any], origin: str, in_ms: bool = False) -> str:
             f"{unit} {where}, the one expected to lose least. It holds for texts like those."
         )
     if "delta" not in chosen:
-        return estimated(chosen, origin)
+        return estimated(chosen, origin, task.metric_name)
     if "risk" in chosen:
+        far = f" by more than {task.tolerance:g}" if isinstance(task, Regression) else ""
         what = {
-            "disagreement": "disagree with full depth",
-            "error": "are wrong where full depth is right",
-            "wrong": "are wrong",
+            "disagreement": f"disagree with full depth{far}",
+            "error": f"are wrong{far} where full depth is right",
+            "wrong": f"are wrong{far}",
         }[chosen["loss"]]
         asked = f"at most {100 * chosen['risk']:g} % of texts {what}"
         seen, shown = f"{chosen['losses']} losses", chosen["p_value"] is not None
@@ -364,10 +380,11 @@ def in_words(chosen: dict[str, Any], origin: str, in_ms: bool = False) -> str:
 
 def targets_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
+    task = next(t for t in TASKS.values() if t.metric in report["full"])
     made = Shown(title=Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"))
     alone = "ms_alone" in report["full"]
     for heading in (
-        "", "thresholds", "accuracy", "drop, points (95 %)", "other answers", "depth", "cost",
+        "", "thresholds", task.metric_name, "drop, points (95 %)", "other answers", "depth", "cost",
         *(["ms alone"] if alone else []), "ms together",
     ):  # fmt: skip
         made.add_column(heading, justify="left" if not heading else "right")
@@ -380,7 +397,7 @@ def targets_table(report: dict[str, Any]) -> Shown:
         made.add_row(
             key.replace("_", " "),
             ", ".join(map(describe_threshold, given)),
-            f"{p['accuracy']:.4f}",
+            f"{p[task.metric]:.4f}",
             f"{p['drop']:.2f} ({p['drop_low']:.2f} to {p['drop_high']:.2f})",
             f"{100 * p['disagreement']:.2f} %",
             f"{p['mean_depth']:.2f}",
