@@ -60,9 +60,9 @@ def predict_file(
     """Classifies every row of `source` and writes it to `output` with the answer.
 
     Every column is kept. Added are `label` (several joined by "|"), `score` (its calibrated
-    probability; of a regression the number) and `exit_layer`; with a `top_k` other than 1 also `top_k`, a list of
-    {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that the
-    first row has already gets the prefix "predicted_", as often as it takes.
+    probability; of a regression the number) and `exit_layer`; with a `top_k` other than 1 also
+    `top_k`, a list of {"label", "score"}, likeliest first, as JSON text in tsv and csv. A name that
+    the first row has already gets the prefix "predicted_", as often as it takes.
 
     Without an answer, see `abstain`, the label is empty (null in jsonl), whatever `top_k` lists.
 
