@@ -9,6 +9,7 @@ resumed writes the same file.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -152,7 +153,7 @@ class Ledger:
         for one in values["trainings"]:
             rows = {name: frozenset(held) for name, held in one["rows"].items()}
             hashes = frozenset().union(*rows.values())
-            digits = set(one["salt"]).union(*hashes) <= set("0123456789abcdef")
+            digits = re.fullmatch("[0-9a-f]*", one["salt"] + "".join(hashes))
             if not digits or len(one["salt"]) != 32 or not all(len(row) == 12 for row in hashes):
                 raise UserError("a salt has 32 hex digits, and a hash 12")
             trainings.append(Training(one["salt"], rows))

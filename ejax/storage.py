@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -163,7 +163,7 @@ def held(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Held]]:
         else:
             if here is not None:
                 raise UserError(busy)
-        before = _stamps(here, files)
+        before = {name: _stamp(os.fstat(file)) for name, file in files.items()}
         try:
             yield {name: Held(OPEN_FILES / str(n), folder / name) for name, n in files.items()}
         except ValueError:
@@ -185,7 +185,8 @@ def _opened(
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(f"{folder / path} cannot be read: {error.strerror}.") from None
+            name = folder if within is None else folder / path
+            raise UserError(f"{name} cannot be read: {error.strerror}.") from None
         stack.callback(os.close, file)
         return file
 
@@ -207,21 +208,18 @@ def _is_at(here: int, folder: Path) -> bool:
         return False
 
 
-def _stamps(here: int | None, names: Iterable[str]) -> dict[str, Any]:
-    """What tells whether the files of an open folder are the same as before."""
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            one = os.stat(name, dir_fd=here)
-            found[name] = (one.st_ino, one.st_size, one.st_mtime_ns)
-        except OSError:
-            found[name] = None
-    return found
+def _stamp(one: os.stat_result) -> tuple[int, int, int]:
+    """What tells whether a file is the same as before."""
+    return one.st_ino, one.st_size, one.st_mtime_ns
 
 
-def _changed(here: int | None, folder: Path, before: dict[str, Any]) -> bool:
+def _changed(here: int | None, folder: Path, before: Mapping[str, tuple[int, int, int]]) -> bool:
     """Whether single files did, rather than the whole folder."""
-    return here is not None and _stamps(here, before) != before and _is_at(here, folder)
+    try:
+        same = all(_stamp(os.stat(name, dir_fd=here)) == before[name] for name in before)
+    except OSError:
+        same = False
+    return not same and here is not None and _is_at(here, folder)
 
 
 def set_aside(folder: Path) -> Path | None:

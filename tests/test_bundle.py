@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import ejax
 from ejax import bundle as bundle_module
-from ejax import saving
+from ejax import saving, storage
 from ejax.bundle import FILES, ledger_behind, load_bundle
 from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
@@ -346,6 +346,14 @@ def test_what_was_opened_is_read_to_its_end(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(bundle_module, "read_tokenizer", edited)
     with pytest.raises(ValueError, match=r"b is being written at this moment: try again"):
         load_bundle(folder)
+
+
+def test_a_system_that_does_not_name_open_files_reads_by_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "OPEN_FILES", tmp_path / "none")
+    found, wanted = load_bundle(tiny.trained()[0]), ledger_behind(tiny.trained()[0])
+    assert found.ledger.behind() == wanted
+    with pytest.raises(UserError, match="nothing does not exist"):
+        load_bundle(tmp_path / "nothing")
 
 
 def test_an_encoder_above_the_last_exit_is_cut(tmp_path: Path) -> None:
