@@ -361,7 +361,7 @@ def test_labels_in_the_texts_are_said_to_be_ignored(tmp_path: Path) -> None:
     [
         ("more.txt", "", "more.txt has no rows."),
         ("more.tsv", "a\tb\nx\ty\n", "more.tsv: which column holds the text? Its columns: a, b."),
-        ("more.json", "{}", "more.json: cannot tell the format by the ending."),
+        ("more.xlsx", "{}", "more.xlsx: cannot tell the format by the ending."),
         ("more.tsv", "text\nfine film\na\tb\n", "more.tsv, line 3: expected 1 columns (text)"),
         ("pairs.tsv", "text_a\ttext_b\nx\ty\n", "pairs.tsv has 2 text columns (text_a, text_b), "
          "train has 1 (text)."),

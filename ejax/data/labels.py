@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from math import inf, isfinite, nan
+from math import isfinite, nan
 from typing import Any
 
 from ejax.config import Problem
@@ -250,8 +250,3 @@ def _plain(name: str) -> str:
     """Without case, spaces, invisible characters and forms of Unicode."""
     folded = unicodedata.normalize("NFKC", INVISIBLE.sub("", name)).casefold()
     return "".join(folded.split())
-
-
-def finite_span(span: Sequence[float]) -> bool:
-    """Whether the smallest and largest number of a file differ."""
-    return len(span) == 2 and -inf < span[0] < span[1] < inf

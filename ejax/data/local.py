@@ -117,7 +117,7 @@ def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records
     else:
         kind, digest = files.path_format(source), _sha256(source)
     line, first = next(_read(source, asked), (0, {}))
-    if not first:
+    if not line:
         raise UserError(f"{source} has no rows.")
 
     def find_label(row: files.Row) -> tuple[str, ...]:
