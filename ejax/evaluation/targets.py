@@ -18,7 +18,7 @@ from ejax.calibration import risk, thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
-from ejax.classifier import EarlyExitClassifier, promises_risk
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
@@ -28,7 +28,7 @@ from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
-from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known
+from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known, promises_risk
 from ejax.timing import interleaved, medians
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
