@@ -60,8 +60,8 @@ def local_devices() -> "list[jax.Device]":
         return jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the latter where nothing else was asked for
         raise UserError(
-            f"jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: unset it, or name "
-            f"what is here, such as cpu. {' '.join(str(error).split())[:200]}".strip()
+            f"jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: unset it, "
+            f"or name what is here, such as cpu. {' '.join(str(error).split())[:200]}".strip()
         ) from error
 
 

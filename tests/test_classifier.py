@@ -487,7 +487,7 @@ def test_a_profile_is_read_where_it_is_asked_for(tmp_path, monkeypatch, caplog) 
         "by the profile of today",
         "by the profile of yesterday",
     ]
-    with pytest.raises(ValueError, match="No such profile: .*none.json"):
+    with pytest.raises(ValueError, match=r"No such profile: .*none\.json"):
         load(folder, profile=tmp_path / "none.json")
 
 
