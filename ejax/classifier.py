@@ -18,7 +18,7 @@ from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
-from ejax.hardware import check_not_forked, fastest_dtype
+from ejax.hardware import check_not_forked, fastest_dtype, local_devices
 from ejax.inference.cost import profile_for
 from ejax.inference.engine import early_exit, exit_logits, full_depth, replicate
 from ejax.inference.policy import Decision, as_float32, broadcast_thresholds
@@ -64,7 +64,7 @@ class EarlyExitClassifier:
         self.bundle = bundle
         self.shapes = shapes or Shapes()
         self.one_type = one_type
-        self.devices = tuple(devices or jax.local_devices())
+        self.devices = tuple(devices or local_devices())
         # Exit 0 runs here, on whole texts that nobody padded; the programs hold the others.
         self.model = bundle.without_zero.model
         self._zero = int(bundle.exits.has_zero)
@@ -172,11 +172,8 @@ class EarlyExitClassifier:
         """
         check_top_k(top_k)
         level = self.abstain_level(abstain)
-        return self.answers(
-            self.decide(as_list(texts, text_columns_of(self.bundle)), threshold=threshold),
-            top_k,
-            level,
-        )
+        texts = as_list(texts, text_columns_of(self.bundle))
+        return self.answers(self.decide(texts, threshold=threshold), top_k, level)
 
     def stream(
         self,
@@ -502,6 +499,6 @@ def _made_again(
     bundle: Bundle, shapes: Shapes, numbers: Sequence[int], one_type: bool
 ) -> EarlyExitClassifier:
     """What was pickled; on all local devices where those numbers are not there."""
-    found = [device for device in jax.local_devices() if device.id in numbers]
+    found = [device for device in local_devices() if device.id in numbers]
     devices = found if len(found) == len(numbers) else None
     return EarlyExitClassifier(bundle, shapes=shapes, devices=devices, one_type=one_type)

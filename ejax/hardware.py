@@ -48,15 +48,30 @@ def compiling_for(platform: str) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+def local_devices() -> "list[jax.Device]":
+    """Those of this process.
+
+    Raises:
+      ValueError: where JAX_PLATFORMS names what is not here.
+    """
+    import jax
+
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where nothing else was asked for
+        raise UserError(
+            f"jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: unset it, "
+            f"or name what is here, such as cpu. {' '.join(str(error).split())[:200]}".strip()
+        ) from error
+
+
 def fastest_dtype() -> Dtype:
     """ "bfloat16" where the default device multiplies it faster than float32, else "float32".
 
     On a CPU without such instructions bfloat16 is widened first and measures 1.4 times slower
     than float32; on an Intel Xeon with AVX-512's alone 1.4 to 1.7 times.
     """
-    import jax
-
-    device = jax.local_devices()[0]
+    device = local_devices()[0]
     if device.platform == "cpu":
         fast = AMD_BF16_FLAGS if _cpuinfo("vendor_id") == "AuthenticAMD" else BF16_FLAGS
         return "bfloat16" if fast & set(_cpuinfo("flags", "Features").split()) else "float32"
@@ -106,11 +121,10 @@ def _cpuinfo(*names: str) -> str:
 
 def describe() -> str:
     """One line for reports: devices, cores and what they are."""
-    import jax
-
+    devices = local_devices()
     word = "fast" if fastest_dtype() == "bfloat16" else "no fast"
     return (
-        f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, "
+        f"{len(devices)} x {devices[0].device_kind}, "
         f"{os.cpu_count()} cores of {processor()}, {word} bfloat16"
     )
 

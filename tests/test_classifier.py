@@ -1,7 +1,14 @@
 """Texts in, labels out, whatever their order and company."""
 
+import copy
 import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -11,6 +18,7 @@ import tiny
 
 import ejax
 from ejax.classifier import EarlyExitClassifier, Shapes
+from ejax.data.batches import pad
 from ejax.evaluation import targets
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import Target
@@ -37,7 +45,6 @@ def test_what_it_learned(clf: EarlyExitClassifier) -> None:
 
 def test_one_text_gives_a_list_of_one(clf: EarlyExitClassifier) -> None:
     assert clf("the film was great") == clf(["the film was great"])
-    assert len(clf(("the film was great", "the plot is fine"))) == 1
     assert clf([]) == []
 
 
@@ -365,6 +372,123 @@ def test_what_is_not_a_text_is_named(clf: EarlyExitClassifier) -> None:
         clf(None)
     with pytest.raises(ValueError, match=r"a tuple is one pair. Got one tuple"):
         next(clf.stream(("fine", "poor")))
+
+
+def test_texts_are_of_the_kind_trained_on(clf: EarlyExitClassifier) -> None:
+    """Two texts in a tuple are no pair to a bundle of single texts."""
+    pair = ("the film was great", "the plot is fine")
+    for call in (clf, clf.predict_proba):
+        with pytest.raises(ValueError, match=r"trained on one text a row \(text\).* tuple of 2 at"):
+            call(pair)
+        with pytest.raises(ValueError, match=r"Got a tuple of 2 at texts\[1\]"):
+            call(["fine", pair])
+    with pytest.raises(ValueError, match=r"Got a tuple of 2 at texts\[1\]"):
+        list(clf.stream(["fine", pair]))
+
+    def of(columns: list[str]) -> EarlyExitClassifier:
+        provenance = clf.bundle.provenance | {"text_columns": columns, "config": {}}
+        return EarlyExitClassifier(dataclasses.replace(clf.bundle, provenance=provenance))
+
+    pairs = of(["premise", "hypothesis"])
+    assert len(pairs(pair)) == 1
+    with pytest.raises(ValueError, match=r"two texts a row .* Got a string at texts\[0\]"):
+        pairs(["fine", "poor"])
+    unknown = of([])
+    assert (len(unknown(pair)), len(unknown(["fine", pair]))) == (1, 2)
+
+
+def test_a_classifier_is_pickled_and_copied(clf: EarlyExitClassifier) -> None:
+    other = EarlyExitClassifier(clf.bundle, shapes=SMALL, devices=ONE)
+    for made in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other)):
+        assert made(TEXTS) == other(TEXTS)
+        assert (made.shapes, made.devices) == (SMALL, other.devices)
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_answers(clf: EarlyExitClassifier) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as workers:
+        (answer,) = workers.submit(clf, "the film was great").result(timeout=300)
+    assert answer["label"] == "good"
+
+
+def test_a_forked_process_refuses_instead_of_hanging(clf: EarlyExitClassifier) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jax warns of the fork itself
+        child = os.fork()
+    if not child:
+        code = 1
+        try:
+            clf.decide(TEXTS[:1])
+        except ValueError as error:
+            code = 0 if 'get_context("spawn")' in str(error) else 2
+        finally:
+            os._exit(code)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_float64_elsewhere_changes_no_answer(clf: EarlyExitClassifier) -> None:
+    expected = clf(TEXTS), clf.full_logits(clf.encode(TEXTS))
+    with jax.enable_x64(True):
+        wide = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+        assert wide(TEXTS) == expected[0]
+        np.testing.assert_array_equal(wide.full_logits(wide.encode(TEXTS)), expected[1])
+
+
+def test_thresholds_and_temperatures_are_traced(clf: EarlyExitClassifier) -> None:
+    """Inside a caller's jit, where a new one is no new program."""
+    batch = pad(clf.encode(TEXTS), np.arange(len(TEXTS)), 16)
+    traces = []
+
+    @jax.jit
+    def run(variables, threshold, temperatures):
+        traces.append(1)
+        return ejax.early_exit(
+            clf.model, variables, batch, threshold, temperatures=temperatures, tile=8
+        )
+
+    variables, temperatures = clf.bundle.variables, np.float32(clf.bundle.temperatures)
+    for threshold in (0.0, 0.7, 2.0):
+        expected = ejax.early_exit(
+            clf.model, variables, batch, threshold, temperatures=temperatures, tile=8
+        )
+        traced = run(variables, threshold, temperatures)
+        np.testing.assert_array_equal(traced.exit, expected.exit)
+    assert len(traces) == 1
+    with pytest.raises(ValueError, match=r"thresholds must have shape .* Got \(3,\)"):
+        run(variables, np.zeros(3, np.float32), temperatures)
+    with pytest.raises(ValueError, match=r"batch must be an ejax.Batch\(ids, mask\). Got ndarray"):
+        ejax.early_exit(clf.model, variables, batch.ids, 0.5)
+
+
+def test_a_profile_is_read_where_it_is_asked_for(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path))
+    folder = tiny.trained()[0]
+    seconds = {(8, 16): Seconds(1.0, 0.1, 0.1)}
+    kept = Profile("here", "today", "float32", "float32", {16: 8}, seconds)
+    other = dataclasses.replace(kept, date="yesterday", tile={16: 24})
+    save_profile(kept, profile_path(tiny.load_bundle(folder).cfg))
+    save_profile(other, tmp_path / "other.json")
+    load = EarlyExitClassifier.from_pretrained
+    with caplog.at_level("INFO", "ejax"):
+        assert load(folder, profile=None).shapes.profile is None
+        assert caplog.messages == []
+        assert load(folder).shapes.profile == kept
+        assert load(folder, profile=tmp_path / "other.json").shapes.profile == other
+        load(folder)  # which is said already
+    assert [said.partition(" tiles")[0] for said in caplog.messages] == [
+        "by the profile of today",
+        "by the profile of yesterday",
+    ]
+    with pytest.raises(ValueError, match=r"No such profile: .*none\.json"):
+        load(folder, profile=tmp_path / "none.json")
 
 
 def test_save_pretrained(clf: EarlyExitClassifier, tmp_path: Path) -> None:

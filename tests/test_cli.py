@@ -193,7 +193,8 @@ def test_a_named_text_column_and_a_pair(tmp_path):
     result = tiny.ejax("predict", tiny.trained()[0], "--input", source, *columns)
     assert result.code == 0
     pairs = [("the film", "was great"), ("awful", "cast")]
-    expected = EarlyExitClassifier.from_pretrained(tiny.trained()[0])(pairs)
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    expected = clf.answers(clf.decide(pairs), 1)
     rows = list(csv.DictReader(io.StringIO(result.out)))
     assert [row["label"] for row in rows] == [one["label"] for one in expected]
 
@@ -649,6 +650,84 @@ def test_a_pipe_and_a_reader_that_leaves(tmp_path):
         assert job.wait(600) == 141
 
 
+def test_a_slow_pipe_is_answered_while_it_is_open():
+    args = tiny.command("predict", tiny.trained()[0])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(args, **pipes, text=True, bufsize=1) as job:
+        for text, label in (("great film", "good"), ("awful film", "bad")):
+            job.stdin.write(f"{text}\n")
+            assert json.loads(job.stdout.readline())["label"] == label
+        job.stdin.close()
+        assert job.stdout.read() == ""
+        assert job.wait(600) == 0
+
+
+def test_no_note_lands_in_a_file_where_streams_are_closed(tmp_path):
+    """Files that are opened later get the numbers of what is closed."""
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("great film\n")
+
+    def closing(redirect: str, *args: object) -> subprocess.CompletedProcess:
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *tiny.command("predict", *args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+    bundle = tiny.trained()[0]
+    assert closing("<&- >&- 2>&-", bundle, "--input", source, "--output", output).returncode == 0
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert (row["text"], row["label"]) == ("great film", "good")
+    done = closing(">&-", bundle, "--input", source)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "standard output is closed" in done.stderr.splitlines()[-1]
+
+
+def test_training_files_that_can_be_read_once_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "train.tsv")
+    ask = ("--model", tiny.model(), "--train", tmp_path / "train.tsv")
+    sentence = tiny.refused("train", *ask, "--output", tmp_path / "b")
+    assert "train.tsv, a pipe or a device: write its rows to a file first" in sentence
+
+
+def test_a_device_that_is_not_here_is_one_sentence():
+    done = tiny.process(
+        "predict", tiny.trained()[0], before="import os; os.environ['JAX_PLATFORMS'] = 'cuda'"
+    )
+    assert done.code == 2
+    assert done.err.startswith("ejax: jax finds no device for JAX_PLATFORMS=cuda: unset it")
+
+
+def test_no_home_is_no_fault(monkeypatch):
+    from ejax import assets
+
+    for name in ("EJAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.warns(UserWarning, match="no home folder: .* Set EJAX_CACHE"):
+        folder = assets.cache_dir()
+    assert folder.is_dir()
+    assert assets.cache_dir() == folder  # once
+    assets._cache_of_process.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_sigterm_is_heard_at_every_moment_of_the_start(tmp_path, moment):
+    output = tmp_path / "out.tsv"
+    args = tiny.command("predict", tiny.trained()[0], "--output", output)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(args, **pipes) as job:
+        job.stdin.write(b"great film\n" * 40)
+        job.stdin.flush()
+        time.sleep(0.4 * moment)
+        job.send_signal(signal.SIGTERM)
+        # Before Python runs the command the system ends it, which a shell calls 143 too.
+        assert job.wait(60) in ((143, -signal.SIGTERM) if moment < 2 else (143,))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pipes_by_name():
     """As a shell gives them for <(…) and >(…)."""
     read, write = os.pipe()
@@ -679,10 +758,6 @@ def test_what_is_stopped_leaves_nothing(tmp_path, sent, code, said):
     while not list(tmp_path.glob(".out.tsv.*.part")):  # it now waits for the first row
         assert job.poll() is None
     job.send_signal(sent)
-    try:
-        job.wait(60)
-    except subprocess.TimeoutExpired:  # it came just before the read, which did not hear it
-        job.send_signal(sent)
     assert job.wait(600) == code
     assert job.stderr.read().decode().strip() == said
     assert list(tmp_path.iterdir()) == []

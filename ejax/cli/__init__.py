@@ -7,8 +7,8 @@ from ejax import ending
 
 def main() -> None:
     """The `ejax` command; what is not needed to end well is imported later."""
+    ending.hold_streams()  # first: what is opened next gets the number of a closed one
     ending.heed_signals("ejax")
-    ending.hold_streams()
     from ejax.cli.app import app
     from ejax.cli.run import run
 

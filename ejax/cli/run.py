@@ -82,11 +82,6 @@ def explain(error: Exception) -> str:
         return f"object storage cannot be reached: {storage.first_line(error)}."
     if isinstance(error, OSError) and error.errno == errno.EBADF and not error.filename:
         return "standard input or standard output is closed, and is needed."
-    if isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
-        return (
-            f"jax found no such device: {storage.first_line(error)}. Unset JAX_PLATFORMS, or set "
-            f"it to what is here, such as cpu."
-        )
     if isinstance(error, OSError):
         return (f"{error.filename}: " if error.filename else "") + f"{error.strerror or error}."
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

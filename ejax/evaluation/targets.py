@@ -19,7 +19,7 @@ from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.card import describe_threshold
-from ejax.classifier import EarlyExitClassifier, promises_risk
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
@@ -29,7 +29,7 @@ from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
-from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known
+from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known, promises_risk
 from ejax.tasks import TASKS, Regression, Task
 from ejax.timing import interleaved, medians
 

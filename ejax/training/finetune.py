@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ejax.config import TrainConfig
 from ejax.data.frames import as_splits
+from ejax.hardware import local_devices
 from ejax.inference.cost import zero_in_layers
 from ejax.saving import save_bundle
 from ejax.training.loop import make_logits
@@ -58,6 +59,7 @@ def finetune(
       ValueError: on bad data, a bad config, or a workdir of another config.
       Stopped: after SIGTERM, once all is saved.
     """
+    local_devices()  # or a sentence
     started, first_host = time.time(), jax.process_index() == 0
     console = console or Console(stderr=True, quiet=not first_host)
     workdir, output = places(workdir, output)
