@@ -18,18 +18,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from ejax import assets
 from ejax.bundle import Bundle
+from ejax.calibration.decisions import decide
 from ejax.calibration.metrics import paired_interval
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
+from ejax.data.rows import label_array
 from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded, Text, load_tokenizer
 from ejax.errors import UserError
 from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
+from ejax.tasks import Task
 from ejax.timing import with_seconds
 
 TFIDF, FROZEN = "TF-IDF, linear", "frozen encoder, linear"
@@ -53,22 +57,33 @@ class Rival:
     name: str
     features: Callable[[Sequence[Text]], Any]  # texts -> what `model` reads, [N, ...]
     model: Any  # of scikit-learn
-    classes: int  # C
+    task: Task
     encoder: str  # whose vectors it reads, or ""
     layers: int  # of that
     c: float
     fitted_rows: int
     fit_seconds: float  # from text
+    decisions: Any = 0.5  # probabilities from which on each of several labels is answered, [C]
 
     def scores(self, texts: Sequence[Text]) -> np.ndarray:
-        """Log-probabilities float32 [N, C]; -inf of a label that no row it was fitted to had."""
-        found = np.full((len(texts), self.classes), -np.inf, np.float32)
-        found[:, self.model.classes_] = self.model.predict_log_proba(self.features(texts))
+        """Log-probabilities float32 [N, C]; -inf of a label that no row it was fitted to had.
+
+        Of several labels at once their log-odds, of a regression the numbers, [N, 1].
+        """
+        features = self.features(texts)
+        if self.task.answer_ndim == 2:
+            return np.asarray(self.model.decision_function(features), np.float32)
+        if self.task.metric != "accuracy":
+            return np.asarray(self.model.predict(features), np.float32)[:, None]
+        found = np.full((len(texts), self.task.labels), -np.inf, np.float32)
+        found[:, self.model.classes_] = self.model.predict_log_proba(features)
         return found
 
     def answers(self, scores: np.ndarray) -> np.ndarray:
         """As `Task.answers` has them, from `scores`."""
-        return scores.argmax(axis=1)
+        if self.task.answer_ndim == 2:
+            return np.asarray(expit(scores) >= self.decisions)
+        return scores.argmax(axis=1) if self.task.metric == "accuracy" else scores[:, 0]
 
     def facts(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -82,12 +97,15 @@ def fit_rivals(
     reported: set[str],
     *,
     encoder: str = "",
+    dev: Sequence[Example] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Rival], list[str]]:
     """Both rivals on at most 10,000 of the rows, drawn by a fixed seed.
 
     Args:
       rows: of training, their labels the bundle's; where there are none, there are no rivals.
+      dev: other rows, on which decision thresholds for several labels are chosen, as a bundle's
+        are; without any they are 0.5.
       reported: hashes of rows that accuracy is told of; they are left out.
       encoder: of the second rival; "" means what the bundle was trained from, where that can be
         had.
@@ -107,6 +125,7 @@ def fit_rivals(
             f"{len(rows) - len(kept)} training rows are also reported on: the rivals are not "
             f"fitted to them."
         )
+    task = bundle.task
     if len({row.label for row in kept}) < 2:
         raise UserError(
             f"the rivals need training rows of two labels or more that are not reported on. Got "
@@ -116,9 +135,9 @@ def fit_rivals(
     if len(drawn) < len(kept):
         notes.append(f"The rivals are fitted to {len(drawn):,} of {len(kept):,} rows, drawn.")
     texts = [kept[i].inputs for i in drawn]
-    labels = np.array([kept[i].label for i in drawn])
+    labels = label_array([kept[i] for i in drawn], task.problem_type, task.labels)
     progress(f"fitting {TFIDF}")
-    rivals = [fit_tfidf(texts, labels, len(bundle.labels))]
+    rivals = [fit_tfidf(texts, labels, task)]
     progress(f"fitting {FROZEN}")
     try:
         rivals.append(fit_frozen(texts, labels, bundle, encoder))
@@ -127,6 +146,14 @@ def fit_rivals(
             raise
         why = str(error).rstrip(".")
         notes.append(f"Left out: {FROZEN} ({why}); --encoder names one that can be loaded.")
+    if task.answer_ndim == 2 and dev:
+        true = label_array(dev, task.problem_type, task.labels) > 0
+        rivals = [
+            dataclasses.replace(
+                rival, decisions=decide(expit(rival.scores([row.inputs for row in dev])), true)
+            )
+            for rival in rivals
+        ]
     return rivals, notes
 
 
@@ -135,20 +162,20 @@ def draw(total: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(total)[:MOST_ROWS])
 
 
-def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, classes: int) -> Rival:
+def fit_tfidf(texts: Sequence[Text], labels: np.ndarray, task: Task) -> Rival:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(
         analyzer=terms,
         sublinear_tf=True,
         min_df=2,
-        max_features=MOST_WEIGHTS // classes,
+        max_features=MOST_WEIGHTS // task.labels,
         dtype=np.float32,
     )
     (model, c), seconds = with_seconds(
-        lambda: regression(vectorizer.fit_transform(texts), labels, TFIDF_C, scaled=False)
+        lambda: regression(vectorizer.fit_transform(texts), labels, TFIDF_C, task, scaled=False)
     )
-    return Rival(TFIDF, vectorizer.transform, model, classes, "", 0, c, len(texts), seconds)
+    return Rival(TFIDF, vectorizer.transform, model, task, "", 0, c, len(texts), seconds)
 
 
 def fit_frozen(
@@ -176,9 +203,11 @@ def fit_frozen(
     def vectors(texts: Sequence[Text]) -> np.ndarray:
         return of_tokens(tokenizer.encode(texts, max_length))
 
-    (model, c), seconds = with_seconds(lambda: regression(vectors(texts), labels, VECTOR_C))
+    (model, c), seconds = with_seconds(
+        lambda: regression(vectors(texts), labels, VECTOR_C, bundle.task)
+    )
     return Rival(
-        FROZEN, vectors, model, len(bundle.labels), name, cfg.num_hidden_layers, c, len(texts),
+        FROZEN, vectors, model, bundle.task, name, cfg.num_hidden_layers, c, len(texts),
         seconds,
     )  # fmt: skip
 
@@ -203,26 +232,37 @@ def regression(
     features: Any,
     labels: np.ndarray,
     ladder: Sequence[float],
+    task: Task | None = None,
     *,
     scaled: bool = True,
     dev: tuple[Any, np.ndarray] | None = None,
 ) -> tuple[Any, float]:
     """Logistic regression, and its C, which is right most often on `dev`, or across folds.
 
+    Of several labels one against the rest, of a regression ridge regression, with the middle C.
+
     Args:
       features: [N, ...]; with `scaled` each is brought to mean 0 and variance 1.
       ladder: values of C; of few rows, or without others to try them on, the middle one is taken.
       dev: features and labels of other rows.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
+    several = task is not None and task.answer_ndim == 2
+    single = task is None or task.metric == "accuracy"
+
     def fitted(c: float) -> Any:
-        steps = [StandardScaler()] * scaled + [LogisticRegression(C=c, max_iter=1000)]
-        return make_pipeline(*steps)
+        model: Any = LogisticRegression(C=c, max_iter=1000)
+        if several:
+            model = OneVsRestClassifier(LogisticRegression(C=c, solver="liblinear"))
+        elif not single:
+            model = Ridge(alpha=1 / c if scaled else 1.0)
+        return make_pipeline(*[StandardScaler()] * scaled, model)
 
     choices: list[Any] = [fitted(c) for c in ladder]
     # Products this small are sooner done by one thread: two that wait for a busy core took 30
@@ -234,7 +274,7 @@ def regression(
             best = int(np.argmax(scores))
             return choices[best], ladder[best]
         middle = len(ladder) // 2
-        if len(ladder) == 1 or np.sort(np.bincount(labels))[-2] < FOLDS:
+        if len(ladder) == 1 or not single or np.sort(np.bincount(labels))[-2] < FOLDS:
             return choices[middle].fit(features, labels), ladder[middle]
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
         search = GridSearchCV(fitted(1.0), {"logisticregression__C": ladder}, cv=folds)

@@ -26,6 +26,7 @@ from ejax.rivals import (
     regression,
     terms,
 )  # fmt: skip
+from ejax.tasks import Task
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec6"
 
@@ -62,17 +63,17 @@ def test_words_of_any_script_are_words_whatever_their_case_and_width():
 def test_a_pair_whose_order_decides_is_learned():
     """Only marked features can tell the two labels apart."""
     texts = [("good", "bad"), ("bad", "good")] * 6
-    rival = fit_tfidf(texts, np.array([0, 1] * 6), 2)
+    rival = fit_tfidf(texts, np.array([0, 1] * 6), Task(2))
     assert rival.scores(texts).argmax(axis=1).tolist() == [0, 1] * 6
 
 
 def test_texts_without_words_are_fitted_too():
-    rival = fit_tfidf(["", "?!"] * 3, np.array([0, 0, 1, 0, 0, 0]), 2)
+    rival = fit_tfidf(["", "?!"] * 3, np.array([0, 0, 1, 0, 0, 0]), Task(2))
     assert rival.scores(["new", ""]).argmax(axis=1).tolist() == [0, 0]
 
 
 def test_a_label_without_rows_is_never_answered():
-    rival = fit_tfidf(["a b", "c d"] * 4, np.array([0, 2] * 4), 4)
+    rival = fit_tfidf(["a b", "c d"] * 4, np.array([0, 2] * 4), Task(4))
     scores = rival.scores(["a b", "c d"])
     assert scores.argmax(axis=1).tolist() == [0, 2]
     assert np.isneginf(scores[:, [1, 3]]).all()
@@ -202,6 +203,6 @@ def test_tf_idf_on_real_questions():
 
     splits = load(DataConfig(path=str(TREC)), splits=("train", "dev"))
     train, dev = (list(splits[name]) for name in ("train", "dev"))
-    rival = fit_tfidf([row.text for row in train], np.array([row.label for row in train]), 6)
+    rival = fit_tfidf([row.text for row in train], np.array([row.label for row in train]), Task(6))
     answers = rival.scores([row.text for row in dev]).argmax(axis=1)
     assert (answers == [row.label for row in dev]).mean() > 0.86
