@@ -11,6 +11,7 @@ import itertools
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from math import inf
 from typing import Any, Literal, get_args, get_origin
@@ -27,6 +28,7 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 MOST_BUCKETS = 1 << 24  # of exit 0: a table of up to 2 GiB
 LOW_RANK = 32  # of exit 0's table where there are more classes
+RENAMED = {"evals_per_epoch": "evals"}  # fields of before 0.2
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20  # where they follow from the rows
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
@@ -383,6 +385,9 @@ def override(config: T, assignments: typing.Sequence[str]) -> T:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         _check(bool(equals), f"an override must look like field=value. Got {assignment!r}.")
+        if new := RENAMED.get(path):
+            warnings.warn(f"{path} is now {new}, and counts over the whole training.", stacklevel=2)
+            path = new
         config = _set(config, path.split("."), text, path)
     return config
 
