@@ -279,7 +279,7 @@ class TrainConfig:
     patience: int = 4  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 1.5e-4  # the highest rate: it rises to this, then falls to 0
-    head_learning_rate: float = 6e-4  # of the exits' heads
+    head_learning_rate: float = 2e-4  # of the exits' heads
     warmup_fraction: float = 0.2  # share of the steps in which the rate rises
     weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
     clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
