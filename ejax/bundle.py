@@ -231,13 +231,14 @@ def _schema(task: type[Task]) -> Whole:
     measures = Whole(dict.fromkeys(task.measures, float))
     point: dict[Any, Any] = {task.metric: float, f"full_{task.metric}": float}
     point |= {"rows": int, "mean_depth": float, "exit_share": [float]}
+    scores = {"center": float, "spread": float} if task.problem_type == "regression" else {}
     provenance = _PROVENANCE | {
         "metrics": {...: [Whole(after=measures)]}, "operating_points": {...: Whole(point)},
     }  # fmt: skip
     return Whole(
         layers=[int], pooling=str, mix=str, max_length=int, buckets=[int], dtype=str,
         temperatures=[[float]] if task.answer_ndim == 2 else [float], thresholds=[float],
-        residual_dtype=str, provenance=provenance,
+        residual_dtype=str, provenance=provenance, **scores,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def exits_in_words(exits: ExitConfig) -> str:
 
 def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
-    p = bundle.provenance
+    p, kind = bundle.provenance, bundle.exits.problem_type
     zero_gives_away = (
         "Exit 0's table has numbers for the hash of each token and pair of tokens that at least "
         "three training texts hold: it may still show that such a pair occurred."
@@ -47,6 +47,7 @@ def model_card(bundle: Bundle) -> str:
         f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits "
         f"{exits_in_words(bundle.exits)}; labels: {', '.join(bundle.labels)}.",
         "",
+        *([f"- Problem type: {kind}"] if kind != "single_label_classification" else []),
         f"- Started from: {p.get('model', 'not recorded')}",
         *([f"- Taught by: {p['teacher']}"] if p.get("teacher") else []),
         f"- Trained on: {p.get('data', 'not recorded')}",

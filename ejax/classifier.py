@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -416,10 +415,9 @@ class EarlyExitClassifier:
         if logits is None:
             return nothing
         calibration = self._temperatures(nothing.exit)
-        if calibration.ndim == 2:
-            score: Any = self.bundle.task.score(jnp.asarray(logits), jnp.asarray(calibration))
-            return Decision(logits, nothing.exit, np.array(score))
-        return Decision(logits, nothing.exit, certainty(logits, calibration))
+        task = self.bundle.task
+        score = task.host_score if isinstance(task, SeveralLabels) else certainty
+        return Decision(logits, nothing.exit, score(logits, calibration))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
         """Exit 0's logits float32 [N, C], on the whole texts."""

@@ -41,6 +41,10 @@ def check_rows(logits: Any, labels: Any, task: Task | None = None) -> tuple[Floa
             f"Got {values.shape}."
         )
     exits, rows, classes = values.shape
+    if classes != task.outputs:
+        raise UserError(
+            f"logits must have {task.outputs} outputs for {task.problem_type}. Got {values.shape}."
+        )
     checked = _check_labels(labels, rows, classes) if single else _check_other(labels, rows, task)
     if not np.isfinite(values).all():
         exit, row, _ = np.argwhere(~np.isfinite(values))[0]
@@ -395,7 +399,7 @@ def lost_points(task: Task, full: Any, early: Any, labels: Any) -> tuple[float, 
         return 100 * (of_full - of_early)
 
     drop = lost(slice(None))
-    if not task.differ(full, early).any():
+    if np.array_equal(full, early):
         return drop, drop, drop
     rng = np.random.default_rng(0)
     draws = [lost(rng.integers(len(labels), size=len(labels))) for _ in range(DRAWS)]

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from ejax import storage
 from ejax.cli.run import note
-from ejax.config import TrainConfig, field_sentences, field_types
+from ejax.config import UNIONS, TrainConfig, field_sentences, field_types
 from ejax.errors import UserError
 from ejax.storage import path_of
 
@@ -88,6 +88,8 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
     sentences = field_sentences(type(config))
     for name, hint in field_types(type(config)).items():
         value, kinds = getattr(config, name), get_args(hint)
+        if get_origin(hint) in UNIONS:  # such as of numbers, or a word
+            kinds = get_args(kinds[0])
         if dataclasses.is_dataclass(hint):
             yield from _fields(value, f"{prefix}{name}.")
             continue

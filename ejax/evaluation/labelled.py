@@ -8,7 +8,6 @@ from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.frames import as_rows, as_splits
-from ejax.data.labels import SINGLE
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
 from ejax.errors import UserError
@@ -46,7 +45,7 @@ def labelled_rows(
     options: dict[str, Any] = {
         "text_columns": tuple(text_columns),
         "label_column": label_column,
-        "problem_type": _of(trained, "problem_type", SINGLE),
+        "problem_type": bundle.exits.problem_type,
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "limit": limit,
         "cache_dir": cache_dir,
@@ -84,7 +83,7 @@ def check_single(bundle: Bundle, what: str) -> None:
     """Raises ValueError for what knows accuracies alone."""
     if bundle.task.metric != "accuracy":
         raise UserError(
-            f"{what} is for bundles of one label per text. This one is of "
+            f"{what} must be with a bundle of one label per text. This one is of "
             f"{bundle.exits.problem_type}: `ejax evaluate` measures it."
         )
 
@@ -92,6 +91,7 @@ def check_single(bundle: Bundle, what: str) -> None:
 def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():
+        check_single(other.bundle, f"--beside {name}")
         if other.bundle.labels != bundle.labels:
             raise UserError(
                 f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "

@@ -4,6 +4,7 @@ What is chosen is tried on the outputs of the very engine, tiles and compute typ
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -72,8 +73,10 @@ class Target:
             )
         if self.risk is None and self.loss is not None:
             raise UserError(f"loss goes with risk alone. Got {given[0]}.")
-        if self.tolerance is not None and (self.risk is None or not self.tolerance >= 0):
-            raise UserError(f"tolerance goes with risk, and is at least 0. Got {self.tolerance}.")
+        if self.tolerance is not None and (self.risk is None or not 0 <= self.tolerance < math.inf):
+            raise UserError(
+                f"tolerance goes with risk, and is a number of at least 0. Got {self.tolerance}."
+            )
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
             if self.delta is not None:

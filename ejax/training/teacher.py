@@ -27,6 +27,11 @@ def load_teacher(folder: str, train: Split, dtype: str) -> Bundle:
       dtype: of its products.
     """
     bundle = load_bundle(folder, dtype=dtype)
+    if bundle.exits.problem_type != train.problem_type:
+        raise UserError(
+            f"teacher {folder} must be of the problem type of train, {train.problem_type}. Got "
+            f"{bundle.exits.problem_type}."
+        )
     if sorted(bundle.labels) != sorted(train.labels):
         raise UserError(
             f"teacher {folder} must have the labels of train, {', '.join(sorted(train.labels))}. "
