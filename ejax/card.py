@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from ejax.bundle import ROWS, Bundle
 from ejax.config import ExitConfig
 
+CARD_FOLDER = "path/to/this/folder"  # in its example
+
 
 def describe_thresholds(thresholds: Sequence[float]) -> str:
     """In words: the last exit, which takes everyone, left out."""
@@ -84,7 +86,7 @@ def model_card(bundle: Bundle) -> str:
         "```python",
         "import ejax",
         "",
-        'clf = ejax.EarlyExitClassifier.from_pretrained("path/to/this/folder")',
+        f'clf = ejax.EarlyExitClassifier.from_pretrained("{CARD_FOLDER}")',
         'clf("a text")',
         "```",
         "",

@@ -18,6 +18,7 @@ from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
 from ejax.hardware import check_not_forked, fastest_dtype, local_devices
+from ejax.hub import bundle_at, push_bundle
 from ejax.inference.cost import profile_for
 from ejax.inference.engine import early_exit, exit_logits, full_depth, replicate
 from ejax.inference.policy import Decision, as_float32, broadcast_thresholds
@@ -101,19 +102,28 @@ class EarlyExitClassifier:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, profile: str | Path | None = "auto", **overrides: Any
+        cls,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        profile: str | Path | None = "auto",
+        **overrides: Any,
     ) -> "EarlyExitClassifier":
         """Loads a bundle; `overrides` are fields of `BertConfig`, such as dtype="float32".
+
+        The folder may be a string "user/name": where there is no such folder here, the bundle of
+        that name on the Hugging Face hub.
 
         Without a dtype it computes in what is fastest here: by the profile, which also chooses
         the tiles, or else bfloat16 where the device is known to multiply it faster. Where its
         thresholds promise a risk that was shown in another type, it warns.
 
         Args:
+          revision: on the hub, a branch, a tag or a commit; None is main.
           profile: "auto" is what `ejax profile` kept for this machine and shape of encoder, if it
             ran; else the JSON of one; None is none. The logger "ejax" says what one changes.
         """
-        bundle = load_bundle(folder, **overrides)
+        bundle = load_bundle(bundle_at(folder, revision), **overrides)
         measured = profile_for(bundle.cfg, profile)
         if "dtype" not in overrides:
             dtype = measured.dtype if measured else fastest_dtype()
@@ -138,6 +148,35 @@ class EarlyExitClassifier:
     def save_pretrained(self, folder: str | Path, *, rows: bool = True) -> Path:
         """Writes the bundle; with rows=False without rows.json, see `ejax.saving.save_bundle`."""
         return save_bundle(self.bundle, folder, rows=rows)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        rows: bool = False,
+        token: str | None = None,
+        commit_message: str = "Upload a bundle of ejax",
+    ) -> str:
+        """Uploads the bundle to the Hugging Face hub; `from_pretrained(repo_id)` loads it.
+
+        Args:
+          repo_id: "user/name"; made where there is none.
+          private: whether a new repository is; None is the account's default.
+          rows: whether to upload rows.json, by which anyone can test whether a text was trained
+            on. Without, one that is there goes, but stays in older commits.
+          token: None is that of `hf auth login`, or $HF_TOKEN.
+
+        Returns:
+          The URL of the repository.
+
+        Raises:
+          ValueError: where the hub does not take it.
+        """
+        return push_bundle(
+            self.bundle, repo_id, private=private, rows=rows, token=token,
+            commit_message=commit_message,
+        )  # fmt: skip
 
     def __call__(
         self,

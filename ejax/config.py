@@ -303,6 +303,7 @@ class TrainConfig:
     evals: int = 8  # evaluations on dev-A, evenly over the training
     checkpoint_steps: int = 500  # steps between saves for resuming
     max_drop: float = 0.5  # points of dev-A accuracy the default thresholds may lose
+    wandb_project: str = ""  # of Weights & Biases, which gets the metrics too; "" = none
 
     def __post_init__(self) -> None:
         _check_types(self)

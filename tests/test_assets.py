@@ -11,12 +11,16 @@ import threading
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
+from huggingface_hub import RepoUrl
 
 from ejax import assets
 from ejax.assets import Package, cache_dir, resolve
 from ejax.bundle import load_bundle
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.files import check_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -249,6 +253,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The three endpoints of the hub that a snapshot needs, for the model org/bert."""
 
     asked: list[str]
+    held: dict[str, bytes]
 
     def do_HEAD(self):
         self.do_GET()
@@ -258,20 +263,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.asked.append(path)
         model = "/api/models/org/bert"
         if path in (model, f"{model}/revision/main"):
-            siblings = [{"rfilename": name} for name in HELD]
+            siblings = [{"rfilename": name} for name in self.held]
             self.answer(json.dumps({"id": "org/bert", "sha": SHA, "siblings": siblings}).encode())
         elif path in (f"{model}/tree/{SHA}", f"{model}/tree/main"):
             files = [
                 {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
-                for name, x in HELD.items()
+                for name, x in self.held.items()
             ]
             self.answer(json.dumps(files).encode())
         elif path.startswith(f"/org/bert/resolve/{SHA}/"):
-            content = HELD[path.rpartition("/")[2]]
+            content = self.held[path.rpartition("/")[2]]
             etag = hashlib.sha1(content).hexdigest()
             self.answer(content, **{"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
         else:
-            self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+            known = path.startswith((model, "/org/bert/"))
+            code = "RevisionNotFound" if known else "RepoNotFound"
+            self.answer(b"{}", 404, **{"X-Error-Code": code})
 
     def answer(self, content, status=200, **headers):
         self.send_response(status)
@@ -288,7 +295,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    Hub.asked = []
+    Hub.asked, Hub.held = [], HELD
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -296,13 +303,16 @@ def hub():
     server.server_close()
 
 
-def resolve_elsewhere(name, endpoint, tmp_path):
+RESOLVE = "import sys; from ejax import assets; print(assets.resolve(sys.argv[1]))"
+BUNDLE_AT = "import sys; from ejax import hub; print(hub.bundle_at(*sys.argv[1:]))"
+
+
+def resolve_elsewhere(name, endpoint, tmp_path, *more, code=RESOLVE):
     """In a process of its own: the hub's client reads its settings on import."""
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
-    code = "import sys; from ejax import assets; print(assets.resolve(sys.argv[1]))"
-    command = [sys.executable, "-c", code, name]
+    command = [sys.executable, "-c", code, name, *more]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPOSITORY)
 
 
@@ -336,6 +346,82 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
         "ejax.errors.UserError: 'org/bert' is no folder here, and fetching it from the hub"
     )
     assert "check the network" in last
+
+
+# bundles there
+
+
+class Api:
+    """As `huggingface_hub.HfApi`: it keeps its one repository in a folder."""
+
+    root: Path
+    public: bool
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        if self.token != "mine":
+            raise OSError("401 Client Error. Unauthorized")
+        assert exist_ok
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def model_info(self, repo_id):
+        return SimpleNamespace(private=not self.public)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+        assert commit_message
+        for name in delete_patterns:
+            (self.root / repo_id / name).unlink(missing_ok=True)
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    Api.root, Api.public = tmp_path / "there", False
+    return Api.root / "org" / "bert"
+
+
+def test_a_bundle_goes_to_the_hub_and_comes_back(pushed, hub, tmp_path):
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    url = clf.push_to_hub("org/bert", rows=True, token="mine")
+    assert url == "https://huggingface.co/org/bert"
+    assert (pushed / "rows.json").exists()
+    clf.push_to_hub("org/bert", private=True, token="mine")
+    assert not (pushed / "rows.json").exists()  # by which a text can be known as trained on
+    assert 'from_pretrained("org/bert")' in (pushed / "README.md").read_text()
+    Hub.held = {path.name: path.read_bytes() for path in pushed.iterdir()}
+    done = resolve_elsewhere("org/bert", hub, tmp_path, code=BUNDLE_AT)
+    assert done.returncode == 0, done.stderr
+    back = EarlyExitClassifier.from_pretrained(done.stdout.strip())
+    texts = [text for _, text in tiny.rows(8, 5)]
+    assert back(texts) == clf(texts)
+    done = resolve_elsewhere("org/bert", hub, tmp_path, "v9", code=BUNDLE_AT)
+    assert done.stderr.strip().endswith(
+        "'org/bert' on the hub has no revision 'v9': give a branch, a tag or a commit of it."
+    )
+
+
+def test_a_bundle_that_the_hub_does_not_take(pushed):
+    clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
+    with pytest.raises(ValueError, match=r"did not take 'org/bert': .*`hf auth login`.*401"):
+        clf.push_to_hub("org/bert")
+    Api.public = True
+    with pytest.raises(ValueError, match=r"org/bert is there and is public, and private=True"):
+        clf.push_to_hub("org/bert", private=True, token="mine")
+    assert not list(pushed.iterdir())
+
+
+def test_a_folder_here_wins_over_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.trained()[0], "org/bert")
+    assert EarlyExitClassifier.from_pretrained("org/bert")("a great film")
+    with pytest.raises(ValueError, match=r"revision is for a bundle on the hub.* 'v9' for 'org/b"):
+        EarlyExitClassifier.from_pretrained("org/bert", revision="v9")
+    with pytest.raises(ValueError, match=r"runs/x does not exist"):
+        EarlyExitClassifier.from_pretrained(Path("runs/x"))  # a path is never a hub id
 
 
 # the pinned files themselves

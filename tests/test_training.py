@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from ejax.models.early_exit import EarlyExitBert
 from ejax.training import loop, setup, warm
 from ejax.training.checkpoint import Checkpoints, claim_workdir
 from ejax.training.finetune import finetune
+from ejax.training.log import with_wandb
 from ejax.training.losses import joint_loss
 from ejax.training.optim import MIX_RATE, learning_rate, make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place, shard
@@ -541,6 +543,58 @@ def test_a_killed_run_resumes_to_the_same_bundle(tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes(), name
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "killed")]
     assert logs[0] == logs[1]
+
+
+class WandbRun(list):
+    """As what `wandb.init` gives: the lines that it was sent."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ended = True
+
+    def define_metric(self, name, *, step_metric):
+        self.axis = {name: step_metric}
+
+    def log(self, line):
+        self.append(line)
+
+
+def test_a_run_tells_what_it_logs(tmp_path: Path, monkeypatch) -> None:
+    made: list[tuple[dict, WandbRun]] = []
+
+    def init(**settings):
+        made.append((settings, WandbRun()))
+        return made[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config, heard = tiny_config(epochs=1, wandb_project="films"), []
+    listener = SimpleNamespace(on_log=lambda *line: heard.append(line))
+    finetune(config, tmp_path / "run", callbacks=[listener])
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert heard == [(line.pop("step"), line.pop("kind"), line) for line in lines]
+    (settings, run) = made[0]
+    assert (settings["project"], settings["config"]["epochs"]) == ("films", 1)
+    step, kind, metrics = heard[0]
+    assert (step, kind) == (0, "dev_a")
+    assert run[0] == {"step": 0} | {f"dev_a/{name}": value for name, value in metrics.items()}
+    assert (len(run), run.axis, run.ended) == (len(heard), {"*": "step"}, True)
+    # The same training goes on in the same run, whatever the project's name.
+    for project in ("films", "plays"):
+        finetune(dataclasses.replace(config, wandb_project=project), tmp_path / "run")
+        assert made[-1][0]["id"] == settings["id"]
+        assert made[-1][0]["resume"] == "allow"
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = TrainConfig(wandb_project="films")
+    with (
+        pytest.raises(ValueError, match=r"not installed: `pip install wandb`"),
+        with_wandb(config, tmp_path, []),
+    ):
+        pass
 
 
 def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not
 # them: the fingerprints of their rows are compared. A named set has an order of labels of its own.
 CARRIED = (
     "parallel", "accumulate", "remat", "checkpoint_steps", "data.cache_dir", "data.path",
-    "data.train", "data.dev", "data.test", "data.unlabelled",
+    "data.train", "data.dev", "data.test", "data.unlabelled", "wandb_project",
 )  # fmt: skip
 
 GONE = {"alternate": False}  # fields that older configs hold, with the value that changed nothing

@@ -5,6 +5,7 @@ choose the default thresholds on dev-A, report on dev-B and test.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ejax.data.frames import as_splits
 from ejax.hardware import local_devices
 from ejax.inference.cost import zero_in_layers
 from ejax.saving import save_bundle
+from ejax.training.log import Callback
 from ejax.training.loop import make_logits
 from ejax.training.loop import train as fit
 from ejax.training.ngrams import trained_zero
@@ -39,6 +41,7 @@ def finetune(
     test: Any = None,
     output: str | Path | None = None,
     console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Trains, calibrates and saves a bundle; called again, it resumes where it was.
 
@@ -51,6 +54,8 @@ def finetune(
         resume, give the same rows.
       output: the bundle's folder; None means workdir/bundle.
       console: where progress is shown; None means standard error.
+      callbacks: objects with a method `on_log(step, kind, metrics)`, told of each line of
+        metrics.jsonl on the first host, see `ejax.training.log.Callback`.
 
     Returns:
       The bundle's folder.
@@ -73,7 +78,7 @@ def finetune(
 
     # The exits after layers and the encoder, together; of all checkpoints the best on dev-A.
     logits_of = make_logits(setup)
-    trained = fit(setup, logits_of, workdir, console)
+    trained = fit(setup, logits_of, workdir, console, callbacks)
 
     # From dev-A what exit 0 adds to later exits, temperatures and default thresholds; what they
     # give on dev-A, dev-B and test.

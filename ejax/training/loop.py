@@ -4,7 +4,7 @@ Axes: E exits, N rows, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ejax.data.batches import Step, eval_plan, take, train_plan
 from ejax.data.rows import TokenizedSplit
 from ejax.tasks import task_of
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in
-from ejax.training.log import Log, check_finite
+from ejax.training.log import Callback, Log, check_finite, with_wandb
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import make_all_logits, parallel_step, place
 from ejax.training.processes import Stopped, Terminated
@@ -58,11 +58,18 @@ def make_logits(setup: Setup) -> Logits:
     return logits
 
 
-def train(setup: Setup, logits_of: Logits, workdir: Any, console: Console) -> Trained:
+def train(
+    setup: Setup,
+    logits_of: Logits,
+    workdir: Any,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+) -> Trained:
     """Runs the steps that are left.
 
     Args:
       logits_of: as `make_logits` gives it.
+      callbacks: they hear of what is logged.
 
     Raises:
       ValueError: where another training runs in the workdir, or this one diverges.
@@ -80,7 +87,8 @@ def train(setup: Setup, logits_of: Logits, workdir: Any, console: Console) -> Tr
     with (
         alone_in(workdir),
         Checkpoints(workdir) as checkpoints,
-        Log(workdir) as log,
+        with_wandb(config, workdir, callbacks) as told,
+        Log(workdir, told) as log,
         Terminated() as terminated,
         progress_bar(console) as bar,
     ):
