@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ejax.calibration.decisions import fit_decisions
-from ejax.calibration.metrics import report
+from ejax.calibration.honesty import report
 from ejax.calibration.temperature import fit_temperatures
 from ejax.calibration.thresholds import drop_thresholds, make_table, operating_point
 from ejax.tasks import Task
