@@ -182,14 +182,8 @@ def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> B
 def placements_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
     made = Shown(title=Text(f"{report['rows']} rows of {report['data']}", "italic"))
-    for heading in (
-        "exits",
-        "thresholds",
-        "accuracy",
-        "drop, points (95 %)",
-        "depth",
-        "ms predicted",
-    ):
+    headings = "exits", "thresholds", "accuracy", "drop, points (95 %)", "depth", "ms predicted"
+    for heading in headings:
         made.add_column(heading, justify="right")
     for p in report["found"]:
         made.add_row(

@@ -165,7 +165,7 @@ def choose(
             f" {copies} of the {len(task.hashes)} rows repeat the text of another: the promise is "
             f"for texts drawn one by one, and does not hold where rows were copied."
         )
-    report = {
+    report: dict[str, Any] = {
         "target": target.to_json(),
         "data": split.origin,
         "rows": len(task.labels),
