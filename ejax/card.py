@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ejax.bundle import ROWS, Bundle
+from ejax.bundle import Bundle
+from ejax.bundle_files import ROWS
 from ejax.config import ExitConfig
 
 CARD_FOLDER = "path/to/this/folder"  # in its example

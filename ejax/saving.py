@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ejax import storage
-from ejax.bundle import (
+from ejax.bundle import Bundle
+from ejax.bundle_files import (
     ARCHITECTURE,
     EXITS,
     FILES,
@@ -25,7 +26,6 @@ from ejax.bundle import (
     ROWS,
     SUMMED,
     WEIGHTS,
-    Bundle,
     digest_of,
     sha256_of,
 )

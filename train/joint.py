@@ -23,8 +23,8 @@ from ejax.data import sources
 from ejax.data.batches import take, train_plan
 from ejax.data.rows import encode
 from ejax.errors import UserError
-from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import write_json
+from ejax.evaluation.scenarios import spread
 from ejax.hardware import environment
 from ejax.training.loop import progress_bar
 from ejax.training.optim import make_optimizer

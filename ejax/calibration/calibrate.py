@@ -6,7 +6,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from ejax.calibration.decisions import fit_decisions
-from ejax.calibration.metrics import check_rows, report
+from ejax.calibration.honesty import report
+from ejax.calibration.metrics import check_rows
 from ejax.calibration.temperature import fit_temperatures
 from ejax.calibration.thresholds import drop_thresholds, make_table, operating_point
 from ejax.tasks import Task

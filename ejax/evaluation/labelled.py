@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
+from ejax.bundle import Bundle, check_alike, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.frames import as_rows, as_splits
 from ejax.data.named import TFDS
@@ -92,17 +92,7 @@ def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():
         check_single(other.bundle, f"--beside {name}")
-        if other.bundle.labels != bundle.labels:
-            raise UserError(
-                f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "
-                f"order. Got {', '.join(other.bundle.labels)}."
-            )
-        ours, theirs = text_columns_of(bundle), text_columns_of(other.bundle)
-        if ours and theirs and len(ours) != len(theirs):
-            raise UserError(
-                f"--beside {name} must be trained on {len(ours)} text columns, as this bundle "
-                f"({', '.join(ours)}). Got {len(theirs)} ({', '.join(theirs)})."
-            )
+        check_alike(f"--beside {name}", other.bundle, bundle.labels, text_columns_of(bundle))
 
 
 def _of(trained: dict[str, Any], field: str, default: Any) -> Any:

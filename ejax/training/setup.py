@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 
 from ejax import assets, storage
-from ejax.bundle import WHOLE_TOKENS, Bundle, ledger_behind
+from ejax.bundle import WHOLE_TOKENS, Bundle
+from ejax.bundle_files import ledger_behind
 from ejax.card import exits_in_words
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
