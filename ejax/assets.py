@@ -142,12 +142,17 @@ def held(path: Path) -> bool:
         if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
             return False
         raise UserError(f"{path} cannot be read: {reason}.") from None
-    if head == LFS_POINTER:
+    check_start(head, path)
+    return True
+
+
+def check_start(start: bytes, name: Any) -> None:
+    """Raises ValueError where a file begins as the pointer that Git LFS left in its place."""
+    if start.startswith(LFS_POINTER):
         raise UserError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+            f"{name} is a Git LFS pointer, not the file itself: run `git lfs install` and "
             f"`git lfs pull` in its folder, or download the file."
         )
-    return True
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ejax import storage
+from ejax import assets, storage
 from ejax.errors import UserError, clipped, shown
 from ejax.provenance import Ledger
 from ejax.records import Whole, misfit, read_json
@@ -62,6 +62,9 @@ _ROWS = Whole(complete=bool, trainings=[Whole(salt=str, rows={...: [str]})])
 
 
 def check_whole(folder: Path, files: Mapping[str, Held]) -> None:
+    for path, name in files.values():
+        with path.open("rb") as file:
+            assets.check_start(file.read(len(assets.LFS_POINTER)), name)
     missing = [name for name in FILES if name not in files]
     if not missing:
         return

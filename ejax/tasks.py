@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy.special import expit
 
 from ejax.config import ExitConfig, Problem
@@ -51,6 +50,8 @@ class Task:
 
     def losses(self, logits: Array, labels: Array) -> Array:
         """Of every row by its label, [E, N]; 0 for a row without one."""
+        import optax  # slow to import
+
         rows = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.broadcast_to(labels[None], logits.shape[:2])
         )
@@ -62,6 +63,8 @@ class Task:
 
     def distances(self, logits: Array, beliefs: Array) -> Array:
         """From beliefs to what each exit says, [E, N]; 0 where they agree."""
+        import optax
+
         return optax.losses.kl_divergence(jax.nn.log_softmax(logits), beliefs[None])
 
     @property
@@ -126,6 +129,8 @@ class SeveralLabels(Task):
         return labels[..., 0] >= 0
 
     def losses(self, logits: Array, labels: Array) -> Array:
+        import optax
+
         given = jnp.maximum(labels, 0.0)
         rows = optax.sigmoid_binary_cross_entropy(logits, jnp.broadcast_to(given, logits.shape))
         return jnp.where(self.has_label(labels)[None], rows.mean(axis=-1), 0.0)
@@ -134,6 +139,8 @@ class SeveralLabels(Task):
         return jax.nn.sigmoid(logits)
 
     def distances(self, logits: Array, beliefs: Array) -> Array:
+        import optax
+
         own, p = jnp.broadcast_arrays(logits, beliefs[None])
         cross = optax.sigmoid_binary_cross_entropy(own, p)
         entropy = jax.scipy.special.entr(p) + jax.scipy.special.entr(1 - p)

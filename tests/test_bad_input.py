@@ -186,7 +186,7 @@ def _other_layers(path: Path) -> None:
         ("tokenizer.json", _half, "tokenizer.json"),
         ("exits.json", _half, "exits.json is damaged"),
         ("exits.json", _newer, "format_version of at most 4. Got 99: update ejax"),
-        ("exits.json", _without_temperature, "must hold 2 positive temperatures"),
+        ("exits.json", _without_temperature, "temperatures must be 2 positive numbers"),
         ("exits.json", _odd_threshold, "thresholds[0] must be a number. Got 'high'"),
         (
             "exits.json",
@@ -349,7 +349,7 @@ def test_an_empty_shard_has_an_empty_answer(tmp_path):
         assert (done.code, output.read_text()) == (0, wanted), done.err
     said = tiny.refused("predict", tiny.trained()[0], "--input", "a" * 300, "--output", output)
     assert said.startswith("aaa")
-    assert "cannot be read: File name too long" in said
+    assert ": File name too long" in said
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_pad_errors():
 
 def test_take_by_hand():
     step = Step(np.array([1, 2, -1, -1]), 6)
-    batch, labels, weights = take(ENCODED, np.array([4, 5, 6]), step)
+    batch, labels, weights = take(ENCODED, np.array([4, 5, 6], np.int32), step)
     assert batch.ids.tolist() == pad(ENCODED, step.rows, 6).ids.tolist()
     assert labels.tolist() == [5, 6, 0, 0]
     assert weights.tolist() == [1, 1, 0, 0]

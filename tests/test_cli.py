@@ -239,7 +239,8 @@ def test_the_picture_sets_thresholds_per_exit_apart():
         spread = dict.fromkeys(("median", "min", "max"), seconds)
         return {"threshold": threshold, "accuracy": 0.9, "seconds": spread}
 
-    result = {"rows": 1000, "dtype": "float32", "date": "today", "full": point(4.0, None)}
+    result = {"rows": 1000, "dtype": "float32", "date": "today", "metric": "accuracy"}
+    result["full"] = point(4.0, None)
     result["thresholds"] = [point(1.0, 0.7), point(2.0, [0.8, 0.0]), point(3.0, 0.9)]
     axes = Figure().subplots()
     draw(result, axes)

@@ -156,6 +156,7 @@ class FakeEncoded(list):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the development data sets are not here")
+@pytest.mark.filterwarnings("ignore:.*the text looks quoted")  # as those of goemotions are
 def test_real_files_of_several_labels_and_of_numbers(tmp_path):
     def dev(name: str, problem: str) -> sources.Split:
         path = str(REAL / name / "dev.tsv.gz")

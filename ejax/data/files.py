@@ -175,7 +175,7 @@ def _whole(path: str) -> str:
     if path == "-" or not storage.path_of(path).is_file():
         raise UserError(f"{path}: parquet cannot be read from a pipe: give a file.")
     with storage.path_of(path).open("rb") as file:
-        _check_start(file.read(len(LFS)), path)
+        assets.check_start(file.read(len(assets.LFS_POINTER)), path)
     return path
 
 
@@ -229,8 +229,6 @@ def check_file(path: str | Path) -> None:
             raise UserError(f"{path} is a folder: expected a file.")
         if file.is_file() or (not storage.is_remote(path) and file.is_fifo()):
             return
-        if not storage.is_remote(path) and file.is_symlink():
-            raise UserError(f"{path} is a symbolic link that leads to no file.")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not file.parent.is_dir():
@@ -252,13 +250,9 @@ def _open(path: str) -> AbstractContextManager[Any]:
     return gzip.open(path) if packed else open(path, "rb")
 
 
-LFS = b"version https://git-lfs.github.com/spec/"
-
-
 def _check_start(start: bytes, name: str) -> None:
     """Raises ValueError where a file is told by its first bytes to be of another kind."""
-    if start.startswith(LFS):
-        raise UserError(f"{name} is a Git LFS pointer, not the file itself: run git lfs pull.")
+    assets.check_start(start, name)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name} is UTF-16: save the file as UTF-8.")
 
