@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ejax.bundle import ROWS, Bundle
+from ejax.bundle import Bundle
+from ejax.bundle_files import ROWS
 from ejax.config import ExitConfig
 
 CARD_FOLDER = "path/to/this/folder"  # in its example
@@ -33,7 +34,7 @@ def exits_in_words(exits: ExitConfig) -> str:
 
 def model_card(bundle: Bundle) -> str:
     """What the bundle is, how its thresholds came about, and how to run it."""
-    p = bundle.provenance
+    p, kind = bundle.provenance, bundle.exits.problem_type
     zero_gives_away = (
         "Exit 0's table has numbers for the hash of each token and pair of tokens that at least "
         "three training texts hold: it may still show that such a pair occurred."
@@ -49,6 +50,7 @@ def model_card(bundle: Bundle) -> str:
         f"{bundle.cfg.num_hidden_layers} layers of width {bundle.cfg.hidden_size}, exits "
         f"{exits_in_words(bundle.exits)}; labels: {', '.join(bundle.labels)}.",
         "",
+        *([f"- Problem type: {kind}"] if kind != "single_label_classification" else []),
         f"- Started from: {p.get('model', 'not recorded')}",
         *([f"- Taught by: {p['teacher']}"] if p.get("teacher") else []),
         f"- Trained on: {p.get('data', 'not recorded')}",

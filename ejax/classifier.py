@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
 
+from ejax.answers import abstain_level, answers, plain, probabilities
 from ejax.bundle import Bundle, load_bundle, text_columns_of
-from ejax.calibration.abstain import certainty, check_abstain
+from ejax.calibration.abstain import certainty
 from ejax.calibration.drift import Drift, compare
 from ejax.data.batches import bucket_of, pad
 from ejax.data.tokenizer import Encoded, Text
@@ -31,7 +30,7 @@ from ejax.models.ngrams import ragged_logits
 from ejax.provenance import promises_risk
 from ejax.saving import save_bundle
 from ejax.streaming import chunks, pipelined
-from ejax.tasks import Regression, SeveralLabels
+from ejax.tasks import SeveralLabels
 from ejax.texts import as_list, characters, check_top_k, of_kind
 
 FULL = 2.0  # above every score: nobody leaves early
@@ -210,9 +209,9 @@ class EarlyExitClassifier:
           ValueError: on something that is not a text, or a wrong threshold, top_k or abstain.
         """
         check_top_k(top_k)
-        level = self.abstain_level(abstain)
+        level = abstain_level(self.bundle, abstain)
         texts = as_list(texts, text_columns_of(self.bundle))
-        return self.answers(self.decide(texts, threshold=threshold), top_k, level)
+        return answers(self.bundle, self.decide(texts, threshold=threshold), top_k, level)
 
     def stream(
         self,
@@ -254,12 +253,12 @@ class EarlyExitClassifier:
         abstain: float | None = None,
     ) -> Iterator[Any]:
         """`stream` of texts that come in lists, each tokenised and classified together."""
-        level = self.abstain_level(abstain)
+        level = abstain_level(self.bundle, abstain)
         exit_counts = self._exit_counts(())
         for running in pipelined(chunks, self.encode, partial(self.start, threshold=threshold)):
             decision = running.finish()
             exit_counts = exit_counts + self._exit_counts(decision.exit)
-            yield from self.answers(decision, top_k, level)
+            yield from answers(self.bundle, decision, top_k, level)
         if threshold is None and self.depth_record and exit_counts.any():
             sentence = compare(exit_counts, self.depth_record, self.bundle.exits.layers).sentence
             if sentence:
@@ -322,68 +321,13 @@ class EarlyExitClassifier:
         """How many texts left at each exit: int [E]."""
         return np.bincount(np.asarray(exits, int), minlength=len(self.bundle.exits.layers))
 
-    def abstain_level(self, abstain: float | None) -> np.float32:
-        level = check_abstain(self.bundle.abstain if abstain is None else abstain)
-        if level and self.bundle.task.metric != "accuracy":
-            raise UserError("abstain is for bundles of one label per text.")
-        return level
-
-    def certainty(self, decision: Decision) -> np.ndarray:
-        """What `abstain` is compared with, float32 [N]."""
-        return certainty(decision.logits, self._temperatures(decision.exit))
-
-    def answers(
-        self, decision: Decision, top_k: int | None, abstain: float | np.float32 = 0.0
-    ) -> list[Any]:
-        """A decision in the words of `__call__`."""
-        layers = np.asarray(self.bundle.exits.layers)[decision.exit].tolist()
-        task, labels = self.bundle.task, self.bundle.labels
-        if isinstance(task, Regression):
-            numbers = self.chosen(decision).tolist()
-            scores = [
-                {"label": labels[0], "score": score, "exit_layer": layer}
-                for score, layer in zip(numbers, layers, strict=True)
-            ]
-            return scores if top_k == 1 else [[score] for score in scores]
-        probs = self.probabilities(decision)
-        order = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
-        scores = np.take_along_axis(probs, order, axis=1).tolist()
-        answers = [
-            [
-                {"label": labels[i], "score": score, "exit_layer": layer}
-                for i, score in zip(*row, strict=True)
-            ]
-            for *row, layer in zip(order.tolist(), scores, layers, strict=True)
-        ]
-        if isinstance(task, SeveralLabels):
-            for of_row, chosen, row in zip(answers, self.chosen(decision), order, strict=True):
-                for answer, on in zip(of_row, chosen[row].tolist(), strict=True):
-                    answer["chosen"] = on
-        for row in np.flatnonzero(self.certainty(decision) < abstain) if abstain else ():
-            answers[row].insert(0, answers[row][0] | {"label": None})
-        return [likeliest[0] for likeliest in answers] if top_k == 1 else answers
-
     def predict(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> list[Any]:
         """The answers alone: a label per text; a list of labels, maybe none; or a number.
 
         Several labels at once are those whose probability reaches their decision threshold.
         """
         texts = as_list(texts, text_columns_of(self.bundle))
-        chosen = self.chosen(self.decide(texts, threshold=threshold))
-        if isinstance(self.bundle.task, Regression):
-            return chosen.tolist()
-        names = self.bundle.labels
-        if chosen.ndim == 2:
-            return [[names[i] for i in np.flatnonzero(of_row)] for of_row in chosen]
-        return [names[i] for i in chosen]
-
-    def chosen(self, decision: Decision) -> np.ndarray:
-        """The answers in numbers: int [N]; bool [N, C] of several labels; float [N] of a score."""
-        return self.bundle.task.answers(decision.logits, self._temperatures(decision.exit))
-
-    def full_answers(self, logits: np.ndarray) -> np.ndarray:
-        """The answers of `full_logits`, as `chosen` has them."""
-        return self.bundle.task.answers(logits, self.bundle.calibration[-1])
+        return plain(self.bundle, self.decide(texts, threshold=threshold))
 
     def predict_proba(self, texts: Text | Sequence[Text], *, threshold: Any = None) -> np.ndarray:
         """Calibrated probabilities float32 [N, C], in the order of `bundle.labels`.
@@ -394,20 +338,7 @@ class EarlyExitClassifier:
           ValueError: for a regression, which has none.
         """
         texts = as_list(texts, text_columns_of(self.bundle))
-        return self.probabilities(self.decide(texts, threshold=threshold))
-
-    def probabilities(self, decision: Decision) -> np.ndarray:
-        """softmax(logits / temperature of the exit taken), float32 [N, C]; or sigmoid."""
-        task, temperature = self.bundle.task, self._temperatures(decision.exit)
-        if isinstance(task, SeveralLabels):
-            return task.probabilities(decision.logits, temperature)
-        if isinstance(task, Regression):
-            raise UserError("a regression has no probabilities: predict gives its scores.")
-        return np.asarray(softmax(decision.logits / temperature[:, None], axis=1))
-
-    def _temperatures(self, exit: np.ndarray) -> np.ndarray:
-        """Of the exits taken: float32 [N], of several labels [N, 2 C]."""
-        return self.bundle.calibration[exit]
+        return probabilities(self.bundle, self.decide(texts, threshold=threshold))
 
     def encode(self, texts: Sequence[Text], *, first: int = 0) -> Encoded:
         return self.bundle.encode(texts, first=first)
@@ -454,11 +385,10 @@ class EarlyExitClassifier:
         nothing = nothing_decided(total, self.bundle.task.outputs)
         if logits is None:
             return nothing
-        calibration = self._temperatures(nothing.exit)
-        if calibration.ndim == 2:
-            score: Any = self.bundle.task.score(jnp.asarray(logits), jnp.asarray(calibration))
-            return Decision(logits, nothing.exit, np.array(score))
-        return Decision(logits, nothing.exit, certainty(logits, calibration))
+        calibration = self.bundle.calibration[nothing.exit]
+        task = self.bundle.task
+        score = task.host_score if isinstance(task, SeveralLabels) else certainty
+        return Decision(logits, nothing.exit, score(logits, calibration))
 
     def _zero_logits(self, encoded: Encoded) -> np.ndarray:
         """Exit 0's logits float32 [N, C], on the whole texts."""

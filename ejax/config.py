@@ -11,6 +11,7 @@ import itertools
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from math import inf
 from typing import Any, Literal, get_args, get_origin
@@ -27,7 +28,10 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 BUCKETS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 MOST_BUCKETS = 1 << 24  # of exit 0: a table of up to 2 GiB
 LOW_RANK = 32  # of exit 0's table where there are more classes
+RENAMED = {"evals_per_epoch": "evals"}  # fields of before 0.2
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20  # where they follow from the rows
+UNIONS = (types.UnionType, typing.Union)
+Weights = tuple[float, ...] | Literal["balanced"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
 
@@ -50,7 +54,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in args
-    if origin is types.UnionType or origin is typing.Union:
+    if origin in UNIONS:
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
@@ -69,6 +73,8 @@ def _describe(hint: Any) -> str:
         return f"a tuple of {_describe(args[0])}"
     if hint is float:
         return "a finite float"
+    if origin in UNIONS:
+        return " or ".join(map(_describe, args)).replace("one of ", "")
     return getattr(hint, "__name__", str(hint))
 
 
@@ -170,7 +176,10 @@ class ExitConfig:
                 f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
                 f"Got {self.num_labels}.",
             )
-        _check(self.num_labels >= 1, f"ExitConfig.num_labels must be 1. Got {self.num_labels}.")
+        _check(
+            self.num_labels >= 1,
+            f"ExitConfig.num_labels must be at least 1. Got {self.num_labels}.",
+        )
         if self.problem_type == "regression":
             _check(
                 self.num_labels == 1 and not self.has_zero,
@@ -269,7 +278,7 @@ class TrainConfig:
     pooling: Pooling = "mean"  # exits read the mean of a layer's tokens, or its [CLS]
     mix: Mix = "softmax"  # exits read a learned mix of the layers so far, or the last alone
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
-    class_weights: tuple[float, ...] = ()  # loss weight per class; () = 1 each
+    class_weights: Weights = ()  # of the loss; () = 1 each; balanced = N / (C x rows of the class)
     teacher: str = ""  # a bundle, from whose full depth all exits learn; "" = from the last exit
     distillation: float = 1.0  # loss weight of KL(teacher, or last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
@@ -277,7 +286,7 @@ class TrainConfig:
     patience: int = 4  # evaluations on dev-A without a better one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 1.5e-4  # the highest rate: it rises to this, then falls to 0
-    head_learning_rate: float = 6e-4  # of the exits' heads
+    head_learning_rate: float = 2e-4  # of the exits' heads
     warmup_fraction: float = 0.2  # share of the steps in which the rate rises
     weight_decay: float = 0.01  # of AdamW, on kernels and embeddings
     clip_norm: float = 1.0  # a gradient of a larger norm is scaled down to it
@@ -324,9 +333,15 @@ class TrainConfig:
         for name in ("exit_weights", "class_weights"):
             value = getattr(self, name)
             _check(
-                not value or (min(value) >= 0 and sum(value) > 0),
+                value in ((), "balanced") or (min(value) >= 0 and sum(value) > 0),
                 f"{name} must be 0 or above and not all 0. Got {value}.",
             )
+
+    @property
+    def weights_of_classes(self) -> tuple[float, ...]:
+        """`class_weights`, once they are numbers (`ejax.training.setup.with_weights`)."""
+        assert self.class_weights != "balanced"
+        return self.class_weights
 
 
 def epochs_of(config: TrainConfig, rows: int) -> int:
@@ -362,7 +377,7 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
         hint = fields[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = from_json(typing.cast(type, hint), value)
-        elif get_origin(hint) is tuple and isinstance(value, list):
+        elif isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
         made[name] = value
     return cls(**made)
@@ -384,6 +399,9 @@ def override(config: T, assignments: typing.Sequence[str]) -> T:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         _check(bool(equals), f"an override must look like field=value. Got {assignment!r}.")
+        if new := RENAMED.get(path):
+            warnings.warn(f"{path} is now {new}, and counts over the whole training.", stacklevel=2)
+            path = new
         config = _set(config, path.split("."), text, path)
     return config
 
@@ -406,6 +424,9 @@ def _set(config: Any, path: list[str], text: str, full: str) -> Any:
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
+    if get_origin(hint) in UNIONS:
+        of_tuple, word = get_args(hint)
+        hint = word if text.isalpha() else of_tuple
     if get_origin(hint) is tuple:
         text = text.strip()
         inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text

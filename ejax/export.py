@@ -30,6 +30,11 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
                 f"choose another output folder."
             )
     exits = bundle.exits
+    if bundle.task.metric != "accuracy":
+        raise UserError(
+            f"export is for bundles of one label per text: a plain classifier does not hold what "
+            f"this one of {exits.problem_type} answers by."
+        )
     if exits.pooling != "cls" or (exits.mix != "last" and exits.num_layers > 1):
         raise UserError(
             f"this bundle has pooling {exits.pooling!r} and mix {exits.mix!r}: a plain Hugging "

@@ -15,8 +15,11 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from ejax import storage
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
@@ -111,11 +114,13 @@ def predict_file(
 
     # Which of several labels at once are chosen takes all of them.
     asked = None if clf.bundle.task.answer_ndim == 2 else top_k
+    is_number = clf.bundle.task.problem_type == "regression"  # of any size
+    digits = of_float32 if is_number else partial(round, ndigits=6)
     with writing(output) as file:
         write: Writer | ParquetWriter | None = None
         for answer in clf.stream_chunks(texts(), threshold, asked, abstain):
             row, names = waiting.popleft()
-            row_out = row | dict(zip(names, added(answer, top_k), strict=True))
+            row_out = row | dict(zip(names, added(answer, top_k, digits), strict=True))
             if write is None:
                 write = writer_of(kind, file, list(row_out), source)
                 file.write(write.header())
@@ -253,18 +258,26 @@ def _check_columns(
         )
 
 
-def added(answer: Any, top_k: int | None) -> list[Any]:
+def of_float32(number: float) -> float:
+    """With the fewest digits that tell it from other numbers of its type."""
+    return float(str(np.float32(number)))
+
+
+def added(answer: Any, top_k: int | None, digits: Callable[[float], float]) -> list[Any]:
     """The values of the added columns, from what the classifier says of a row.
 
     Several labels at once are joined by "|", and the score is that of the likeliest.
+
+    Args:
+      digits: rounds a score.
     """
     top = answer if isinstance(answer, list) else [answer]
-    first = [top[0]["label"], round(top[0]["score"], 6), top[0]["exit_layer"]]
+    first = [top[0]["label"], digits(top[0]["score"]), top[0]["exit_layer"]]
     if "chosen" in top[0]:  # several labels at once, all of them are here
         first[0] = "|".join(likely["label"] for likely in top if likely["chosen"])
     if top_k == 1:
         return first
-    pairs = [(likely["label"], round(likely["score"], 6)) for likely in top]
+    pairs = [(likely["label"], digits(likely["score"])) for likely in top]
     listed = [{"label": label, "score": score} for label, score in pairs if label is not None]
     return [*first, listed[:top_k]]
 

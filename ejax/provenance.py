@@ -70,6 +70,10 @@ class Ledger:
     trainings: tuple[Training, ...] = ()
     complete: bool = False
 
+    def doubt(self, on_word: bool = False) -> str:
+        """Put after a sentence on rows, where which of them fitted the bundle is not known."""
+        return "" if self.complete else f" {ON_WORD if on_word else UNKNOWN}"
+
     def among(self, hashes: Iterable[str], names: Collection[str]) -> set[str]:
         """Those of the rows, by `row_hash`, that are recorded under one of the names."""
         rows, found = sorted(set(hashes)), set[str]()

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ejax import storage
-from ejax.bundle import (
+from ejax.bundle import Bundle
+from ejax.bundle_files import (
     ARCHITECTURE,
     EXITS,
     FILES,
@@ -25,7 +26,6 @@ from ejax.bundle import (
     ROWS,
     SUMMED,
     WEIGHTS,
-    Bundle,
     digest_of,
     sha256_of,
 )
@@ -104,11 +104,12 @@ def _swap(folder: Path, fresh: Path) -> None:
         return
     # As `storage.set_aside` knows it.
     with partial(fresh.with_name(fresh.name + "-old")) as old, whole():
-        folder.rename(old)
         try:
+            folder.rename(old)
             fresh.rename(folder)
-        except OSError:
-            old.rename(folder)
+        except BaseException:  # Ctrl-C too, in a program that does not end by it
+            if old.exists() and not folder.exists():
+                old.rename(folder)
             raise
 
 

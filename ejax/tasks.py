@@ -149,10 +149,14 @@ class SeveralLabels(Task):
         As a share of the way to 0 or 1. In the spirit of F-PABEE (Gao et al., ICASSP 2023), which
         compares whole distributions of neighbouring exits.
         """
-        temperature, decision = jnp.split(calibration, 2, axis=-1)
-        p = jax.nn.sigmoid(logits / temperature)
-        way = jnp.where(p >= decision, (p - decision) / (1 - decision), (decision - p) / decision)
-        return way.min(axis=-1)
+        whole = jnp.broadcast_to(calibration, (*logits.shape[:-1], 2 * self.labels))
+        temperature, decision = jnp.split(whole, 2, axis=-1)
+        return _least_way(jax.nn.sigmoid(logits / temperature), decision, jnp)
+
+    def host_score(self, logits: Any, calibration: Any) -> np.ndarray:
+        """`score` by numpy, which compiles nothing for a new number of rows."""
+        decision = np.split(calibration, 2, axis=-1)[1]
+        return np.asarray(_least_way(self.probabilities(logits, calibration), decision, np))
 
     def probabilities(self, logits: Any, calibration: Any) -> np.ndarray:
         """float32 [..., C]."""
@@ -220,7 +224,7 @@ class Regression(Task):
         2022, with beta = 1).
         """
         known = self.has_label(labels)
-        off = (logits[..., 0] - jnp.where(known, labels, 0.0)) / self.spread
+        off = (logits[..., 0] - jnp.where(known, labels, 0.0)[None]) / self.spread
         log_sigma = logits[..., 1] - math.log(self.spread)
         still = jax.lax.stop_gradient(off)
         rows = off**2 / 2 + log_sigma + still**2 * jnp.exp(-2 * log_sigma) / 2
@@ -257,11 +261,17 @@ class Regression(Task):
 
     def measure(self, answers: Any, labels: Any) -> float:
         """Spearman's rank correlation; 0 where one of the two is constant."""
-        from scipy.stats import spearmanr  # slow to import
+        from scipy.stats import rankdata  # slow to import
 
         if np.ptp(answers) == 0 or np.ptp(labels) == 0:
             return 0.0
-        return float(spearmanr(answers, labels).statistic)
+        return float(np.corrcoef(rankdata(answers), rankdata(labels))[0, 1])
+
+
+def _least_way(p: Any, decision: Any, xp: Any) -> Any:
+    """Of probabilities [..., C] from their decision thresholds: [...]."""
+    way = xp.where(p >= decision, (p - decision) / (1 - decision), (decision - p) / decision)
+    return way.min(axis=-1)
 
 
 TASKS: dict[str, type[Task]] = {

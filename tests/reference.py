@@ -171,7 +171,8 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
     """
     rng = np.random.default_rng(seed)
     d, h, f = model_cfg.hidden_size, model_cfg.num_attention_heads, model_cfg.intermediate_size
-    k, e, c, n = d // h, len(exits.encoder.layers), exits.num_labels, exits.layers[-1]
+    k, e, n = d // h, len(exits.encoder.layers), exits.layers[-1]
+    c = 2 if exits.problem_type == "regression" else exits.num_labels
 
     def normal(*shape, std=scale, mean=0.0):
         return (mean + std * rng.normal(size=shape)).astype(np.float32)

@@ -15,7 +15,9 @@ from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier, Shapes
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation import bench as bench_module
+from ejax.evaluation import scenarios
 from ejax.evaluation.bench import AGAINST, bench, build, settings_of
+from ejax.evaluation.bench_page import save_bench
 from ejax.evaluation.contenders import Setting
 from ejax.evaluation.evaluate import best_full_depth
 from ejax.export import export_hf
@@ -28,7 +30,7 @@ LABELS = [i % 2 for i in range(30)]
 @pytest.fixture(autouse=True)
 def patient(monkeypatch) -> None:
     """Toy models run for microseconds: a busy machine could make any of them "too slow"."""
-    monkeypatch.setattr(bench_module, "SLOWEST", float("inf"))
+    monkeypatch.setattr(scenarios, "SLOWEST", float("inf"))
 
 
 def clf() -> EarlyExitClassifier:
@@ -45,7 +47,7 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
     )
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 5)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 5)
     result = bench(clf(), TEXTS, LABELS, threshold=0.7, beside={"again": clf()}, repeats=2)
     assert set(result["left_out"]) == set(AGAINST)
     assert "torch" in result["left_out"]["torch-float32"]
@@ -65,14 +67,14 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
         stream = one["single_stream"]
         assert 0 < stream["p50"] <= stream["p90"] <= stream["p99"]
         assert set(one["requests"]) == {"8", "32"}
-    bench_module.save_bench(result, tmp_path / "bench.json")
+    save_bench(result, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == 30
     assert (tmp_path / "bench.png").stat().st_size > 0
 
 
 def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_module, "AGAINST", {})
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
     output = tmp_path / "b.json"
     args = ("bench", tiny.trained()[0], "--data", tiny.file("test"), "--output", output)
     assert "--encoder needs --train" in tiny.refused(*args, "--encoder", tiny.model())
@@ -98,7 +100,7 @@ def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> No
 
 def test_rows_trained_on_are_counted(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_module, "AGAINST", {})
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
     output = tmp_path / "b.json"
     for source, fitted in ((tiny.file("train"), 6), (tiny.file("test"), 0)):
         done = tiny.ejax(
@@ -117,8 +119,8 @@ def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
 
     monkeypatch.setattr(bench_module, "build", slow)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
-    monkeypatch.setattr(bench_module, "SLOWEST", 4.0)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
+    monkeypatch.setattr(scenarios, "SLOWEST", 4.0)
     result = bench(clf(), TEXTS, LABELS, threshold=0.7, against=("torch-bfloat16",), repeats=1)
     assert len(result["contenders"]) == 2
     assert "times slower than full depth here" in result["left_out"]["torch-bfloat16"]
@@ -138,7 +140,7 @@ def test_the_sweep_takes_the_fastest_setting(monkeypatch) -> None:
         return np.zeros((len(rows), 2), np.float32)
 
     encoded = clf().encode(TEXTS)
-    found = bench_module.entered("a", lambda: run, encoded, settings_of("onnx-int8"), None)
+    found = scenarios.entered("a", lambda: run, encoded, settings_of("onnx-int8"), None)
     assert found.setting == Setting(64, 1)
     assert Setting(32, 1) in met  # requests are tried as well
     # The kernel's counts are rough where many threads run, and freed memory may be used again.
@@ -153,9 +155,9 @@ def test_requests_are_run_in_the_best_batches() -> None:
         return np.zeros((len(rows), 2), np.float32)
 
     encoded = clf().encode(TEXTS * 3)
-    rival = bench_module.Contender("a", run, encoded, Setting(16, 1), np.zeros(0), None)
-    ours = bench_module.Contender("b", run, encoded, Setting(0, 1), np.zeros(0), None)
-    found = bench_module.requests([rival, ours], 3, lambda _: None)
+    rival = scenarios.Contender("a", run, encoded, Setting(16, 1), np.zeros(0), None)
+    ours = scenarios.Contender("b", run, encoded, Setting(0, 1), np.zeros(0), None)
+    found = scenarios.requests([rival, ours], 3, lambda _: None)
     # 2 requests of 32 take 8 or 100 ms, and what the clock and the rows cost.
     assert 64 / 0.05 < found["a"]["32"] < 64 / 0.008
     assert 64 / 0.2 < found["b"]["32"] < 64 / 0.1
@@ -163,18 +165,18 @@ def test_requests_are_run_in_the_best_batches() -> None:
 
 def test_the_sweep_pads_as_the_run_does() -> None:
     lengths = np.random.default_rng(0).integers(3, 120, 2000)
-    rows = bench_module.sweep_rows(lengths)
+    rows = scenarios.sweep_rows(lengths)
     assert rows.size == 512
     blocks = lengths[rows].reshape(4, 128)
     assert blocks.max(axis=1).tolist() == sorted(blocks.max(axis=1))
     assert np.ptp(blocks, axis=1).max() < 12  # of 117, spread over 15 blocks
     assert blocks[0].min() == 3
-    assert sorted(bench_module.sweep_rows(lengths[:100])) == list(range(100))
+    assert sorted(scenarios.sweep_rows(lengths[:100])) == list(range(100))
 
 
 def test_a_model_beside_is_tried_on_its_own_tokens(monkeypatch) -> None:
     """Which ours, with a shorter max_length, could not run."""
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
     long = ["the film was great and the music was poor and awful tonight"] * 4
     short = EarlyExitClassifier(dataclasses.replace(clf().bundle, max_length=8))
     result = bench(short, long, [1] * 4, beside={"longer": clf()}, against=(), repeats=1)
@@ -187,7 +189,7 @@ def test_a_contender_that_fails_is_left_out(monkeypatch) -> None:
 
     monkeypatch.setattr(bench_module, "build", broken)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(bench_module, "STREAM_ROWS", 2)
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
     result = bench(clf(), TEXTS, LABELS, against=("onnx-int8",), repeats=1)
     assert result["left_out"] == {"onnx-int8": "failed: RuntimeError: no such operator"}
     assert len(result["contenders"]) == 2

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 import ejax
 from ejax import bundle as bundle_module
 from ejax import saving, storage
-from ejax.bundle import FILES, ledger_behind, load_bundle
+from ejax.bundle import load_bundle
+from ejax.bundle_files import FILES, ledger_behind
 from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Example, row_hash

@@ -20,6 +20,7 @@ import tiny
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from ejax.answers import plain
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli.run import run
@@ -194,9 +195,9 @@ def test_a_named_text_column_and_a_pair(tmp_path):
     assert result.code == 0
     pairs = [("the film", "was great"), ("awful", "cast")]
     clf = EarlyExitClassifier.from_pretrained(tiny.trained()[0])
-    expected = clf.answers(clf.decide(pairs), 1)
+    expected = plain(clf.bundle, clf.decide(pairs))
     rows = list(csv.DictReader(io.StringIO(result.out)))
-    assert [row["label"] for row in rows] == [one["label"] for one in expected]
+    assert [row["label"] for row in rows] == expected
 
 
 def test_many_chunks_keep_the_order(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from ejax.bundle import FILES, load_bundle
+from ejax.bundle import load_bundle
+from ejax.bundle_files import FILES
 from ejax.classifier import EarlyExitClassifier
 from ejax.errors import UserError
 from ejax.evaluation.describe import exit_tables, facts

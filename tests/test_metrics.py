@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from ejax.calibration import metrics
+from ejax.calibration import honesty, metrics
 
 ROWS, CLASSES = 17, 5
 
@@ -53,63 +53,76 @@ def test_macro_f1_by_hand_counts_only_classes_that_occur():
     assert metrics.macro_f1([0, 0, 0], [0, 0, 2]) == pytest.approx((0.8 + 0) / 2)
 
 
+def test_macro_f1_of_weighted_rows():
+    """A row that counts twice is two rows."""
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, 4, (2, 30))
+    weights = rng.integers(0, 3, (30, 5))
+    expected = [
+        sk.f1_score(np.repeat(labels, column), np.repeat(answers, column), average="macro")
+        for column in weights.T
+    ]
+    # Sums of the same few numbers in another order.
+    np.testing.assert_allclose(metrics.weighted_f1(answers, labels, weights), expected, rtol=1e-12)
+
+
 def test_ece_width_by_hand():
     # Two bins: (0.5, 1] holds all rows, two of three right, mean confidence 0.7.
     probs = probs_of([0.6, 0.7, 0.8])
-    assert metrics.ece(probs, [0, 0, 1], bins=2) == pytest.approx(abs(2 / 3 - 0.7))
+    assert honesty.ece(probs, [0, 0, 1], bins=2) == pytest.approx(abs(2 / 3 - 0.7))
     # Ten bins: each row alone, off by 0.4, 0.3 and 0.8.
-    assert metrics.ece(probs, [0, 0, 1], bins=10) == pytest.approx((0.4 + 0.3 + 0.8) / 3)
+    assert honesty.ece(probs, [0, 0, 1], bins=10) == pytest.approx((0.4 + 0.3 + 0.8) / 3)
 
 
 def test_ece_mass_by_hand():
     # Bins {0.6, 0.7} (right, wrong) and {0.8, 0.9} (right, right).
     probs = probs_of([0.9, 0.6, 0.8, 0.7])
     gap = (abs(1 - 1.3) + abs(2 - 1.7)) / 4
-    assert metrics.ece(probs, [0, 0, 0, 1], bins=2, binning="mass") == pytest.approx(gap)
+    assert honesty.ece(probs, [0, 0, 0, 1], bins=2, binning="mass") == pytest.approx(gap)
 
 
 def test_ece_mass_does_not_depend_on_the_order_of_tied_rows():
     probs, labels = probs_of([1.0] * 6), np.array([0, 0, 0, 1, 1, 1])
     order = [0, 3, 1, 4, 2, 5]
-    first = metrics.ece(probs, labels, bins=3, binning="mass")
-    assert first == metrics.ece(probs[order], labels[order], bins=3, binning="mass") == 0.5
+    first = honesty.ece(probs, labels, bins=3, binning="mass")
+    assert first == honesty.ece(probs[order], labels[order], bins=3, binning="mass") == 0.5
 
 
 def test_reliability_points_give_the_ece(rows):
     logits, labels = rows
     probs = metrics.softmax(logits)
     for binning in ("width", "mass"):
-        points = metrics.reliability(probs, labels, bins=4, binning=binning)
+        points = honesty.reliability(probs, labels, bins=4, binning=binning)
         assert sum(point["rows"] for point in points) == ROWS
         assert [p["confidence"] for p in points] == sorted(p["confidence"] for p in points)
         gap = sum(p["rows"] * abs(p["accuracy"] - p["confidence"]) for p in points) / ROWS
-        assert gap == pytest.approx(metrics.ece(probs, labels, bins=4, binning=binning))
+        assert gap == pytest.approx(honesty.ece(probs, labels, bins=4, binning=binning))
 
 
 def test_ece_floor_is_what_a_calibrated_classifier_shows():
     rng = np.random.default_rng(5)
     probs = rng.dirichlet([0.5, 0.5, 0.5], size=436)
     perfect = [
-        metrics.ece(probs, (rng.random(436)[:, None] > probs.cumsum(1)).sum(1)) for _ in range(40)
+        honesty.ece(probs, (rng.random(436)[:, None] > probs.cumsum(1)).sum(1)) for _ in range(40)
     ]
-    floor = metrics.ece_floor(probs)
+    floor = honesty.ece_floor(probs)
     # Two means, of 40 and 100 draws: five standard errors apart at most.
     assert abs(floor - np.mean(perfect)) < 5 * np.std(perfect) * math.sqrt(1 / 40 + 1 / 100)
-    assert metrics.ece_floor(np.repeat(probs, 16, axis=0)) < floor / 2
-    assert metrics.ece_floor(probs, seed=1) != floor == metrics.ece_floor(probs)
-    assert metrics.ece_floor(probs_of([1.0, 1.0])) == 0
+    assert honesty.ece_floor(np.repeat(probs, 16, axis=0)) < floor / 2
+    assert honesty.ece_floor(probs, seed=1) != floor == honesty.ece_floor(probs)
+    assert honesty.ece_floor(probs_of([1.0, 1.0])) == 0
 
 
 def test_ece_bounds_tell_a_wrong_temperature_from_a_wrong_shape():
     rng = np.random.default_rng(6)
     logits = rng.normal(size=(4000, 3)) * 2
     labels = (rng.random(4000)[:, None] > metrics.softmax(logits).cumsum(1)).sum(1)
-    right = metrics.ece_bounds(logits, labels, 1.0)
+    right = honesty.ece_bounds(logits, labels, 1.0)
     # Labels drawn from the probabilities: an ECE of 4000 rows strays by less than 0.01 from its
     # floor (five standard errors), and drawing the rows again can only add.
     assert right["ece_minus_floor_low"] < 0.01
     assert right["ece_minus_floor_at_best"] < 0.01
-    too_sure = metrics.ece_bounds(2.5 * logits, labels, 1.0)
+    too_sure = honesty.ece_bounds(2.5 * logits, labels, 1.0)
     assert too_sure["ece_minus_floor_low"] > 0.05
     assert 2.5 / 1.2 < too_sure["best_temperature"] < 2.5 * 1.2
     assert too_sure["ece_minus_floor_at_best"] < 0.01
@@ -117,7 +130,7 @@ def test_ece_bounds_tell_a_wrong_temperature_from_a_wrong_shape():
     # the ECE is at least half of 0.9 - 0.6; the floor of 2000 rows is below 0.02.
     odds = np.repeat([math.log(0.6 / 0.4), math.log(0.95 / 0.05)], 1000)
     wrong = np.concatenate([np.arange(1000) >= 900, np.arange(1000) >= 600]).astype(int)
-    shape = metrics.ece_bounds(np.stack([odds, 0 * odds], axis=1), wrong, 1.0)
+    shape = honesty.ece_bounds(np.stack([odds, 0 * odds], axis=1), wrong, 1.0)
     assert shape["ece_minus_floor_at_best"] > 0.15 - 0.02
 
 
@@ -127,7 +140,7 @@ def test_ece_bounds_lie_around_a_calibrated_classifier():
     for _ in range(40):
         logits = rng.normal(size=(500, 2)) * 1.5
         labels = (rng.random(500) < metrics.softmax(logits)[:, 1]).astype(int)
-        found = metrics.ece_bounds(logits, labels, 1.0)
+        found = honesty.ece_bounds(logits, labels, 1.0)
         bounds.append([found["ece_minus_floor_low"], found["ece_minus_floor_high"]])
     low, high = np.transpose(bounds)
     # Each holds 0 with a probability of 0.95 at least: more than 4 of 40 do not in 1 run of 20.
@@ -140,15 +153,15 @@ def test_the_best_temperature_is_no_worse_than_the_one_in_use(rows):
     logits, labels = rows
     for temperature in (0.31, 1.07, 3.9):  # none of them is on the ladder
         probs = metrics.softmax(logits, temperature=temperature)
-        in_use = metrics.ece(probs, labels) - metrics.ece_floor(probs)
-        assert metrics.ece_bounds(logits, labels, temperature)["ece_minus_floor_at_best"] <= in_use
+        in_use = honesty.ece(probs, labels) - honesty.ece_floor(probs)
+        assert honesty.ece_bounds(logits, labels, temperature)["ece_minus_floor_at_best"] <= in_use
 
 
 def test_failure_auroc_by_hand():
     # right rows 0.9 and 0.6, wrong rows 0.6 and 0.5: pairs 1, 1, 1/2, 1.
     probs = probs_of([0.9, 0.6, 0.6, 0.5])
-    assert metrics.failure_auroc(probs, [0, 0, 1, 1]) == pytest.approx(3.5 / 4)
-    assert metrics.failure_auroc(probs, [0, 0, 0, 0]) is None
+    assert honesty.failure_auroc(probs, [0, 0, 1, 1]) == pytest.approx(3.5 / 4)
+    assert honesty.failure_auroc(probs, [0, 0, 0, 0]) is None
 
 
 # Parity with scikit-learn
@@ -176,11 +189,11 @@ def test_saturated_logits_stay_finite():
     probs = metrics.softmax(logits)
     assert np.isfinite(probs).all()
     for binning in ("width", "mass"):
-        assert metrics.ece(probs, [0, 1, 1], binning=binning) == pytest.approx(1 / 3)
+        assert honesty.ece(probs, [0, 1, 1], binning=binning) == pytest.approx(1 / 3)
 
 
 def test_one_row_is_enough():
-    point = metrics.report(np.array([[[0.0, 1.0]]]), [1], [2.0])[0]
+    point = honesty.report(np.array([[[0.0, 1.0]]]), [1], [2.0])[0]
     assert point["rows"] == 1
     assert point["after"]["accuracy"] == 1
     assert point["after"]["ece_mass"] == pytest.approx(1 - 1 / (1 + math.exp(-0.5)))
@@ -193,7 +206,7 @@ def test_report_has_every_exit_before_and_after_and_is_json():
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(3, ROWS, CLASSES)).astype(np.float32)
     labels = rng.integers(0, CLASSES, ROWS)
-    report = metrics.report(logits, labels, np.array([0.5, 1.0, 4.0], np.float32))
+    report = honesty.report(logits, labels, np.array([0.5, 1.0, 4.0], np.float32))
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert [entry["temperature"] for entry in report] == [0.5, 1.0, 4.0]
     assert report[1]["before"] == report[1]["after"]
@@ -206,9 +219,9 @@ def test_report_has_every_exit_before_and_after_and_is_json():
         probs = metrics.softmax(logits[e], temperature=temperature)
         assert after["brier"] == metrics.brier(probs, labels)
         for binning in ("width", "mass"):
-            raw = metrics.ece(probs, labels, binning=binning)
+            raw = honesty.ece(probs, labels, binning=binning)
             assert after[f"ece_{binning}"] == raw
-            floor = metrics.ece_floor(probs, binning=binning)
+            floor = honesty.ece_floor(probs, binning=binning)
             assert after[f"ece_{binning}_minus_floor"] == raw - floor
 
 
@@ -284,14 +297,14 @@ def test_paired_interval_covers_the_truth_as_often_as_it_says():
         (lambda: metrics.nll([0.0, 1.0], [0, 1]), "shape .exits, rows, classes."),
         (lambda: metrics.nll([[0.0, 1.0]], [0], temperature=0), "positive number. Got 0"),
         (lambda: metrics.brier([[3.0, 1.0]], [0]), "apply softmax"),
-        (lambda: metrics.ece([[np.nan, 1.0]], [0]), "apply softmax"),
-        (lambda: metrics.ece(np.zeros((0, 3)), []), "at least one labelled row"),
-        (lambda: metrics.ece([[0.5, 0.5]], [0], binning="equal"), "'width' or 'mass'"),
-        (lambda: metrics.ece([[0.5, 0.5]], [0], bins=0), "bins must be at least 1. Got 0"),
+        (lambda: honesty.ece([[np.nan, 1.0]], [0]), "apply softmax"),
+        (lambda: honesty.ece(np.zeros((0, 3)), []), "at least one labelled row"),
+        (lambda: honesty.ece([[0.5, 0.5]], [0], binning="equal"), "'width' or 'mass'"),
+        (lambda: honesty.ece([[0.5, 0.5]], [0], bins=0), "bins must be at least 1. Got 0"),
         (lambda: metrics.accuracy([], []), "at least one labelled row"),
         (lambda: metrics.accuracy([[0.1, 0.9]], [1]), "take the argmax"),
         (lambda: metrics.macro_f1([1], [-1]), "labels must be 0 or above. Got -1"),
-        (lambda: metrics.report([[[0.0, 1.0]]], [0], [-1.0]), "temperatures must be 1 positive"),
+        (lambda: honesty.report([[[0.0, 1.0]]], [0], [-1.0]), "temperatures must be 1 positive"),
         (lambda: metrics.paired_interval([1, 0], [True, False]), "must be boolean"),
         (lambda: metrics.paired_interval([True], [True, False]), "of one length"),
         (lambda: metrics.paired_interval([True], [True], level=95), "level must be between"),
@@ -308,7 +321,7 @@ def test_ece_is_a_weighted_gap_between_0_and_1(seed, bins, binning):
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(CLASSES, 0.3), size=ROWS)
     labels = rng.integers(0, CLASSES, ROWS)
-    value = metrics.ece(probs, labels, bins=bins, binning=binning)
+    value = honesty.ece(probs, labels, bins=bins, binning=binning)
     overall = abs((probs.argmax(1) == labels).mean() - probs.max(1).mean())
     # One bin is the coarsest; splitting it can only add gaps.
     assert overall - 1e-12 <= value <= 1

@@ -13,7 +13,6 @@ import tiny
 from matplotlib.figure import Figure
 
 from ejax.bundle import load_bundle
-from ejax.calibration.metrics import macro_f1
 from ejax.calibration.thresholds import operating_point, oracle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.rows import encode
@@ -21,7 +20,7 @@ from ejax.data.sources import row_hash
 from ejax.evaluation import report as report_module
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.page import draw_time
-from ejax.evaluation.report import shown, slices, weighted_f1
+from ejax.evaluation.report import shown, slices
 from ejax.evaluation.targets import table_of
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.provenance import CHOSEN
@@ -155,17 +154,6 @@ def test_rare_labels_are_a_slice_of_their_own(made, monkeypatch):
     found = {part["slice"]: part["rows"] for part in slices(rows, ("bad", "good"), [0.9])}
     assert found["all other labels"] == np.bincount(rows.labels).min()
     assert sum(n for name, n in found.items() if "label" in name) == 23
-
-
-def test_macro_f1_of_weighted_rows():
-    """A row that counts twice is two rows."""
-    rng = np.random.default_rng(0)
-    labels, answers = rng.integers(0, 4, (2, 30))
-    weights = rng.integers(0, 3, (30, 5))
-    expected = [
-        macro_f1(np.repeat(answers, column), np.repeat(labels, column)) for column in weights.T
-    ]
-    np.testing.assert_allclose(weighted_f1(answers, labels, weights), expected, rtol=1e-12)
 
 
 def test_the_page_needs_nothing_else(made):

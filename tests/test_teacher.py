@@ -389,13 +389,13 @@ def test_settings_that_cannot_teach(tmp_path: Path) -> None:
     bundle = load_bundle(folder)
     save_bundle(dataclasses.replace(bundle, labels=("bad", "fine")), folder)
     assert tiny.refused(*args, "--teacher", folder) == (
-        f"teacher {folder} must have the labels of train, bad, good. Got bad, fine."
+        f"teacher {folder} must have the labels bad, good. Got bad, fine."
     )
     folder = tiny.copy_of_bundle(tmp_path / "pairs")
     provenance = bundle.provenance | {"text_columns": ["question", "answer"]}
     save_bundle(dataclasses.replace(bundle, provenance=provenance), folder)
     assert tiny.refused(*args, "--teacher", folder) == (
-        f"teacher {folder} reads 2 text columns (question, answer), train has 1 (text)."
+        f"teacher {folder} must be trained on 1 text columns (text). Got 2 (question, answer)."
     )
     assert not (tmp_path / "bundle.work").exists()
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,8 +147,7 @@ def test_gradients_are_clipped() -> None:
     clipped, _ = optax.clip_by_global_norm(config.clip_norm).update(grads, clip)
     small, _ = optimizer.update(clipped, optimizer.init(state.params), state.params)
     large, _ = optimizer.update(grads, optimizer.init(state.params), state.params)
-    for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(small, large)
 
 
 def test_four_devices_equal_one_with_uneven_padding_and_dropout() -> None:

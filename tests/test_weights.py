@@ -5,10 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chex import assert_trees_all_equal as same
 from safetensors.numpy import load_file, save_file
 
 from ejax.config import BertConfig, ExitConfig
@@ -36,10 +38,6 @@ def folder(tmp_path):
     return Path(shutil.copytree(TINY, tmp_path / "bert"))
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def edit_config(folder, **changes):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **changes}))
@@ -62,9 +60,7 @@ def test_the_tree_is_the_one_the_model_makes(tensors, cfg):
     params = from_hf(tensors, cfg)
     pooler = params.pop("pooler")
     assert pooler["kernel"].shape == (20, 20)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype.name), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype.name), dict(made)
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, dict(made))
 
 
 def test_kernels_are_laid_out_input_first_heads_split(tensors, cfg):

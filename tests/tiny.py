@@ -155,6 +155,42 @@ def trained() -> tuple[Path, Result]:
     return folder, result
 
 
+@functools.cache
+def problem_data(problem: str) -> Path:
+    """A folder with train, dev and test, jsonl, of several labels per text or of numbers."""
+    folder = HOME / problem
+    folder.mkdir()
+    draw = random.Random(7)
+    marks = [*CLASSES.items(), ("music", ("music",))]
+    for name, count in {"train": 160, "dev": 81, "test": 60}.items():
+        lines = []
+        for _ in range(count):
+            words = draw.choices(FILLERS, k=draw.randint(2, 7))
+            for _, of_class in marks[:2]:
+                words += [draw.choice(of_class)] * (draw.random() < 0.5)
+            draw.shuffle(words)
+            names = [label for label, of_class in marks if {*of_class} & {*words}]
+            score = 10 + 2 * ("good" in names) - 3 * ("bad" in names) + draw.gauss(0, 0.1)
+            if name != "train" and draw.random() < 0.1:  # without errors nothing is to calibrate
+                names, score = names[1:], score + 2
+            label = score if problem == "regression" else names
+            lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@functools.cache
+def trained_on(problem: str) -> tuple[Path, Result]:
+    """As `trained`, of another problem type: of several labels with an exit 0."""
+    folder, layers = HOME / f"bundle-{problem}", "1,3" if problem == "regression" else "0,1,3"
+    result = ejax(
+        "train", "--model", model(), "--output", folder, "--layers", layers, "--problem-type",
+        problem, *FIELDS, f"data.path={problem_data(problem)}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    return folder, result
+
+
 def rows_of(bundle: Bundle) -> Mapping[str, frozenset[str]]:
     """Salted hashes of the rows of its last training and since, by what they did."""
     return bundle.ledger.trainings[-1].rows

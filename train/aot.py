@@ -36,6 +36,7 @@ from ejax.data.batches import bucket_of
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import compiling_for, environment
+from ejax.training.setup import with_weights
 from train.__main__ import load_config
 from train.aot_programs import inference, largest_rows, models_of, once, training
 from train.aot_tables import overview, table
@@ -168,6 +169,8 @@ def report(
     """
     chip = CHIPS[topology.partition(":")[0]]
     model, served = models_of(config, labels)
+    classes = model.exits.num_labels
+    config = with_weights(config, np.arange(classes), classes)
     longest = np.array([config.data.max_length])
     length = int(bucket_of(longest, config.data.buckets, config.data.max_length)[0])
     per_chip = given_rows or -(-config.batch_size // len(devices))

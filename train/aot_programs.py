@@ -201,7 +201,7 @@ def training_pieces(
             logits: Any = ExitHeads(cfg, exits).apply({"params": heads}, mixed, keys)
             return joint_loss(
                 logits, rows.labels, rows.weights, exit_weights=config.exit_weights,
-                class_weights=config.class_weights, distillation=config.distillation,
+                class_weights=config.weights_of_classes, distillation=config.distillation,
                 teacher=rows.teacher,
             )[0]  # fmt: skip
 

@@ -23,14 +23,14 @@ from ejax.data import sources
 from ejax.data.batches import take, train_plan
 from ejax.data.rows import encode
 from ejax.errors import UserError
-from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import write_json
+from ejax.evaluation.scenarios import spread
 from ejax.hardware import environment
 from ejax.training.loop import progress_bar
 from ejax.training.optim import make_optimizer
 from ejax.training.outcome import public
 from ejax.training.parallel import parallel_step, place
-from ejax.training.setup import build, exits_of, initial_params, load_encoder
+from ejax.training.setup import build, exits_of, initial_params, load_encoder, with_weights
 from ejax.training.step import Rows, first_state, make_train_step
 from train.__main__ import load_config
 
@@ -80,6 +80,7 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     max_length = min(config.data.max_length, cfg.max_position_embeddings)
     with console.status("tokenising"):
         rows = encode(split, lambda texts: tokenizer.encode(texts, max_length))
+    config = with_weights(config, rows.labels, len(split.labels))
     plan = train_plan(
         rows.encoded.lengths,
         buckets=config.data.buckets,

@@ -18,6 +18,7 @@ from rich.text import Text
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
+from ejax.answers import certainty
 from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli.options import Bundle, Data, TextColumns, check_json, check_split, count_fitted
@@ -47,7 +48,7 @@ def scores(clf: EarlyExitClassifier, encoded: Encoded, decision: Decision) -> di
     probabilities = softmax(logits / temperatures, axis=-1)
     rows, answer = np.arange(len(encoded)), logits[-1].argmax(axis=-1)
     made = {
-        "certainty of the answer given": clf.certainty(decision),
+        "certainty of the answer given": certainty(clf.bundle, decision),
         "mean over exits, of full depth's answer": probabilities[:, rows, answer].mean(axis=0),
     }
     for name, of_exits in {

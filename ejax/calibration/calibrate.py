@@ -3,14 +3,16 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import logsumexp
 
 from ejax.calibration.decisions import fit_decisions
-from ejax.calibration.metrics import report
+from ejax.calibration.honesty import report
+from ejax.calibration.metrics import check_rows
 from ejax.calibration.temperature import fit_temperatures
 from ejax.calibration.thresholds import drop_thresholds, make_table, operating_point
 from ejax.tasks import Task
 
-LEAST_FACTOR = 1e-3  # of deviations, where an exit makes no error on the rows
+FACTORS = (1e-3, 1e3)  # of deviations: what a bundle may hold
 
 
 class Answers(NamedTuple):
@@ -41,8 +43,11 @@ def fit_calibration(task: Task, logits: Any, labels: Any) -> np.ndarray:
         return fit_decisions(logits, labels)
     if task.metric == "accuracy":
         return fit_temperatures(logits, labels)
-    off = (logits[..., 0] - np.asarray(labels)[None]) / np.exp(logits[..., 1])
-    return np.sqrt(np.maximum((off**2).mean(axis=1), LEAST_FACTOR**2)).astype(np.float32)
+    values, scores = check_rows(logits, labels, task)
+    with np.errstate(divide="ignore"):  # of no error: minus infinity, which is clipped
+        log_off = np.log(np.abs(values[..., 0] - scores)) - values[..., 1]
+    log_factor = (logsumexp(2 * log_off, axis=1) - np.log(len(scores))) / 2
+    return np.exp(np.clip(log_factor, *np.log(FACTORS))).astype(np.float32)
 
 
 def estimated(chosen: dict[str, Any], where: str, name: str = "accuracy") -> str:

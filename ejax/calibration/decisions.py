@@ -59,33 +59,46 @@ def label_temperatures(logits: Float, true: Any) -> Float:
 
 def decide(probs: Float, true: Any) -> Float:
     """Decision thresholds [C] of a high micro-F1, from probabilities [N, C]."""
-    classes = true.shape[1]
-    positive = true.sum(axis=0)
-    quantiles = np.linspace(0, 1, CANDIDATES)
+    rows, positive = np.arange(true.shape[1]), true.sum()
     common = np.linspace(LEAST, MOST, 2 * CANDIDATES)
-    own = np.quantile(probs, 1 - quantiles**2, axis=0).T  # more of them where few rows are above
-    grid = np.clip(np.concatenate([own, np.tile(common, (classes, 1))], axis=1), LEAST, MOST)
+    grid = np.stack([np.concatenate([between(own), common]) for own in probs.T])
+    grid = np.clip(grid, LEAST, MOST)
     hits, answered = np.empty((2, *grid.shape))
-    for c in range(classes):
+    for c in rows:
         order = np.sort(probs[:, c]), np.sort(probs[true[:, c], c])
         answered[c], hits[c] = (values.size - np.searchsorted(values, grid[c]) for values in order)
 
     def f1(hits: Any, answered: Any) -> Any:
-        return 2 * hits / np.maximum(answered + positive.sum(), 1)
+        either = answered + positive
+        return np.where(either, 2 * hits / np.maximum(either, 1), 1.0)
 
-    first = f1(hits[:, CANDIDATES:].sum(axis=0), answered[:, CANDIDATES:].sum(axis=0)).argmax()
-    chosen = np.full(classes, CANDIDATES + first)
-    rows = np.arange(classes)
+    def best(values: Any, grid: Any) -> Any:
+        """Of equals the nearest to 0.5."""
+        return np.where(values == values.max(), np.abs(grid - 0.5), np.inf).argmin()
+
+    together = (counts[:, CANDIDATES:].sum(axis=0) for counts in (hits, answered))
+    chosen = np.full(len(rows), CANDIDATES + best(f1(*together), common))
     for _ in range(PASSES):
         before = chosen.copy()
         for c in rows:
-            others = rows != c
-            of_others = (
-                hits[rows, chosen][others].sum(), answered[rows, chosen][others].sum(),
-            )  # fmt: skip
-            scores = f1(of_others[0] + hits[c], of_others[1] + answered[c])
-            if scores.max() > scores[chosen[c]]:
-                chosen[c] = scores.argmax()
+            with_each = (
+                counts[rows, chosen].sum() - counts[c, chosen[c]] + counts[c]
+                for counts in (hits, answered)
+            )
+            of_each = f1(*with_each)
+            if of_each.max() > of_each[chosen[c]]:
+                chosen[c] = best(of_each, grid[c])
         if (chosen == before).all():
             break
     return np.asarray(grid[rows, chosen])
+
+
+def between(probs: Float) -> Float:
+    """`CANDIDATES` halfway between probabilities [N], most of them where few rows are above.
+
+    A row's own probability would round to either side of it in float32.
+    """
+    values = np.unique(probs.astype(np.float32)).astype(np.float64)
+    halfway = (values[1:] + values[:-1]) / 2 if values.size > 1 else np.array([0.5])
+    shares = 1 - np.linspace(0, 1, CANDIDATES) ** 2
+    return np.asarray(np.quantile(halfway, shares, method="nearest"))

@@ -20,9 +20,8 @@ def fit_evidence(logits: Any, labels: Any, task: Task | None = None) -> np.ndarr
     convex, and the weight is b / a: a is left to the temperature. Each label counts as
     (N + 1) / (N + 2) likely, as of temperatures (Platt, 1999, section 2.2), so that there is a
     minimum where no row is wrong. A weight stays 0 unless it pays for itself: unless the
-    log-likelihood rises by more than log(N) / 2 (Schwarz, "Estimating the Dimension of a Model",
-    1978), which chance alone does in 1 % of fits to some hundred rows. The rows must have had no
-    part in the training.
+    log-likelihood rises by more than 1 (Akaike, "A New Look at the Statistical Model
+    Identification", 1974). The rows must have had no part in the training.
 
     Args:
       logits: <float>[E, N, C], exit 0's first.
@@ -60,7 +59,7 @@ def _weight(own: Float, zero: Float, target: Float, several: bool) -> float:
 
     alone, together = fitted(0.0), fitted(None)
     own_scale, zero_scale = together.x
-    return zero_scale / own_scale if together.fun < alone.fun - np.log(len(target)) / 2 else 0.0
+    return zero_scale / own_scale if together.fun < alone.fun - 1 else 0.0
 
 
 def with_evidence(logits: Any, weights: Any) -> np.ndarray:

@@ -1,22 +1,20 @@
-"""How right and how honest an exit is: accuracy, macro F1, NLL, Brier, ECE, failure AUROC.
+"""How right the answers of an exit are: accuracy, macro F1, NLL, Brier, and their intervals.
 
-Everything is computed in float64 with NumPy. Axes: E exits, N rows, C classes.
+Everything is computed in float64 with NumPy. Axes: E exits, N rows, C classes, R resamples.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
 
 from ejax.errors import UserError
-from ejax.inference.policy import check_calibration, check_temperatures
 from ejax.tasks import Task
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
-Binning = Literal["width", "mass"]
 
 # Softmax rows of float32 sum to 1 within 1e-5; logits passed by mistake are off by far more.
 SUM_TOLERANCE = 1e-3
@@ -41,7 +39,11 @@ def check_rows(logits: Any, labels: Any, task: Task | None = None) -> tuple[Floa
             f"Got {values.shape}."
         )
     exits, rows, classes = values.shape
-    checked = _check_labels(labels, rows, classes) if single else _check_other(labels, rows, task)
+    if classes != task.outputs:
+        raise UserError(
+            f"logits must have {task.outputs} outputs for {task.problem_type}. Got {values.shape}."
+        )
+    checked = check_labels(labels, rows, classes) if single else _check_other(labels, rows, task)
     if not np.isfinite(values).all():
         exit, row, _ = np.argwhere(~np.isfinite(values))[0]
         raise UserError(
@@ -61,7 +63,7 @@ def _check_other(labels: Any, rows: int, task: Task) -> Any:
     return values > 0 if task.answer_ndim == 2 else values.astype(np.float64)
 
 
-def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
+def check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
     values = np.asarray(labels)
     if rows < 1:
         raise UserError("at least one labelled row is needed. Got 0 rows.")
@@ -79,7 +81,7 @@ def _check_labels(labels: Any, rows: int, classes: int | None = None) -> Int:
     return values.astype(np.int64)
 
 
-def _check_probs(probs: Any) -> Float:
+def check_probs(probs: Any) -> Float:
     values = np.asarray(probs, np.float64)
     if values.ndim != 2 or values.shape[1] < 2:
         raise UserError(
@@ -134,15 +136,15 @@ def brier(probs: Any, labels: Any) -> float:
       probs: <float>[N, C].
       labels: <int>[N] in 0..C-1.
     """
-    values = _check_probs(probs)
-    checked = _check_labels(labels, *values.shape)
+    values = check_probs(probs)
+    checked = check_labels(labels, *values.shape)
     target = np.eye(values.shape[1])[checked]
     return float(np.mean(((values - target) ** 2).sum(axis=1)))
 
 
 def accuracy(predictions: Any, labels: Any) -> float:
     """The fraction of rows, in [0, 1], whose predicted class <int>[N] is the label <int>[N]."""
-    checked = _check_labels(labels, np.size(labels))
+    checked = check_labels(labels, np.size(labels))
     return float(np.mean(_check_predictions(predictions, checked.size) == checked))
 
 
@@ -155,11 +157,20 @@ def macro_f1(predictions: Any, labels: Any) -> float:
       predictions: <int>[N].
       labels: <int>[N].
     """
-    from sklearn.metrics import f1_score  # slow to import
-
-    checked = _check_labels(labels, np.size(labels))
+    checked = check_labels(labels, np.size(labels))
     predicted = _check_predictions(predictions, checked.size)
-    return float(f1_score(checked, predicted, average="macro"))
+    return float(weighted_f1(predicted, checked, np.ones((checked.size, 1)))[0])
+
+
+def weighted_f1(predictions: Int, labels: Int, weights: Float) -> Float:
+    """`macro_f1` of rows that count `weights` [N, R]: [R]."""
+    scores, present = np.zeros((2, weights.shape[1]))
+    for label in np.union1d(predictions, labels):
+        said, is_so = predictions == label, labels == label
+        seen = (said.astype(float) + is_so) @ weights
+        scores += 2 * ((said & is_so) @ weights) / np.maximum(seen, 1)
+        present += seen > 0
+    return np.asarray(scores / np.maximum(present, 1))
 
 
 def _check_predictions(predictions: Any, rows: int) -> Int:
@@ -170,194 +181,6 @@ def _check_predictions(predictions: Any, rows: int) -> Int:
             f"first. Got shape {values.shape}, dtype {values.dtype}."
         )
     return values.astype(np.int64)
-
-
-def ece(probs: Any, labels: Any, *, bins: int = 15, binning: Binning = "width") -> float:
-    """Expected calibration error of the largest probability, in [0, 1].
-
-    The mean over rows of |accuracy - confidence| of the row's bin (Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017, section 2). "width": bins ((i-1)/bins,
-    i/bins]. "mass": bins of about equally many rows (Nguyen and O'Connor, EMNLP 2015); rows
-    of equal confidence share a bin, so the order of the rows does not matter.
-
-    Few rows bias it upward: see `ece_floor`.
-
-    Args:
-      probs: <float>[N, C].
-      labels: <int>[N] in 0..C-1.
-    """
-    confidence, correct = _top(probs, labels)
-    bin_of = _bin(confidence, bins, binning)
-    return _gap(bin_of, correct - confidence, bins)
-
-
-def ece_floor(
-    probs: Any, *, bins: int = 15, binning: Binning = "width", samples: int = 100, seed: int = 0
-) -> float:
-    """The ECE that a perfectly calibrated classifier with these confidences shows on N rows.
-
-    The mean ECE over `samples` sets of labels drawn from the probabilities themselves. Only
-    whether the top class is right enters the ECE, so that alone is drawn.
-
-    Args:
-      probs: <float>[N, C].
-    """
-    confidence = _check_probs(probs).max(axis=1)
-    bin_of = _bin(confidence, bins, binning)
-    rng = np.random.default_rng(seed)
-    draws = [
-        _gap(bin_of, (rng.random(confidence.size) < confidence) - confidence, bins)
-        for _ in range(samples)
-    ]
-    return float(np.mean(draws))
-
-
-def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]:
-    """How sure an exit's ECE less its floor is, and what another temperature would make of it.
-
-    Args:
-      logits: <float>[N, C], before temperature.
-      labels: <int>[N] in 0..C-1.
-      temperature: the one in use.
-
-    Returns:
-      `ece_minus_floor_low` and `_high`: 95 %, by drawing the rows with replacement, and with
-      them the labels that make the floor, so that both hold the noise of the draw.
-      `best_temperature`: of the one in use and 61 from 1/5 to 5, that with the least ECE less
-      its floor (of 20 draws) on these very rows, which is `ece_minus_floor_at_best` (of 100);
-      at or below 0 all are alike, and the one in use is kept.
-
-    Where a classifier is far from calibrated, noise adds less to its ECE than the floor takes
-    off: then the difference and its interval lie below the true error, which lies below the ECE.
-    """
-    values, checked = check_rows(np.asarray(logits)[None], labels)
-
-    def excess(temperature: float, samples: int) -> float:
-        probs = softmax(values[0], temperature=temperature)
-        return ece(probs, checked) - ece_floor(probs, samples=samples)
-
-    confidence, correct = _top(softmax(values[0], temperature=temperature), checked)
-    rng = np.random.default_rng(0)
-    floors = rng.random((20, checked.size)) < confidence
-    off = np.concatenate([correct[None], floors]) - confidence  # [1 + floors, N]
-    bin_of = _bin(confidence, 15, "width")
-    differences = []
-    for _ in range(200):
-        counts = rng.multinomial(checked.size, np.full(checked.size, 1 / checked.size))
-        drawn, *floor = (_gap(bin_of, counts * excess_of_rows, 15) for excess_of_rows in off)
-        differences.append(drawn - np.mean(floor))
-    low, high = np.quantile(differences, (0.025, 0.975))
-    ladder = [float(temperature), *np.geomspace(0.2, 5, 61).tolist()]
-    best = min(ladder, key=lambda t: max(0.0, excess(t, samples=20)))
-    excess_at = {t: excess(t, samples=100) for t in (ladder[0], best)}
-    best = min(excess_at, key=lambda t: max(0.0, excess_at[t]))
-    return {
-        "ece_minus_floor_low": float(low),
-        "ece_minus_floor_high": float(high),
-        "best_temperature": best,
-        "ece_minus_floor_at_best": excess_at[best],
-    }
-
-
-def reliability(
-    probs: Any, labels: Any, *, bins: int = 15, binning: Binning = "width"
-) -> list[dict[str, float]]:
-    """The points of a reliability diagram, one per bin that holds rows, least sure first.
-
-    Args:
-      probs: <float>[N, C].
-      labels: <int>[N] in 0..C-1.
-
-    Returns:
-      Per bin: `rows`, mean `confidence` and `accuracy`, both in [0, 1].
-    """
-    confidence, correct = _top(probs, labels)
-    bin_of = _bin(confidence, bins, binning)
-    return [
-        {
-            "rows": int((bin_of == b).sum()),
-            "confidence": float(confidence[bin_of == b].mean()),
-            "accuracy": float(correct[bin_of == b].mean()),
-        }
-        for b in np.unique(bin_of)
-    ]
-
-
-def _top(probs: Any, labels: Any) -> tuple[Float, Float]:
-    values = _check_probs(probs)
-    checked = _check_labels(labels, *values.shape)
-    return values.max(axis=1), (values.argmax(axis=1) == checked).astype(np.float64)
-
-
-def _bin(confidence: Float, bins: int, binning: Binning) -> Int:
-    if bins < 1:
-        raise UserError(f"bins must be at least 1. Got {bins}.")
-    if binning == "width":
-        edges = np.linspace(0, 1, bins + 1)[1:-1]
-    elif binning == "mass":
-        last = -(-confidence.size * np.arange(1, bins) // bins) - 1
-        edges = np.sort(confidence)[last]
-    else:
-        raise UserError(f"binning must be 'width' or 'mass'. Got {binning!r}.")
-    return np.searchsorted(edges, confidence, side="left").astype(np.int64)
-
-
-def _gap(bin_of: Int, excess: Float, bins: int) -> float:
-    return float(np.abs(np.bincount(bin_of, excess, minlength=bins)).sum() / excess.size)
-
-
-def failure_auroc(probs: Any, labels: Any) -> float | None:
-    """How well the largest probability tells right rows from wrong ones, in [0, 1].
-
-    The probability that a right row is surer than a wrong one, ties counting half; 0.5 is
-    chance. None where no row is wrong, or none is right.
-
-    Args:
-      probs: <float>[N, C].
-      labels: <int>[N] in 0..C-1.
-    """
-    from sklearn.metrics import roc_auc_score  # slow to import
-
-    confidence, correct = _top(probs, labels)
-    if correct.min() == correct.max():
-        return None
-    return float(roc_auc_score(correct, confidence))
-
-
-def report(
-    logits: Any, labels: Any, temperatures: Any, task: Task | None = None
-) -> list[dict[str, Any]]:
-    """Quality and calibration of every exit, before (T = 1) and after its temperature.
-
-    Args:
-      logits: <float>[E, N, C], before temperature.
-      labels: <int>[N] in 0..C-1.
-      temperatures: <float>[E], positive.
-
-    Returns:
-      Per exit, ready for JSON: `temperature`, `rows`, and under `before` and `after` each
-      `accuracy`, `macro_f1`, `nll`, `brier`, `failure_auroc` (null if no row is wrong), and
-      `ece_width`, `ece_mass` (15 bins), raw and `_minus_floor` (below 0: within the noise). Of
-      other tasks `rows` and, under `after`, the task's metric and more of its kind.
-    """
-    if task and task.metric != "accuracy":
-        calibration = check_calibration(task, temperatures, len(logits))
-        each = zip(logits, calibration, strict=True)
-        return [
-            {"rows": len(labels), "after": other_quality(task, *of_exit, labels)}
-            for of_exit in each
-        ]
-    values, checked = check_rows(logits, labels)
-    per_exit = check_temperatures(temperatures, len(values))
-    return [
-        {
-            "temperature": float(temperature),
-            "rows": checked.size,
-            "before": _quality(exit_logits, checked, 1.0),
-            "after": _quality(exit_logits, checked, float(temperature)),
-        }
-        for exit_logits, temperature in zip(values, per_exit, strict=True)
-    ]
 
 
 def other_quality(task: Task, logits: Any, calibration: Any, labels: Any) -> dict[str, float]:
@@ -395,29 +218,12 @@ def lost_points(task: Task, full: Any, early: Any, labels: Any) -> tuple[float, 
         return 100 * (of_full - of_early)
 
     drop = lost(slice(None))
-    if not task.differ(full, early).any():
+    if np.array_equal(full, early):
         return drop, drop, drop
     rng = np.random.default_rng(0)
     draws = [lost(rng.integers(len(labels), size=len(labels))) for _ in range(DRAWS)]
     low, high = np.quantile(draws, (0.025, 0.975))
     return drop, float(low), float(high)
-
-
-def _quality(logits: Float, labels: Int, temperature: float) -> dict[str, float | None]:
-    probs = softmax(logits, temperature=temperature)
-    predictions = logits.argmax(axis=1)
-    width, mass = (ece(probs, labels, binning=binning) for binning in ("width", "mass"))
-    return {
-        "accuracy": accuracy(predictions, labels),
-        "macro_f1": macro_f1(predictions, labels),
-        "nll": nll(logits, labels, temperature=temperature),
-        "brier": brier(probs, labels),
-        "failure_auroc": failure_auroc(probs, labels),
-        "ece_width": width,
-        "ece_width_minus_floor": width - ece_floor(probs, binning="width"),
-        "ece_mass": mass,
-        "ece_mass_minus_floor": mass - ece_floor(probs, binning="mass"),
-    }
 
 
 def paired_interval(

@@ -54,7 +54,8 @@ def risk_thresholds(
     exact binomial p-values. The policies are ordered on a quarter of the rows, full depth
     first; on the others each in turn has to reject "its risk is above `risk`" at level `delta`, and
     the first that does not ends the sequence. Full depth loses nothing and needs no test, but
-    for the loss "wrong": there the first tested is the one expected to be wrong least often.
+    for the loss "wrong": there the first tested is the one expected to be wrong least often, or,
+    where labels are not one per text, full depth.
 
     Args:
       risk: in (0, 1), a share of texts.
@@ -90,7 +91,10 @@ def risk_thresholds(
         )
     if enough:
         ordering, tested = table.take(first), table.take(rest)
-        if loss == "wrong":
+        if loss == "wrong" and table.log_probs is None:
+            # From full depth on: so few labels alone do not tell which policy is better than it.
+            ordered = policies(ordering, family, ordering.lost("error"))
+        elif loss == "wrong":
             ordered = policies(ordering, family)
             ordered = ordered[totals(ordering, ordered, ordering.expected_lost).argmin() :]
         else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ejax import storage
-from ejax.cli.options import Bundle, TextColumns, parse_threshold, parse_top_k
+from ejax.cli.options import Bundle, TextColumns, optional, parse_threshold, parse_top_k
 from ejax.cli.run import note
 from ejax.errors import UserError
 from ejax.storage import path_of
@@ -22,16 +22,11 @@ def predict(
     bundle: Bundle,
     input: Annotated[str, typer.Option(help="tsv, csv, jsonl, txt, or .gz; - is stdin.")] = "-",
     output: Annotated[str, typer.Option(help="tsv, csv, jsonl, or .gz; - is stdout.")] = "-",
-    threshold: Annotated[
-        str, typer.Option(help="A number, or full; else the bundle's.", show_default=False)
-    ] = "",
+    threshold: Annotated[str, optional("A number, or full; else the bundle's.")] = "",
     top_k: Annotated[str, typer.Option(help="Likeliest labels: a number, or all.")] = "1",
     abstain: Annotated[
         float | None,
-        typer.Option(
-            help="Rows whose score is below get no label; 0 labels all; else the bundle's.",
-            show_default=False,
-        ),
+        optional("Rows whose score is below get no label; 0 labels all; else the bundle's."),
     ] = None,
     text_column: TextColumns = None,
     format: Annotated[

@@ -17,6 +17,7 @@ from ejax.cli.options import (
     RowsAreNew,
     TextColumns,
     check_split,
+    optional,
     rows_of,
 )
 from ejax.cli.run import note
@@ -34,11 +35,7 @@ def calibrate(
     data: Data,
     split: NewSplit = "dev",
     max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Points of accuracy the thresholds may lose; else as in training.",
-            show_default=False,
-        ),
+        float | None, optional("Points of accuracy the thresholds may lose; else as in training.")
     ] = None,
     output: Changed = None,
     rows_are_new: RowsAreNew = False,
@@ -77,51 +74,36 @@ def thresholds(
     data: Data,
     split: NewSplit = "dev",
     max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Points of accuracy (hundredths of F1, of Spearman) to lose.", show_default=False
-        ),
+        float | None, optional("Points of accuracy (hundredths of F1, of Spearman) to lose.")
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Share of full depth to spend.", show_default=False)
-    ] = None,
+    budget: Annotated[float | None, optional("Share of full depth to spend.")] = None,
     budget_ms: Annotated[
-        float | None,
-        typer.Option(help="Milliseconds of one text alone, in the mean.", show_default=False),
+        float | None, optional("Milliseconds of one text alone, in the mean.")
     ] = None,
-    risk: Annotated[
-        float | None,
-        typer.Option(help="Share of texts that may lose, guaranteed.", show_default=False),
-    ] = None,
+    risk: Annotated[float | None, optional("Share of texts that may lose, guaranteed.")] = None,
     delta: Annotated[
         float | None,
-        typer.Option(
-            help="How often the promise may fail: of --risk, else 0.05; of --max-drop, else it is "
-            "an estimate.",
-            show_default=False,
+        optional(
+            "How often the promise may fail: of --risk, else 0.05; of --max-drop, else it is an "
+            "estimate."
         ),
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(
-            help="Of --risk: disagreement with full depth (the default), error where that is "
-            "right, or wrong: any wrong answer.",
-            show_default=False,
+        optional(
+            "Of --risk: disagreement with full depth (the default), error where that is "
+            "right, or wrong: any wrong answer."
         ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Of --risk on scores: numbers this far apart, or less, are the same.",
-            show_default=False,
-        ),
+        optional("Of --risk on scores: numbers this far apart, or less, are the same."),
     ] = None,
     abstain: Annotated[
         float | None,
-        typer.Option(
-            help="Share of the answers given that is to be right, an estimate: what is not certain "
-            "enough gets none.",
-            show_default=False,
+        optional(
+            "Share of the answers given that is to be right, an estimate: what is not certain "
+            "enough gets none."
         ),
     ] = None,
     output: Changed = None,

@@ -24,6 +24,7 @@ from ejax.cli.options import (
     count_fitted,
     load_beside,
     name_of,
+    optional,
     parse_threshold,
     rows_of,
     train_rows_of,
@@ -41,11 +42,7 @@ def evaluate(
     data: Data,
     split: Split = "test",
     thresholds: Annotated[
-        str,
-        typer.Option(
-            help="Numbers, full, default (the bundle's own); else all and a ladder.",
-            show_default=False,
-        ),
+        str, optional("Numbers, full, default (the bundle's own); else all and a ladder.")
     ] = "",
     repeats: Repeats = 3,
     output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path(
@@ -142,12 +139,11 @@ def bench(
     bundle: Bundle,
     data: Data,
     split: Split = "test",
-    threshold: Annotated[str, typer.Option(help="Else the bundle's own.", show_default=False)] = "",
+    threshold: Annotated[str, optional("Else the bundle's own.")] = "",
     against: Annotated[
         str,
-        typer.Option(
-            help="Of torch-float32, torch-bfloat16, onnx-float32, onnx-int8, torch-exit; else all.",
-            show_default=False,
+        optional(
+            "Of torch-float32, torch-bfloat16, onnx-float32, onnx-int8, torch-exit; else all."
         ),
     ] = "",
     beside: Beside = None,
@@ -172,8 +168,10 @@ def bench(
 
     from ejax.classifier import EarlyExitClassifier
     from ejax.data.sources import row_hash
-    from ejax.evaluation.bench import AGAINST, bench, bench_table, save_bench, spread
+    from ejax.evaluation.bench import AGAINST, bench
+    from ejax.evaluation.bench_page import bench_table, save_bench
     from ejax.evaluation.describe import show
+    from ejax.evaluation.scenarios import spread
     from ejax.rivals import fit_rivals
 
     check_json(output)
@@ -211,9 +209,7 @@ def bench(
 @app.command(epilog="Example: `ejax profile sentiment`")
 def profile(
     bundle: Bundle,
-    output: Annotated[
-        Path | None, typer.Option(help="Also write the JSON here.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, optional("Also write the JSON here.")] = None,
 ) -> None:
     """Time the pieces of the engine on this machine, and keep the result for this user.
 

@@ -11,11 +11,17 @@ from typer.core import TyperCommand
 
 from ejax import storage
 from ejax.cli.run import note
-from ejax.config import TrainConfig, field_sentences, field_types
+from ejax.config import UNIONS, TrainConfig, field_sentences, field_types
 from ejax.errors import UserError
 from ejax.storage import path_of
 
 FULL = 2.0  # above every score
+
+
+def optional(help: str, *names: str, parser: Any = None) -> Any:
+    """An option whose default the help does not show: its sentence says what is then done."""
+    return typer.Option(*names, help=help, parser=parser, show_default=False)
+
 
 Bundle = Annotated[
     Path, typer.Argument(help="A folder that `ejax train` wrote.", metavar="BUNDLE", parser=path_of)
@@ -24,31 +30,21 @@ Data = Annotated[
     str, typer.Option(help="A file, a folder with train, dev and test files, or a TFDS name.")
 ]
 TextColumns = Annotated[
-    list[str] | None,
-    typer.Option("--text-column", help="Column of the text; twice for pairs.", show_default=False),
+    list[str] | None, optional("Column of the text; twice for pairs.", "--text-column")
 ]
 Beside = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="Another bundle for the same labels, at full depth; repeatable.",
-        show_default=False,
-        parser=path_of,
-    ),
+    optional("Another bundle for the same labels, at full depth; repeatable.", parser=path_of),
 ]
 Train = Annotated[
     str,
-    typer.Option(
+    optional(
+        "Training rows: two linear models of scikit-learn are fitted to them and compared.",
         "--train",
-        help="Training rows: two linear models of scikit-learn are fitted to them and compared.",
-        show_default=False,
     ),
 ]
 Encoder = Annotated[
-    str,
-    typer.Option(
-        help="With --train: the pretrained encoder; else the one the bundle came from.",
-        show_default=False,
-    ),
+    str, optional("With --train: the pretrained encoder; else the one the bundle came from.")
 ]
 RowsAreNew = Annotated[
     bool,
@@ -62,17 +58,10 @@ Split = Annotated[str, typer.Option(help="train, dev or test.")]
 NewSplit = Annotated[str, typer.Option(help="dev or test.")]
 Repeats = Annotated[int, typer.Option(help="Timed passes; the median counts.", min=1)]
 Changed = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", help="A new bundle; else in place.", show_default=False, parser=path_of
-    ),
+    Path | None, optional("A new bundle; else in place.", "--output", parser=path_of)
 ]
 LabelColumn = Annotated[
-    str,
-    typer.Option(
-        help="Column of the labels; else that of the training, or a usual name.",
-        show_default=False,
-    ),
+    str, optional("Column of the labels; else that of the training, or a usual name.")
 ]
 
 
@@ -88,6 +77,8 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
     sentences = field_sentences(type(config))
     for name, hint in field_types(type(config)).items():
         value, kinds = getattr(config, name), get_args(hint)
+        if get_origin(hint) in UNIONS:  # such as of numbers, or a word
+            kinds = get_args(kinds[0])
         if dataclasses.is_dataclass(hint):
             yield from _fields(value, f"{prefix}{name}.")
             continue

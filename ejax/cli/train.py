@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ejax.cli.options import ListsFields, TextColumns, setting
+from ejax.cli.options import ListsFields, TextColumns, optional, setting
 from ejax.cli.run import note
 from ejax.storage import path_of
 
@@ -37,12 +37,7 @@ def train(
     label_column: Annotated[str, setting("data.label_column")] = "",
     problem_type: Annotated[str, setting("data.problem_type")] = "",
     workdir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoints and logs; else OUTPUT.work.",
-            show_default=False,
-            parser=path_of,
-        ),
+        Path | None, optional("Checkpoints and logs; else OUTPUT.work.", parser=path_of)
     ] = None,
     fields: Annotated[
         list[str] | None,

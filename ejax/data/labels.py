@@ -21,6 +21,7 @@ REGRESSION: Problem = "regression"
 Label = int | tuple[int, ...] | float
 NO_LABEL: dict[Problem, Label] = {SINGLE: -1, SEVERAL: (-1,), REGRESSION: nan}
 SCORE = "score"  # the one name of a regression
+LARGEST = 1e15  # of its numbers: float32 holds their squares
 JOINT = "|"  # between the names of a cell
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 WRITTEN_MARKS = ("nan", "<na>", "#n/a", "null")  # of programs, for no label: never a class
@@ -78,6 +79,8 @@ def _number(label: Any, where: str) -> float:
         number = nan
     if not isfinite(number):
         raise UserError(f"{where} must be a finite number, such as 3.5. Got {short(label)}.")
+    if abs(number) > LARGEST:
+        raise UserError(f"{where} must be a number up to {LARGEST:g}. Got {short(label)}.")
     return number
 
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ejax.answers import certainty
 from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, check_accuracy, in_words, lowest_abstain
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import rows_for_thresholds
-from ejax.provenance import ON_WORD, UNKNOWN
 
 
 def choose_abstain(
@@ -46,10 +46,9 @@ def choose_abstain(
     task = rows_for_thresholds(clf.bundle, split)
     progress("answers at the default thresholds")
     decision = clf.decide_encoded(task.encoded, threshold=bundle.thresholds)
-    certainties, right = clf.certainty(decision), decision.logits.argmax(axis=1) == task.labels
+    right = decision.logits.argmax(axis=1) == task.labels
+    certainties = certainty(clf.bundle, decision)
     found = answered(certainties, right, lowest_abstain(certainties, right, accuracy))
-    known = bundle.ledger.complete
-    unchecked = "" if known else f" {ON_WORD if rows_are_new else UNKNOWN}"
     report = found | {
         "target": accuracy,
         "data": split.origin,
@@ -58,7 +57,7 @@ def choose_abstain(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": f"No answer below a certainty of {found['threshold']:.4g}: the lowest at which "
         f"{100 * accuracy:g} % of the answers are right, estimated on {split.origin}: "
-        f"{in_words(found)}. It holds for texts like those.{unchecked}",
+        f"{in_words(found)}. It holds for texts like those.{bundle.ledger.doubt(rows_are_new)}",
     }
     changed = dataclasses.replace(
         bundle,

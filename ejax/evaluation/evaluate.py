@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from ejax import storage
+from ejax.answers import certainty, chosen
 from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import lost_points, macro_f1
@@ -100,7 +101,8 @@ def evaluate(
     )  # fmt: skip
     tokenising = statistics.median(seconds["tokenising"]) if texts else None
     times = {name: timing(taken, rows, tokenising) for name, taken in seconds.items()}
-    task, full_answers = clf.bundle.task, clf.full_answers(results["full"])
+    task = clf.bundle.task
+    full_answers = task.answers(results["full"], clf.bundle.calibration[-1])
     pools = list(clf.pools(encoded.lengths))
     if exit_logits is None:
         exit_logits = clf.exit_logits(encoded)
@@ -195,8 +197,8 @@ def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> 
     if clf.depth_record:
         found["drift"] = clf.drift(decision)._asdict()
     if clf.bundle.abstain:
-        right = clf.bundle.task.right(clf.chosen(decision), labels)
-        point = answered(clf.certainty(decision), right, clf.bundle.abstain)
+        right = clf.bundle.task.right(chosen(clf.bundle, decision), labels)
+        point = answered(certainty(clf.bundle, decision), right, clf.bundle.abstain)
         sentence = f"With its threshold of an answer: {in_words(point)}."
         found["abstain"] = point | {"sentence": sentence}
     return found
@@ -268,7 +270,7 @@ def quality(
     layers = np.asarray(clf.bundle.exits.layers)
     counts = np.bincount(decision.exit, minlength=len(layers))
     return {
-        **compared_with_full(clf.bundle.task, clf.chosen(decision), full, labels),
+        **compared_with_full(clf.bundle.task, chosen(clf.bundle, decision), full, labels),
         "mean_depth": float((layers[decision.exit] * tokens).sum() / tokens.sum()),
         "exit_share": [float(share) for share in counts / len(labels)],
     }

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ejax import storage
-from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
+from ejax.bundle import Bundle, check_alike, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.frames import as_rows, as_splits
-from ejax.data.labels import SINGLE
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Split, load
 from ejax.errors import UserError
@@ -46,7 +45,7 @@ def labelled_rows(
     options: dict[str, Any] = {
         "text_columns": tuple(text_columns),
         "label_column": label_column,
-        "problem_type": _of(trained, "problem_type", SINGLE),
+        "problem_type": bundle.exits.problem_type,
         "dev_fraction": _of(trained, "dev_fraction", 0.1),
         "limit": limit,
         "cache_dir": cache_dir,
@@ -84,7 +83,7 @@ def check_single(bundle: Bundle, what: str) -> None:
     """Raises ValueError for what knows accuracies alone."""
     if bundle.task.metric != "accuracy":
         raise UserError(
-            f"{what} is for bundles of one label per text. This one is of "
+            f"{what} must be with a bundle of one label per text. This one is of "
             f"{bundle.exits.problem_type}: `ejax evaluate` measures it."
         )
 
@@ -92,17 +91,8 @@ def check_single(bundle: Bundle, what: str) -> None:
 def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     """Raises ValueError unless the others have this bundle's labels, in its order, and texts."""
     for name, other in beside.items():
-        if other.bundle.labels != bundle.labels:
-            raise UserError(
-                f"--beside {name} must have the labels {', '.join(bundle.labels)}, in this "
-                f"order. Got {', '.join(other.bundle.labels)}."
-            )
-        ours, theirs = text_columns_of(bundle), text_columns_of(other.bundle)
-        if ours and theirs and len(ours) != len(theirs):
-            raise UserError(
-                f"--beside {name} must be trained on {len(ours)} text columns, as this bundle "
-                f"({', '.join(ours)}). Got {len(theirs)} ({', '.join(theirs)})."
-            )
+        check_single(other.bundle, f"--beside {name}")
+        check_alike(f"--beside {name}", other.bundle, bundle.labels, text_columns_of(bundle))
 
 
 def _of(trained: dict[str, Any], field: str, default: Any) -> Any:

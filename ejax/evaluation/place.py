@@ -23,7 +23,6 @@ from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import needed_profile, rows_for_thresholds, table_of
 from ejax.hardware import describe as machine
 from ejax.models.early_exit import cut
-from ejax.provenance import UNKNOWN
 from ejax.timing import interleaved, medians
 
 
@@ -65,27 +64,15 @@ def place_exits(
     )  # fmt: skip
     best = cheapest(found)
     placed = keep(bundle, best.exits, best.thresholds)
-    runs = {
-        "before": clf.on_one_device(),
-        "after": EarlyExitClassifier(
-            placed, shapes=clf.shapes, devices=clf.devices[:1], one_type=clf.one_type
-        ),
-    }
-    taken = {name: run.decide_encoded(task.encoded).exit for name, run in runs.items()}
-    seconds = interleaved(
-        {name: partial(run.decide_encoded, task.encoded) for name, run in runs.items()},
-        repeats, warm_up=False, progress=lambda turn, _: progress(f"pass {turn} of {repeats}"),
-    )  # fmt: skip
+    taken, seconds = in_turns(clf, placed, task.encoded, repeats, progress)
     after, simulated = taken["after"], table.leave(best.of_all(len(table.layers)))
     rows = len(task.labels)
     kept = ", ".join(map(str, placed.exits.layers))
     sentence = (
         f"Exits at layers {kept} of {', '.join(map(str, bundle.exits.layers))}: the cheapest "
         f"here of at most {count} exits that lose at most {max_drop:g} points, estimated on {rows} "
-        f"rows of {split.origin}. It holds for texts like those."
+        f"rows of {split.origin}. It holds for texts like those.{bundle.ledger.doubt()}"
     )
-    if not bundle.ledger.complete:
-        sentence += f" {UNKNOWN}"
     report = {
         "data": split.origin,
         "rows": rows,
@@ -100,18 +87,11 @@ def place_exits(
         "date": time.strftime("%Y-%m-%d"),
         "sentence": sentence,
     }
-    metrics, ledger = bundle.provenance.get("metrics", {}), bundle.ledger
-    used = metrics.keys() - ledger.names()  # of which nothing is known
-    used |= {name for name in metrics if ledger.among(task.hashes, [name])}
     changed = {
         "thresholds_from": sentence,
         "placed": report,
         "operating_points": {},
-        "metrics": {
-            name: [parts[e] for e in best.exits]
-            for name, parts in metrics.items()
-            if name not in used  # these report no more
-        },
+        "metrics": metrics_left(bundle, task.hashes, best.exits),
         "depth": depth_of(
             {
                 "rows": rows,
@@ -122,11 +102,41 @@ def place_exits(
     }
     gone = ("target", "abstain")
     provenance = {k: v for k, v in bundle.provenance.items() if k not in gone} | changed
-    ledger = ledger.with_rows("placed", task.hashes, free=["thresholds"])
+    ledger = bundle.ledger.with_rows("placed", task.hashes, free=["thresholds"])
     return (
         dataclasses.replace(placed, provenance=provenance, ledger=ledger, abstain=0.0),
         report,
     )
+
+
+def in_turns(
+    clf: EarlyExitClassifier,
+    placed: Bundle,
+    encoded: Encoded,
+    repeats: int,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """The exits taken [N] and the seconds of each pass, before and after, on one device."""
+    options: dict[str, Any] = {"shapes": clf.shapes, "one_type": clf.one_type}
+    runs = {
+        "before": clf.on_one_device(),
+        "after": EarlyExitClassifier(placed, devices=clf.devices[:1], **options),
+    }
+    taken = {name: run.decide_encoded(encoded).exit for name, run in runs.items()}
+    seconds = interleaved(
+        {name: partial(run.decide_encoded, encoded) for name, run in runs.items()},
+        repeats, warm_up=False, progress=lambda turn, _: progress(f"pass {turn} of {repeats}"),
+    )  # fmt: skip
+    return taken, seconds
+
+
+def metrics_left(
+    bundle: Bundle, hashes: Sequence[str], exits: Sequence[int]
+) -> dict[str, list[Any]]:
+    """What is reported of these exits on rows that are known, and not among those used here."""
+    metrics, ledger = bundle.provenance.get("metrics", {}), bundle.ledger
+    left = [n for n in metrics if n in ledger.names() and not ledger.among(hashes, [n])]
+    return {name: [metrics[name][e] for e in exits] for name in left}
 
 
 def row_costs(clf: EarlyExitClassifier, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
@@ -172,14 +182,8 @@ def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> B
 def placements_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
     made = Shown(title=Text(f"{report['rows']} rows of {report['data']}", "italic"))
-    for heading in (
-        "exits",
-        "thresholds",
-        "accuracy",
-        "drop, points (95 %)",
-        "depth",
-        "ms predicted",
-    ):
+    headings = "exits", "thresholds", "accuracy", "drop, points (95 %)", "depth", "ms predicted"
+    for heading in headings:
         made.add_column(heading, justify="right")
     for p in report["found"]:
         made.add_row(

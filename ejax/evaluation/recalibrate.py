@@ -13,7 +13,7 @@ from ejax.classifier import EarlyExitClassifier
 from ejax.data.rows import encode
 from ejax.data.sources import Split
 from ejax.errors import UserError
-from ejax.provenance import ON_WORD, TRAINED, check_known
+from ejax.provenance import TRAINED, check_known
 
 FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
@@ -81,8 +81,7 @@ def recalibrate(
         },
         "depth": depth_of(chosen["operating_points"]["calibration"]),
     }
-    if not bundle.ledger.complete:
-        changed["thresholds_from"] += f" {ON_WORD}"
+    changed["thresholds_from"] += bundle.ledger.doubt(on_word=True)
     # Temperatures of earlier rows had their part in which exits were kept.
     free = {"thresholds"} if "placed" in bundle.ledger.names() else {"thresholds", "calibration"}
     ledger = bundle.ledger.with_rows("calibration", [task.hashes[i] for i in fit], free=free)

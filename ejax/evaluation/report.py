@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ejax.calibration import metrics
+from ejax.calibration import honesty, metrics
 from ejax.calibration.thresholds import (
     FULL,
     Family,
@@ -180,7 +180,7 @@ def curve(table: Table, family: Family, cost: np.ndarray) -> list[dict[str, Any]
         taken = table.leave(policy)
         answers = table.answers[taken, rows]
         right = (answers == table.labels) @ weights / rows.size
-        f1 = weighted_f1(answers, table.labels, weights)
+        f1 = metrics.weighted_f1(answers, table.labels, weights)
         shares = np.bincount(taken, minlength=len(table.layers)) / rows.size
         points.append(
             {
@@ -200,18 +200,6 @@ def banded(name: str, values: np.ndarray) -> dict[str, float]:
     """The first value, of the rows themselves, and the middle 95 % of the others."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def weighted_f1(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Macro-F1 as `ejax.calibration.metrics.macro_f1`, of rows that count `weights` [N, R]: [R]."""
-    scores, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
-    for label in np.union1d(answers, labels):
-        said, is_so = (answers == label).astype(float), (labels == label).astype(float)
-        seen = (said + is_so) @ weights
-        hits = (said * is_so) @ weights
-        scores += np.where(seen > 0, 2 * hits / np.maximum(seen, 1), 0)
-        present += seen > 0
-    return scores / np.maximum(present, 1)
 
 
 def full_depth_of(
@@ -236,14 +224,14 @@ def per_exit(
 ) -> list[dict[str, Any]]:
     """Per exit: quality on all rows, on those that leave there, calibration, who they are."""
     found = []
-    for e, quality in enumerate(metrics.report(logits, table.labels, temperatures)):
+    for e, quality in enumerate(honesty.report(logits, table.labels, temperatures)):
         rows = np.flatnonzero(taken == e)
         before, after = (
             metrics.softmax(logits[e], temperature=t) for t in (1.0, float(temperatures[e]))
         )
         found.append(
             quality
-            | metrics.ece_bounds(logits[e], table.labels, float(temperatures[e]))
+            | honesty.ece_bounds(logits[e], table.labels, float(temperatures[e]))
             | {
                 "layer": int(table.layers[e]),
                 "leave": rows.size,
@@ -255,8 +243,8 @@ def per_exit(
                 "labels_of_leavers": np.bincount(
                     table.labels[rows], minlength=logits.shape[2]
                 ).tolist(),
-                "reliability_before": metrics.reliability(before, table.labels),
-                "reliability_after": metrics.reliability(after, table.labels),
+                "reliability_before": honesty.reliability(before, table.labels),
+                "reliability_after": honesty.reliability(after, table.labels),
             }
         )
     return found

@@ -4,8 +4,10 @@ What is chosen is tried on the outputs of the very engine, tiles and compute typ
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +27,11 @@ from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
-from ejax.evaluation.bench import spread
 from ejax.evaluation.evaluate import predicted
+from ejax.evaluation.scenarios import spread
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
-from ejax.provenance import FITTED, ON_WORD, UNKNOWN, check_known, promises_risk
+from ejax.provenance import FITTED, check_known, promises_risk
 from ejax.tasks import TASKS, Regression, Task
 from ejax.timing import interleaved, medians
 
@@ -72,8 +74,10 @@ class Target:
             )
         if self.risk is None and self.loss is not None:
             raise UserError(f"loss goes with risk alone. Got {given[0]}.")
-        if self.tolerance is not None and (self.risk is None or not self.tolerance >= 0):
-            raise UserError(f"tolerance goes with risk, and is at least 0. Got {self.tolerance}.")
+        if self.tolerance is not None and (self.risk is None or not 0 <= self.tolerance < math.inf):
+            raise UserError(
+                f"tolerance goes with risk, and is a number of at least 0. Got {self.tolerance}."
+            )
         if self.max_drop is not None:
             thresholds.check_max_drop(self.max_drop)
             if self.delta is not None:
@@ -152,26 +156,19 @@ def choose(
         progress("timing single texts")
         costs.measure_call()
     progress("choosing")
-    chosen = _choose(table, target, costs, "per exit")
-    try:
-        one_number = _choose(table, target, costs, "one number")
-    except risk.Refused:  # one number may be worse than one per exit
-        one_number = None
-    order = chosen.get("rows_for_order")
-    shown = table.take(risk.split_rows(table)[1]) if order else table  # as `chosen`
+    chosen, points = _points(table, target, costs)
     progress("trying them in the engine")
     taken = clf.decide_encoded(task.encoded, threshold=chosen["threshold"]).exit
     differ = int((taken != table.leave(chosen["threshold"])).sum())
-    sentence = in_words(chosen, split.origin, table.task, target.budget_ms is not None)
-    if not bundle.ledger.complete:
-        sentence += f" {ON_WORD if rows_are_new else UNKNOWN}"
     copies = len(task.hashes) - len(set(task.hashes))
+    sentence = in_words(chosen, split.origin, table.task, target.budget_ms is not None)
+    sentence += bundle.ledger.doubt(rows_are_new)
     if copies and target.promises:
         sentence += (
             f" {copies} of the {len(task.hashes)} rows repeat the text of another: the promise is "
             f"for texts drawn one by one, and does not hold where rows were copied."
         )
-    report = {
+    report: dict[str, Any] = {
         "target": target.to_json(),
         "data": split.origin,
         "rows": len(task.labels),
@@ -180,23 +177,12 @@ def choose(
         "dtype": bundle.cfg.dtype,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "chosen": chosen | costs.of(table.leave(chosen["threshold"])),
-        **(
-            {"one_number": one_number | costs.of(table.leave(one_number["threshold"]))}
-            if one_number
-            else {}
-        ),
-        "full": thresholds.operating_point(shown, FULL) | costs.of(table.leave(FULL)),
-        "oracle": thresholds.describe(shown, thresholds.oracle(shown))
-        | costs.of(thresholds.oracle(table)),
+        **points,
         "differ": differ,
-        **(
-            {"ms_alone_measured": costs.measured(chosen["threshold"])}
-            if target.budget_ms is not None
-            else {}
-        ),
         "sentence": sentence,
     }
+    if target.budget_ms is not None:
+        report["ms_alone_measured"] = costs.measured(chosen["threshold"])
     provenance = bundle.provenance | {
         "thresholds_from": sentence,
         "target": report,
@@ -312,6 +298,24 @@ def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None)
             f"for this bundle first."
         )
     return profile
+
+
+def _points(
+    table: Table, target: Target, costs: Costs
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What is chosen; and, with what they cost, it and those that it is compared with."""
+    chosen = _choose(table, target, costs, "per exit")
+    taken = {"chosen": table.leave(chosen["threshold"])}
+    points = {"chosen": chosen}
+    with suppress(risk.Refused):  # one number may be worse than one per exit
+        points["one_number"] = _choose(table, target, costs, "one number")
+        taken["one_number"] = table.leave(points["one_number"]["threshold"])
+    order = chosen.get("rows_for_order")
+    shown = table.take(risk.split_rows(table)[1]) if order else table  # as `chosen`
+    points["full"] = thresholds.operating_point(shown, FULL)
+    points["oracle"] = thresholds.describe(shown, thresholds.oracle(shown))
+    taken |= {"full": table.leave(FULL), "oracle": thresholds.oracle(table)}
+    return chosen, {name: point | costs.of(taken[name]) for name, point in points.items()}
 
 
 def _choose(table: Table, target: Target, costs: Costs, family: Family) -> dict[str, Any]:

@@ -26,6 +26,7 @@ C classes.
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -252,6 +253,7 @@ def take_exit(
       start: of the tile, for `all_logits`.
     """
     score = task_of(given.exits).score(logits, given.temperatures[exit])
+    chex.assert_equal_shape([score, threshold, real, rows.row])
     leave = real & ((score >= threshold) | last)
     stay = real & ~leave
     decision = Decision(logits, jnp.full(score.shape, exit), score)
@@ -302,6 +304,8 @@ def run_segment(
         vector = pool_tokens(x, tokens.mask, exits)
         sums = sums + weights.columns[None, i, segment:, None] * vector[:, None]
     logits = run_head(cfg, weights, segment, exits, sums[:, 0])
+    chex.assert_shape(x, (width, *old_hidden.shape[1:]))
+    chex.assert_shape(logits, (width, task_of(exits).outputs))
     later = jnp.pad(sums[:, 1:], ((0, 0), (segment, 0), (0, 0)))[:, : given.mixes]
     return (
         jnp.concatenate([stored(x), old_hidden[width:]]),

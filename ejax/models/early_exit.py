@@ -5,6 +5,7 @@ Axes: B batch, E exits, C classes, D width.
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from ejax.config import BertConfig, ExitConfig, check_layers
 from ejax.models.bert import Batch, BertModel
 from ejax.models.heads import ExitHeads, mix_in, pool
 from ejax.models.ngrams import NGramExit
+from ejax.tasks import task_of
 
 Array = jax.Array
 
@@ -66,6 +68,8 @@ class EarlyExitBert(nn.Module):
             zero, evidence = jax.lax.stop_gradient(self.ngrams(batch.arrays()))
             logits = logits + evidence[:, None, None] * zero[None]
             logits = jnp.concatenate([zero[None], logits])
+        rows, outputs = len(batch.ids), task_of(self.exits).outputs
+        chex.assert_shape(logits, (len(self.exits.layers), rows, outputs))
         return logits
 
     def mixes(self, batch: Batch, *, keys: Array | None = None) -> Array:

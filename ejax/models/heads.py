@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D width, L layers, E exits, C classes.
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def pool(x: Array, mask: Array, exits: ExitConfig) -> Array:
       x: <float>[B, T, D].
       mask: int [B, T].
     """
+    chex.assert_shape(x, (*mask.shape, None))
     if exits.pooling == "cls":
         return x[:, 0].astype(jnp.float32)
     real = (mask > 0).astype(jnp.float32)
@@ -66,6 +68,7 @@ def mix_in(
       teaches: float32 [E], the share of each exit's gradient that reaches this layer; None means
         all.
     """
+    chex.assert_shape(mixed, (len(x), *column.shape, x.shape[-1]))
     pooled = pool(x, mask, exits)[:, None, :]
     if teaches is not None:
         pooled = pass_back(jnp.broadcast_to(pooled, mixed.shape), teaches[None, :, None])

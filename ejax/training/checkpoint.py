@@ -24,6 +24,7 @@ from ejax.hardware import environment
 from ejax.training.processes import barrier
 
 METRIC = "mean_accuracy"
+NONE = -1.0  # of a checkpoint that was not evaluated; a correlation may be below 0
 SEEN_WITHIN = 60  # seconds for which an NFS client may remember that a file was not there
 COMMITTED = "commit_success.txt"  # what Orbax writes last where a rename is not atomic
 # How a run is carried, not what it computes: it may go on with others. Where files lie is one of
@@ -86,7 +87,7 @@ class Checkpoints:
                 f"{self.workdir} has {free / 1e6:.0f} MB free and a checkpoint needs "
                 f"{need / 1e6:.0f} MB: make room and repeat the command, which resumes."
             )
-        metrics = metrics or {METRIC: -1.0}
+        metrics = metrics or {METRIC: NONE}
         about = {
             "checksums": checksums(state),
             "metrics": metrics,
@@ -141,8 +142,8 @@ class Checkpoints:
     def best(self) -> tuple[float, int]:
         """(score, step) of the best one that was evaluated; (-1, 0) where there is none."""
         steps = self._best_first()
-        score = _score(self.manager.metrics(steps[0])) if steps else -1.0
-        return (score, steps[0]) if score >= 0 else (-1.0, 0)
+        score = _score(self.manager.metrics(steps[0])) if steps else NONE
+        return (score, steps[0]) if score > NONE else (NONE, 0)
 
     def restore_newest(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the newest that can be read, (0, `like`) where there is none.

@@ -74,7 +74,7 @@ def finetune(
     setup = set_up(config, workdir, console, as_splits(train, dev, test))
 
     # Exit 0 reads n-grams, not the encoder: it is trained alone, once.
-    zero = trained_zero(setup.train, setup.exits, config, workdir, console)
+    zero = trained_zero(setup.train, setup.exits, setup.config, workdir, console)
 
     # The exits after layers and the encoder, together; of all checkpoints the best on dev-A.
     logits_of = make_logits(setup)

@@ -5,6 +5,7 @@ Axes: E exits, B batch, C classes.
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -56,6 +57,7 @@ def joint_loss(
     True
     """
     task = task or Task(logits.shape[-1])
+    chex.assert_shape(logits, (None, *weights.shape, task.outputs))
     has_label = task.has_label(labels)
     if teacher is None:
         teacher = task.beliefs(jax.lax.stop_gradient(logits[-1]))

@@ -35,7 +35,7 @@ def trained_zero(
         assert rows.encoded.whole is not None
         params = fit_ngrams(
             rows.encoded.whole, targets_of(rows, exits, config), exits,
-            class_weights=config.class_weights, seed=config.seed,
+            class_weights=config.weights_of_classes, seed=config.seed,
         )  # fmt: skip
         return packed_table(params)
 

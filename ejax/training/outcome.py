@@ -137,7 +137,7 @@ def bundle_of(
             "depth": depth_of(chosen["operating_points"]["dev_b"]),  # dev-B chose nothing
             "text_columns": list(splits["train"].text_columns),
             "label_column": splits["train"].label_column,
-            "config": to_json(public(config)),
+            "config": to_json(public(setup.given)),
             "versions": environment()["versions"],
         },
         setup.behind.with_training(rows | {"train": setup.train.hashes}),
@@ -157,7 +157,7 @@ def write_result(
         return
     names = ("temperatures", "thresholds", "metrics", "operating_points")
     result = {
-        "config": to_json(public(setup.config)),
+        "config": to_json(public(setup.given)),
         "command": command(),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.time() - started, 1),  # since `resumed_from_step`

@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 
 from ejax import assets, storage
-from ejax.bundle import WHOLE_TOKENS, Bundle, ledger_behind
+from ejax.bundle import WHOLE_TOKENS, Bundle
+from ejax.bundle_files import ledger_behind
 from ejax.card import exits_in_words
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
@@ -37,13 +38,17 @@ from ejax.training.processes import made_by_first
 from ejax.training.teacher import load_teacher, probabilities
 
 MOST_NAMED = 20  # labels
+# Of scores: the least standard deviation, whose square float32 holds, and of how many steps of
+# float32 at the largest score it must be, so that rounding is far below any model's error.
+LEAST_SPREAD, FEWEST_STEPS = 1e-15, 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """All that a training starts from."""
 
-    config: TrainConfig
+    given: TrainConfig
+    config: TrainConfig  # the same, its class weights in numbers
     splits: dict[str, sources.Split]  # as read: "train", "dev", and "test" where there is one
     labels: tuple[str, ...]
     whole_cfg: BertConfig  # of the pretrained encoder
@@ -115,8 +120,8 @@ def set_up(
         epochs_of(config, len(train.labels)),
     )  # fmt: skip
     return Setup(
-        config, splits, labels, whole_cfg, model.cfg, bert, tokenizer, exits, model, max_length,
-        buckets, train, held_out, behind,
+        config, with_weights(config, train.labels, len(labels)), splits, labels, whole_cfg,
+        model.cfg, bert, tokenizer, exits, model, max_length, buckets, train, held_out, behind,
     )  # fmt: skip
 
 
@@ -168,23 +173,45 @@ def exits_of(
         ("exit_weights", config.exit_weights, len(exits.encoder.layers)),
         ("class_weights", config.class_weights, classes),
     ):
-        if weights and len(weights) != count:
+        if weights and weights != "balanced" and len(weights) != count:
             raise UserError(f"{name} must hold {count} weights. Got {len(weights)}: {weights}.")
     return exits
+
+
+def with_weights(config: TrainConfig, labels: np.ndarray, classes: int) -> TrainConfig:
+    """The class weights in numbers: balanced are N / (C * rows of the class).
+
+    As in scikit-learn (King and Zeng, "Logistic Regression in Rare Events Data", 2001).
+
+    Args:
+      labels: int [N], -1 for a row without one, which does not count.
+    """
+    if config.class_weights != "balanced":
+        return config
+    rows = np.bincount(labels[labels >= 0], minlength=classes)
+    weights = rows.sum() / (classes * np.maximum(rows, 1))
+    return dataclasses.replace(config, class_weights=tuple(weights.tolist()))
 
 
 def scores_of(train: sources.Split) -> tuple[float, float]:
     """The mean and standard deviation of the scores of a regression; (0, 1) of labels.
 
     Raises:
-      ValueError: where all scores are the same.
+      ValueError: where all scores are the same, or so nearly that float32 cannot tell them apart.
     """
     if train.problem_type != "regression":
         return 0.0, 1.0
     scores = np.array([row.label for row in train], np.float64)
     if np.ptp(scores) == 0:
         raise UserError(f"{train.origin}: all scores are {scores[0]:g}: there is nothing to learn.")
-    return float(scores.mean()), float(scores.std())
+    center, spread = float(scores.mean()), float(scores.std())
+    if spread < max(LEAST_SPREAD, FEWEST_STEPS * np.spacing(np.float32(np.abs(scores).max()))):
+        raise UserError(
+            f"{train.origin}: scores must differ by more than their size allows in float32. Got "
+            f"a mean of {center:g} and a standard deviation of {spread:g}: subtract the mean from "
+            f"all scores, or multiply them."
+        )
+    return center, spread
 
 
 def build(config: TrainConfig, cfg: BertConfig, exits: ExitConfig) -> EarlyExitBert:

@@ -88,7 +88,7 @@ def make_train_step(
                 rows.labels,
                 rows.weights,
                 exit_weights=config.exit_weights,
-                class_weights=config.class_weights,
+                class_weights=config.weights_of_classes,
                 distillation=config.distillation,
                 teacher=rows.teacher,
                 task=task,

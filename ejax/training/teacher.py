@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from ejax.bundle import Bundle, load_bundle, text_columns_of
+from ejax.bundle import Bundle, check_alike, load_bundle
 from ejax.classifier import EarlyExitClassifier, check_finite
 from ejax.data.sources import Split
 from ejax.errors import UserError
@@ -27,17 +27,12 @@ def load_teacher(folder: str, train: Split, dtype: str) -> Bundle:
       dtype: of its products.
     """
     bundle = load_bundle(folder, dtype=dtype)
-    if sorted(bundle.labels) != sorted(train.labels):
+    if bundle.exits.problem_type != train.problem_type:
         raise UserError(
-            f"teacher {folder} must have the labels of train, {', '.join(sorted(train.labels))}. "
-            f"Got {', '.join(sorted(bundle.labels))}."
+            f"teacher {folder} must be of the problem type of train, {train.problem_type}. Got "
+            f"{bundle.exits.problem_type}."
         )
-    columns = text_columns_of(bundle)
-    if columns and len(columns) != len(train.text_columns):
-        raise UserError(
-            f"teacher {folder} reads {len(columns)} text columns ({', '.join(columns)}), train has "
-            f"{len(train.text_columns)} ({', '.join(train.text_columns)})."
-        )
+    check_alike(f"teacher {folder}", bundle, train.labels, train.text_columns, in_order=False)
     return bundle
 
 

@@ -119,7 +119,8 @@ def _train(
         )
         total, count = joint_loss(
             logits, labels[rows], jnp.ones(len(rows)), exit_weights=config.exit_weights,
-            class_weights=config.class_weights, teacher=None if teacher is None else teacher[rows],
+            class_weights=config.weights_of_classes,
+            teacher=None if teacher is None else teacher[rows],
             distillation=0.0 if teacher is None else config.distillation,
             task=task_of(model.exits),
         )  # fmt: skip

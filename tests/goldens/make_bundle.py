@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tiny
 
-from ejax.bundle import FORMAT_VERSION
+from ejax.bundle_files import FORMAT_VERSION
 from ejax.classifier import EarlyExitClassifier
 
 if __name__ == "__main__":
