@@ -186,7 +186,7 @@ def test_settings_reach_the_training(standin) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # its dev is small
 def test_a_training(tmp_path, monkeypatch) -> None:
-    """For real: it learns, is pickled, and leaves no copy of the rows."""
+    """For real: it learns, resumes, is pickled, and leaves no copy of the rows."""
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     settings = [field for field in tiny.FIELDS if not field.startswith(("epochs", "learning_"))]
     settings.append("data.dev_fraction=0.3")
@@ -199,6 +199,7 @@ def test_a_training(tmp_path, monkeypatch) -> None:
         learning_rate=0.003,
         max_length=16,
         settings=settings,
+        workdir=tmp_path / "runs",
     ).fit(texts, y)
     new_labels, new_texts = zip(*tiny.rows(40, 4), strict=True)
     new = [sorted(tiny.CLASSES).index(label) for label in new_labels]
@@ -209,4 +210,9 @@ def test_a_training(tmp_path, monkeypatch) -> None:
     )
     deep = again.set_params(threshold=2.0).predict_proba(new_texts)
     assert not np.array_equal(deep, estimator.predict_proba(new_texts))  # others left early
+    resumed = clone(estimator).fit(texts, y)
+    np.testing.assert_array_equal(
+        resumed.predict_proba(new_texts), estimator.predict_proba(new_texts)
+    )
+    assert len(list((tmp_path / "runs").iterdir())) == 1
     assert not (tmp_path / "cache" / "data").exists()
