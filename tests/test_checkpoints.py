@@ -111,3 +111,15 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, monkeypatch) -> None:
     kept = {("about", "metadata"), ("metrics", "metrics"), ("state", "manifest.ocdbt")}
     assert names >= kept
     assert sum(folder == "d" for folder, _ in names) >= 2  # an index and the arrays
+
+
+def test_a_correlation_below_0_is_a_score_too(tmp_path: Path) -> None:
+    """The best of those evaluated, whatever was saved for resuming alone."""
+    like = {"x": jnp.zeros(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() == (-1.0, 0)
+        for step, score in ((1, -0.2), (2, -0.5), (3, None)):
+            metrics = None if score is None else {"mean_accuracy": score}
+            checkpoints.save(step, {"x": jnp.full(3, float(step))}, metrics)
+        assert checkpoints.best() == (-0.2, 1)
+        assert checkpoints.restore_best(like)[0] == 1

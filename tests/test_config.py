@@ -71,6 +71,12 @@ def test_the_defaults_are_bert_base():
         (TrainConfig, {"max_drop": -0.5}, r"max_drop must be 0 or above. Got -0.5"),
         (TrainConfig, {"layers": (3, 2)}, r"exit layers must be ascending"),
         (TrainConfig, {"class_weights": (0.0, 0.0)}, r"class_weights must be .* not all 0"),
+        (
+            TrainConfig,
+            {"class_weights": "even"},
+            r"a finite float or 'balanced'. Got 'e",
+        ),
+        (TrainConfig, {"exit_weights": "balanced"}, r"exit_weights must be a tuple of a finite"),
         (TrainConfig, {"exit_weights": (1.0, -1.0)}, r"exit_weights must be 0 or above"),
     ],
 )
@@ -205,3 +211,12 @@ def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
         config = load_config(path.with_name(name))
         assert smoke(config).epochs == 1
         assert smoke(config).data.limit == 256
+
+
+def test_class_weights_are_numbers_or_a_word():
+    for text, value in (("balanced", "balanced"), ("1,2.5", (1.0, 2.5)), ("1.0", (1.0,)), ("", ())):
+        config = override(TrainConfig(), [f"class_weights={text}"])
+        assert config.class_weights == value
+        assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+    with pytest.raises(ValueError, match=r"must be one of 'balanced'. Got 'balnced'"):
+        override(TrainConfig(), ["class_weights=balnced"])

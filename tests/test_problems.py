@@ -87,6 +87,7 @@ def test_integers_name_labels_too(tmp_path):
         ("a.csv", "text,a,b\nx,0,1\ny,2,0\n", ", line 3: column 'a' must hold 0 or 1"),
         ("a.jsonl", '{"text": "x", "label": null}\n', ", line 1: the label is missing"),
         ("a.tsv", "label\ttext\n\tx\n", " has no row with a label."),
+        ("a.jsonl", '{"text": "x", "label": ["a|b", "a"]}\n', ": label 'a|b' must not hold |"),
     ],
 )
 def test_several_labels_that_cannot_be_read(tmp_path, name, text, expected):
@@ -105,6 +106,11 @@ def test_numbers(tmp_path):
 def test_what_is_no_number(tmp_path, label):
     sentence = refused(tmp_path, f"label\ttext\n1\tx\n{label}\ty\n", "a.tsv", NUMBERS)
     assert sentence == f", line 3: the label must be a finite number, such as 3.5. Got {label!r}."
+
+
+def test_numbers_that_float32_cannot_square_are_refused(tmp_path):
+    sentence = refused(tmp_path, "label\ttext\n1\tx\n1e300\ty\n", "a.tsv", NUMBERS)
+    assert sentence == ", line 3: the label must be a number up to 1e+15. Got '1e300'."
 
 
 def test_one_number_is_none_to_learn(tmp_path):

@@ -204,6 +204,12 @@ def check_joined(counts: Mapping[str, int], problem: Problem, path: object) -> N
     mark, fix = JOINT, f"for several labels per text set problem_type={SEVERAL} (--problem-type)"
     if problem == SEVERAL:
         mark, fix = ",", f"join them by {JOINT}"
+        for name in counts:
+            if JOINT in name:
+                raise UserError(
+                    f"{path}: label {short(name)} must not hold {JOINT}, which joins the labels of "
+                    f"a text: give it another name."
+                )
     joined = [name for name in counts if mark in name.strip(mark)]
     made = [name for name in joined if all(p.strip() in counts for p in name.split(mark))]
     rows = sum(counts[name] for name in joined)
