@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import expit
 
 from ejax.config import ExitConfig, Problem
 
@@ -167,6 +166,8 @@ class SeveralLabels(Task):
 
     def probabilities(self, logits: Any, calibration: Any) -> np.ndarray:
         """float32 [..., C]."""
+        from scipy.special import expit  # slow to import
+
         temperature, _ = np.split(calibration, 2, axis=-1)
         return np.asarray(expit(np.asarray(logits, np.float32) / temperature))
 
