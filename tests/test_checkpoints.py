@@ -121,5 +121,6 @@ def test_a_correlation_below_0_is_a_score_too(tmp_path: Path) -> None:
         for step, score in ((1, -0.2), (2, -0.5), (3, None)):
             metrics = None if score is None else {"mean_accuracy": score}
             checkpoints.save(step, {"x": jnp.full(3, float(step))}, metrics)
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() == (-0.2, 1)
         assert checkpoints.restore_best(like)[0] == 1

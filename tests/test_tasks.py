@@ -505,7 +505,8 @@ def test_a_regression_without_its_center_or_spread_is_damaged(tmp_path):
     folder, _ = tiny.trained_on(NUMBERS)
     bundle = load_bundle(folder)
     train = [
-        json.loads(line)["label"] for line in (tiny.problem_data(NUMBERS) / "train.jsonl").open()
+        json.loads(line)["label"]
+        for line in (tiny.problem_data(NUMBERS) / "train.jsonl").read_text().splitlines()
     ]
     assert bundle.exits.center == pytest.approx(np.mean(train))
     assert bundle.exits.spread == pytest.approx(np.std(train))
@@ -570,7 +571,8 @@ def test_answers_of_a_number():
 def test_streams_copies_and_drift(problem):
     clf = loaded(problem)
     texts = [
-        json.loads(line)["text"] for line in (tiny.problem_data(problem) / "test.jsonl").open()
+        json.loads(line)["text"]
+        for line in (tiny.problem_data(problem) / "test.jsonl").read_text().splitlines()
     ]
     answers = clf(texts)
     streamed = list(clf.stream(iter(texts)))
@@ -750,7 +752,9 @@ def test_a_stopped_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert "from step 4 of 8" in " ".join(said.getvalue().split())
     jax.tree.map(np.testing.assert_array_equal, resumed.variables, whole.variables)
     assert resumed.temperatures == whole.temperatures
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
 
 
