@@ -27,7 +27,8 @@ from sklearn.metrics import f1_score
 from ejax.bundle import load_bundle
 from ejax.calibration.calibrate import fit_calibration
 from ejax.calibration.decisions import decide, fit_decisions, label_temperatures
-from ejax.calibration.metrics import check_rows, lost_points, report
+from ejax.calibration.honesty import report
+from ejax.calibration.metrics import check_rows, lost_points
 from ejax.calibration.risk import risk_thresholds
 from ejax.calibration.temperature import HIGHEST, LOWEST
 from ejax.calibration.thresholds import (
@@ -398,34 +399,38 @@ def calibration_of(model: EarlyExitBert, rng: np.random.Generator) -> np.ndarray
 level = st.one_of(st.floats(0.0, 1.0, width=32), st.sampled_from([0.0, 1.0, 2.0]))
 
 
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", MODELS)
 @given(data=st.data())
 @settings(max_examples=6, deadline=None, derandomize=True, database=None)
 def test_the_loop_is_select_exit_over_the_plain_model(name, data):
-    model, bound = MODELS[name], 1e-5  # of float32 across programs, as in test_engine
-    variables, batch = inputs(name, data.draw(st.integers(0, 4)))
-    exits, task = len(model.exits.layers), task_of(model.exits)
-    thresholds = np.array(data.draw(st.lists(level, min_size=exits, max_size=exits)), np.float32)
-    calibration = calibration_of(model, np.random.default_rng(data.draw(st.integers(0, 99))))
-    logits = np.asarray(jax.jit(model.apply)(variables, batch))
-    found = Decision(
-        *map(
-            np.asarray,
-            early_exit(model, variables, batch, thresholds, temperatures=calibration, tile=8),
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        model, bound = MODELS[name], 1e-5  # of float32 across programs, as in test_engine
+        variables, batch = inputs(name, data.draw(st.integers(0, 4)))
+        exits, task = len(model.exits.layers), task_of(model.exits)
+        thresholds = np.array(
+            data.draw(st.lists(level, min_size=exits, max_size=exits)), np.float32
         )
-    )
-    early, late = (
-        np.asarray(select_exit(logits, thresholds + off, calibration, task=task).exit)
-        for off in (-np.float32(bound), np.float32(bound))
-    )
-    assert ((early <= found.exit) & (found.exit <= late)).all()
-    own, row = logits[found.exit, np.arange(ROWS)], np.arange(ROWS)
-    np.testing.assert_allclose(found.logits, own, rtol=0, atol=bound * (1 + np.abs(logits).max()))
-    again = task.score(jnp.asarray(found.logits), jnp.asarray(calibration[found.exit]))
-    np.testing.assert_allclose(found.score, again, atol=NEAR)
-    at = np.broadcast_to(thresholds, (ROWS, exits))[row, found.exit]
-    assert ((found.score >= at) | (found.exit == exits - 1)).all()
+        calibration = calibration_of(model, np.random.default_rng(data.draw(st.integers(0, 99))))
+        logits = np.asarray(jax.jit(model.apply)(variables, batch))
+        found = Decision(
+            *map(
+                np.asarray,
+                early_exit(model, variables, batch, thresholds, temperatures=calibration, tile=8),
+            )
+        )
+        early, late = (
+            np.asarray(select_exit(logits, thresholds + off, calibration, task=task).exit)
+            for off in (-np.float32(bound), np.float32(bound))
+        )
+        assert ((early <= found.exit) & (found.exit <= late)).all()
+        own, row = logits[found.exit, np.arange(ROWS)], np.arange(ROWS)
+        np.testing.assert_allclose(
+            found.logits, own, rtol=0, atol=bound * (1 + np.abs(logits).max())
+        )
+        again = task.score(jnp.asarray(found.logits), jnp.asarray(calibration[found.exit]))
+        np.testing.assert_allclose(found.score, again, atol=NEAR)
+        at = np.broadcast_to(thresholds, (ROWS, exits))[row, found.exit]
+        assert ((found.score >= at) | (found.exit == exits - 1)).all()
 
 
 @pytest.mark.parametrize("name", ["several, exit 0", "a number"])
