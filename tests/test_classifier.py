@@ -472,8 +472,9 @@ def test_a_profile_is_read_where_it_is_asked_for(tmp_path, monkeypatch, caplog) 
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path))
     folder = tiny.trained()[0]
     seconds = {(8, 16): Seconds(1.0, 0.1, 0.1)}
-    kept = Profile("here", "today", "float32", "float32", {16: 8}, seconds)
-    other = dataclasses.replace(kept, date="yesterday", tile={16: 24})
+    # Dates of its own: what was said in this process is not said again.
+    kept = Profile("here", "that day", "float32", "float32", {16: 8}, seconds)
+    other = dataclasses.replace(kept, date="the day before", tile={16: 24})
     save_profile(kept, profile_path(tiny.load_bundle(folder).cfg))
     save_profile(other, tmp_path / "other.json")
     load = EarlyExitClassifier.from_pretrained
@@ -484,8 +485,8 @@ def test_a_profile_is_read_where_it_is_asked_for(tmp_path, monkeypatch, caplog) 
         assert load(folder, profile=tmp_path / "other.json").shapes.profile == other
         load(folder)  # which is said already
     assert [said.partition(" tiles")[0] for said in caplog.messages] == [
-        "by the profile of today",
-        "by the profile of yesterday",
+        "by the profile of that day",
+        "by the profile of the day before",
     ]
     with pytest.raises(ValueError, match=r"No such profile: .*none\.json"):
         load(folder, profile=tmp_path / "none.json")
