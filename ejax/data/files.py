@@ -9,6 +9,7 @@ that is one list; no line may be longer than `LONGEST`.
 import csv
 import difflib
 import gzip
+import io
 import itertools
 import json
 import re
@@ -245,7 +246,8 @@ def _open(path: str) -> AbstractContextManager[Any]:
     check_file(path)
     packed = path.lower().endswith(".gz")
     if storage.is_remote(path):
-        file = storage.path_of(path).open("rb")
+        # Of its own a remote file reads a line of any length.
+        file = io.BufferedReader(storage.path_of(path).open("rb"))
         return gzip.open(file) if packed else file
     return gzip.open(path) if packed else open(path, "rb")
 
