@@ -118,11 +118,6 @@ def fit_rivals(
     """
     if not rows:
         return [], []
-    if bundle.task.metric != "accuracy":
-        raise UserError(
-            f"the rivals, linear models, are for one label per text. This bundle is of "
-            f"{bundle.exits.problem_type}."
-        )
     kept = [row for row in rows if row_hash(row) not in reported]
     notes = []
     if len(kept) < len(rows):

@@ -667,7 +667,7 @@ def test_what_is_for_one_label_per_text_is_refused(problem, tmp_path):
         (("report", "--output", html), "report must be with a bundle of one label"),
         (("report", *train, "--output", html), "report must be with a bundle of one label"),
         (("bench", "--output", out), "bench must be with a bundle of one label"),
-        (("bench", *train, "--output", out), "the rivals, linear models, are for one label"),
+        (("bench", *train, "--output", out), "bench must be with a bundle of one label"),
         (("thresholds", "--abstain", 0.9), "abstain must be with a bundle of one label"),
         (("thresholds", "--max-drop", 1, "--delta", 0.1), "promise a risk"),
     ):
