@@ -171,11 +171,13 @@ def bench(
     from ejax.evaluation.bench import AGAINST, bench
     from ejax.evaluation.bench_page import bench_table, save_bench
     from ejax.evaluation.describe import show
+    from ejax.evaluation.labelled import check_single
     from ejax.evaluation.scenarios import spread
     from ejax.rivals import fit_rivals
 
     check_json(output)
     clf = EarlyExitClassifier.from_pretrained(bundle)
+    check_single(clf.bundle, "bench")
     others = load_beside(beside or ())
     rows = rows_of(clf, data, split, text_column, label_column)
     every = list(rows)
