@@ -105,6 +105,7 @@ def hold_streams() -> None:
         except OSError:
             os.open(os.devnull, mode)  # gets the lowest number that is free
         if getattr(sys, name) is None:
+            # Open as long as the process is.
             stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
 

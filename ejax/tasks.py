@@ -8,6 +8,7 @@ Axes: E exits, N rows, C labels, O outputs of a head, K numbers of calibration p
 
 import dataclasses
 import math
+from collections.abc import Container
 from typing import Any, ClassVar
 
 import jax
@@ -69,7 +70,7 @@ class Task:
     @property
     def uncalibrated(self) -> np.ndarray:
         """Of one exit: float32, () or [K]."""
-        return np.float32(1)  # type: ignore[return-value]
+        return np.array(1, np.float32)
 
     def score(self, logits: Array, calibration: Array) -> Array:
         """What a threshold is compared with, float32 [...] in [0, 1]: higher is surer.
@@ -285,6 +286,11 @@ def _least_way(p: Any, decision: Any, xp: Any) -> Any:
 TASKS: dict[str, type[Task]] = {
     task.problem_type: task for task in (Task, SeveralLabels, Regression)
 }
+
+
+def task_with(metrics: Container[str]) -> type[Task]:
+    """The task whose metric is among the keys of a result."""
+    return next(task for task in TASKS.values() if task.metric in metrics)
 
 
 def task_of(exits: ExitConfig) -> Task:

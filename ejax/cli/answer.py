@@ -20,8 +20,8 @@ app = typer.Typer()
 )
 def predict(
     bundle: Bundle,
-    input: Annotated[str, typer.Option(help="tsv, csv, jsonl, txt, or .gz; - is stdin.")] = "-",
-    output: Annotated[str, typer.Option(help="tsv, csv, jsonl, or .gz; - is stdout.")] = "-",
+    input: Annotated[str, typer.Option(help="tsv, csv, jsonl, parquet, txt; - is stdin.")] = "-",
+    output: Annotated[str, typer.Option(help="tsv, csv, jsonl, parquet; - is stdout.")] = "-",
     threshold: Annotated[str, optional("A number, or full; else the bundle's.")] = "",
     top_k: Annotated[str, typer.Option(help="Likeliest labels: a number, or all.")] = "1",
     abstain: Annotated[

@@ -29,7 +29,7 @@ from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
 from ejax.inference.shapes import Pool
 from ejax.rivals import Rival, enough
-from ejax.tasks import TASKS, Task
+from ejax.tasks import Task, task_with
 from ejax.timing import interleaved, medians
 
 LADDER = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # thresholds to try where none are given
@@ -321,7 +321,7 @@ def describe(threshold: Any) -> str:
 def table(result: dict[str, Any]) -> Table:
     """The result as people read it."""
     layers, metric = result["layers"][-1], result["metric"]
-    task = next(task for task in TASKS.values() if task.metric == metric)
+    task = task_with([metric])
     macro = ("macro-F1",) if metric == "accuracy" else ()
     made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
     headings = ("threshold", task.metric_name, *macro, "drop, points (95 %)", f"depth of {layers}")

@@ -32,7 +32,7 @@ from ejax.evaluation.scenarios import spread
 from ejax.hardware import describe as machine
 from ejax.inference.cost import Profile
 from ejax.provenance import FITTED, check_known, promises_risk
-from ejax.tasks import TASKS, Regression, Task
+from ejax.tasks import Regression, Task, task_with
 from ejax.timing import interleaved, medians
 
 SAMPLE, PASSES = 200, 3  # texts that are timed alone, and how often
@@ -384,7 +384,7 @@ def in_words(chosen: dict[str, Any], origin: str, task: Task, in_ms: bool = Fals
 
 def targets_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
-    task = next(t for t in TASKS.values() if t.metric in report["full"])
+    task = task_with(report["full"])
     made = Shown(title=Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"))
     alone = "ms_alone" in report["full"]
     for heading in (
