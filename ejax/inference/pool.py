@@ -182,11 +182,11 @@ def leave_at_zero(given: Given, state: LoopState) -> LoopState:
     """Rows that exit 0 is sure of leave before the first layer."""
     logits = given.zero_logits
     assert logits is not None
-    size = len(logits)
+    size = logits.shape[0]
     row = jnp.arange(size)
     state = take_exit(
         given, state, Waiting(row, row), logits, 0,
-        threshold=jnp.pad(given.thresholds[:, 0], (0, size - len(given.thresholds))),
+        threshold=jnp.pad(given.thresholds[:, 0], (0, size - given.thresholds.shape[0])),
         real=row < state.alive, last=False, start=0,
     )  # fmt: skip
     return state._replace(alive=state.stayed, stayed=jnp.zeros_like(state.stayed))
@@ -316,11 +316,12 @@ def run_segment(
 
 def append(packed: Any, rows: Any, chosen: Array, count: Array) -> Any:
     """Writes the chosen rows of a tile [B, ...] behind the first `count` entries of `packed`."""
+    rows_of_tile = chosen.shape[0]
     order, number = jnp.argsort(~chosen, stable=True), chosen.sum()
 
     def write(old: Array, new: Array) -> Array:
-        behind = lax.dynamic_slice_in_dim(old, count, len(chosen))
-        is_new = like(new, jnp.arange(len(chosen)) < number)
+        behind = lax.dynamic_slice_in_dim(old, count, rows_of_tile)
+        is_new = like(new, jnp.arange(rows_of_tile) < number)
         return lax.dynamic_update_slice_in_dim(old, jnp.where(is_new, new[order], behind), count, 0)
 
     return jax.tree.map(write, packed, rows)
@@ -343,4 +344,4 @@ def unstored(x: Array, dtype: str) -> Array:
 
 def pad_to_tiles(rows: Any, tile: int) -> Any:
     """[N, ...] -> [N', ...] for a batch or an array of two axes; the rows added are zeros."""
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, -len(leaf) % tile), (0, 0))), rows)
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, -leaf.shape[0] % tile), (0, 0))), rows)

@@ -55,12 +55,12 @@ class Batch:
           ValueError: when the fields are not rectangular or differ in shape.
         """
         ids = _as_ids("ids", self.ids)
-        ones, zeros = np.ones(ids.shape, np.int32), np.zeros(ids.shape, np.int32)
-        mask = ones if self.mask is None else _as_ids("mask", self.mask)
-        types = zeros if self.types is None else _as_ids("types", self.types)
+        shape = ids.shape
+        mask = np.ones(shape, np.int32) if self.mask is None else _as_ids("mask", self.mask)
+        types = np.zeros(shape, np.int32) if self.types is None else _as_ids("types", self.types)
         for name, array in (("mask", mask), ("types", types)):
-            if array.shape != ids.shape:
-                raise UserError(f"batch.{name} must have shape {ids.shape}. Got {array.shape}.")
+            if array.shape != shape:
+                raise UserError(f"batch.{name} must have shape {shape}. Got {array.shape}.")
         return Batch(ids, mask, types)
 
 
