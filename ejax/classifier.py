@@ -61,6 +61,7 @@ class EarlyExitClassifier:
             that is faster for it by the profile.
         """
         check_not_forked()
+        bundle.check_weights("EarlyExitClassifier")
         self.bundle = bundle
         self.shapes = shapes or Shapes()
         self.one_type = one_type

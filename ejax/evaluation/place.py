@@ -51,6 +51,7 @@ def place_exits(
       ValueError: without a profile, or where no rows are left.
     """
     bundle = clf.bundle
+    bundle.check_weights("place")
     check_single(bundle, "place")
     needed_profile(clf, "placing exits")
     check_count(count, len(bundle.exits.layers), bundle.adds_evidence)

@@ -163,6 +163,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if assets.held(path):
         return _read_file(path)
     if not assets.held(index):
+        if (folder / "model.onnx").exists():
+            raise UserError(
+                f"{folder} holds an ONNX graph, not the weights that a training starts from: give "
+                f"the bundle that it was exported from."
+            )
         names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise UserError(
             f"{folder} has no {WEIGHTS}, the one format read; it holds {names}. Convert "
