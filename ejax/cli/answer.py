@@ -95,22 +95,35 @@ def info(
         show(model_facts(*load_bert(name)))
 
 
-@app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
+@app.command(
+    epilog="Example: `ejax export sentiment --output sentiment-hf`   or   "
+    "`ejax export sentiment --format jax --output sentiment-jax`"
+)
 def export(
     bundle: Bundle,
     output: Annotated[Path, typer.Option(help="The folder to write.", parser=path_of)],
-    format: Annotated[str, typer.Option(help="hf.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf or jax.")] = "hf",
 ) -> None:
-    """Write the last exit as a plain Hugging Face classifier, full depth.
+    """Write a bundle for another library.
 
-    Only for bundles with pooling cls and mix last: others read what it has no place for.
+    hf: the last exit as a plain Hugging Face classifier, full depth, only for bundles with pooling
+    cls and mix last: others read what it has no place for. jax: early exit as one program that
+    JAX runs without ejax, on CPUs, CUDA GPUs and TPUs.
     """
     from ejax.bundle import load_bundle
+
+    if format not in ("hf", "jax"):
+        raise UserError(f"--format must be hf or jax. Got {format!r}.")
+    loaded = load_bundle(bundle)
+    if format == "jax":
+        from ejax.export.jax import export_jax
+
+        note(f"written: {export_jax(loaded, output)}")
+        if loaded.exits.has_zero:
+            note("Exit 0 reads the tokens that the program is given, not the whole text.")
+        return
     from ejax.export.hf import export_hf
 
-    if format != "hf":
-        raise UserError(f"--format must be hf. Got {format!r}.")
-    loaded = load_bundle(bundle)
     note(f"written: {export_hf(loaded, output)}")
     if loaded.adds_evidence:
         note("What exit 0 adds to the last exit is left out, so answers may differ.")

@@ -22,13 +22,7 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
       ValueError: when the last exit is no such classifier, or `folder` is a bundle or cannot
         be written.
     """
-    folder = storage.path_of(folder)
-    with storage.reaching(folder):
-        if (folder / "exits.json").exists():
-            raise UserError(
-                f"{folder} is a bundle, which a plain classifier would replace: "
-                f"choose another output folder."
-            )
+    folder = folder_of_no_bundle(folder)
     bundle.check_weights("ejax export")
     exits = bundle.exits
     if bundle.task.metric != "accuracy":
@@ -61,3 +55,14 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
             text = json.dumps(values, indent=2, ensure_ascii=False)
             (fresh / name).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def folder_of_no_bundle(folder: str | Path) -> Path:
+    """Its path; raises ValueError where it is a bundle, which what is exported would replace."""
+    path = storage.path_of(folder)
+    with storage.reaching(path):
+        if (path / "exits.json").exists():
+            raise UserError(
+                f"{path} is a bundle, which an export would replace: choose another output folder."
+            )
+    return path
