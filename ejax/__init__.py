@@ -1,6 +1,7 @@
 """BERT classifiers that stop at the first layer that is sure, in JAX."""
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,10 @@ __all__ = [
     "select_exit",
     "with_pretrained",
 ]
-__version__ = _version("ejax")
+try:
+    __version__ = _version("ejax")
+except _NotInstalled:
+    __version__ = "not installed"  # run from a working tree
 
 
 def __getattr__(name: str) -> Any:

@@ -131,10 +131,12 @@ def describe() -> str:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to know about where a number came from."""
-    packages = ("ejax", "jax", "flax", "optax", "orbax-checkpoint")
+    from ejax import __version__
+
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
     return {
         "hardware": describe(),
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "ejax": __version__}
         | {name: metadata.version(name) for name in packages},
     }
 

@@ -1,0 +1,1 @@
+"""A check of everything that an accelerator changes; see `train.accelerator.__main__`."""
