@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
@@ -49,13 +50,13 @@ AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
 
 
 def bench(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     labels: Sequence[int],
     *,
     threshold: float | None = None,
     against: Sequence[str] = tuple(AGAINST),
-    beside: Mapping[str, EarlyExitClassifier] | None = None,
+    beside: Mapping[str, TextClassifier] | None = None,
     rivals: Sequence[Rival] = (),
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
@@ -117,7 +118,7 @@ def bench(
         "early_exit": early_facts(clf, encoded, levels, full, truth),
         "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
-        "dtype": clf.bundle.cfg.dtype,
+        "dtype": clf.bundle.numerics,
         "profiled": clf.shapes.profile is not None,
         "tokenising_seconds": tokenising_seconds,
         "repeats": repeats,
@@ -151,12 +152,12 @@ def bench(
 
 
 def line_up(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     encoded: Encoded,
     levels: Sequence[float],
     against: Sequence[str],
-    beside: Mapping[str, EarlyExitClassifier],
+    beside: Mapping[str, TextClassifier],
     rivals: Sequence[Rival],
     progress: Callable[[str], None],
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -179,7 +180,7 @@ def line_up(
         else:
             field.append(found)
 
-    def full_run(model: EarlyExitClassifier, rows: Encoded) -> Run:
+    def full_run(model: TextClassifier, rows: Encoded) -> Run:
         best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
@@ -209,7 +210,7 @@ def line_up(
 
 
 def early_facts(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     levels: Sequence[float],
     full: np.ndarray,
@@ -255,7 +256,7 @@ def settings_of(name: str) -> list[Setting]:
 
 
 def curve(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     truth: np.ndarray,
     progress: Callable[[str], None],
@@ -276,6 +277,9 @@ def curve(
     return points
 
 
-def in_float32(clf: EarlyExitClassifier) -> EarlyExitClassifier:
+def in_float32(clf: TextClassifier) -> TextClassifier:
+    """The same weights; an exported graph has its own numerics alone."""
+    if not isinstance(clf, EarlyExitClassifier):
+        return clf
     cfg = dataclasses.replace(clf.bundle.cfg, dtype="float32", residual_dtype="float32")
     return EarlyExitClassifier(dataclasses.replace(clf.bundle, cfg=cfg), devices=clf.devices)
