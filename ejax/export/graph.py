@@ -20,7 +20,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from ejax.bundle import Bundle
-from ejax.export.operators import OPERATORS, PRODUCTS, Block, Layer, Operators, Product, Writer
+from ejax.export.operators import PRODUCTS, Block, Layer, Operators, Product, Writer
 from ejax.models.heads import mix_columns
 
 Precision = Literal["float32", "int8"]
