@@ -118,10 +118,10 @@ class _Model:
         ranges: Any = None,
         observed: list[str] | None = None,
     ) -> None:
-        self.bundle, self.task = bundle, bundle.task
+        self.int8 = ranges is not None
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), bundle.variables["params"])
         self.config = bundle.exits.encoder
-        self.exits, self.outputs = len(self.config.layers), self.task.outputs
+        self.exits, self.outputs = len(self.config.layers), bundle.task.outputs
         self.embeddings = params["bert"]["embeddings"]
         stacked = params["bert"]["layers"]
         of_layer = [
@@ -147,7 +147,8 @@ class _Model:
 
     def start(self, block: Block) -> dict[str, str]:
         """The rows below the first layer."""
-        rows = {"x": self.writer.embed(block, self.embeddings), "masked": self.writer.masked(block)}
+        x = self.writer.embed(block, self.embeddings, int8=self.int8)
+        rows = {"x": x, "masked": self.writer.masked(block)}
         if self.config.pooling == "mean":
             real = block("Cast", "mask", to=TensorProto.FLOAT)
             count = block("ReduceSum", real, np.array([1]), keepdims=1)

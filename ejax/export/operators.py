@@ -86,6 +86,17 @@ class Block:
         return bytes(made.SerializeToString())
 
 
+def to_int8(values: np.ndarray, *, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 of the same shape, and float32 scales that share one along the axis, which stays as 1.
+
+    >>> to_int8(np.float32([[1, -4], [2, 3]]), axis=0)[0].tolist()
+    [[64, -127], [127, 95]]
+    """
+    largest = np.abs(values).max(axis=axis, keepdims=True)
+    scale = np.maximum(largest / 127, LEAST_SCALE).astype(np.float32)
+    return np.rint(values / scale).astype(np.int8), scale
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """`x @ kernel + bias`.
@@ -101,9 +112,9 @@ class Product:
     extremes: tuple[float, float] | None = None
 
     def quantised(self) -> tuple[np.ndarray, np.ndarray]:
-        """int8 [inputs, outputs] and its scales float32 [outputs], one per output, symmetric."""
-        scale = np.maximum(np.abs(self.kernel).max(axis=0) / 127, LEAST_SCALE).astype(np.float32)
-        return np.rint(self.kernel / scale).astype(np.int8), scale
+        """The kernel in int8, and its scales float32 [outputs]."""
+        values, scale = to_int8(self.kernel, axis=0)
+        return values, scale[0]
 
     def input_scale(self) -> tuple[np.float32, np.uint8]:
         """Scale and zero of the inputs as uint8; 0 is among them, and exact."""
@@ -137,11 +148,17 @@ class Writer:
     ) -> None:
         self.cfg, self.operators, self.observed = cfg, operators, observed
 
-    def embed(self, block: Block, tables: Mapping[str, Any]) -> str:
-        """[B, T, D], of the graph's inputs `ids` and `types`."""
+    def embed(self, block: Block, tables: Mapping[str, Any], *, int8: bool) -> str:
+        """[B, T, D], of the graph's inputs `ids` and `types`; words in INT8, a scale for each."""
         length = block("Shape", "ids", start=1, end=2)
         place = block("Slice", tables["position"]["embedding"], np.zeros(1, np.int64), length)
-        word = block("Gather", tables["word"]["embedding"], "ids")
+        word = tables["word"]["embedding"]
+        if int8:
+            table, scale = to_int8(word, axis=1)
+            word = block("Cast", block("Gather", table, "ids"), to=TensorProto.FLOAT)
+            word = block("Mul", word, block("Gather", scale, "ids"))
+        else:
+            word = block("Gather", word, "ids")
         kind = block("Gather", tables["token_type"]["embedding"], "types")
         summed = block("Add", block("Add", word, place), kind)
         return self.norm(block, summed, tables["norm"])
