@@ -306,7 +306,7 @@ class TextClassifier(ABC):
                 zero_logits = self._zero_logits(encoded)
             running.at_zero = self._at_zero(total, zero_logits)
             stay = np.flatnonzero(running.at_zero.score < as_float32(each[:, 0]))
-            after = each[stay, 1:] if per_row else each[0, 1:] if total else ()
+            after = each[0, 1:] if total and not per_row else each[stay, 1:]
             encoded = dataclasses.replace(encoded, whole=None).subset(stay)
             zero_logits = None if zero_logits is None else zero_logits[stay]
         for rows, decision in self.after_layers(encoded, after, zero_logits):
