@@ -14,6 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from ejax.errors import UserError
+
+try:
+    import onnx  # noqa: F401
+    import onnxruntime
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"ONNX graphs need {error.name}, which is not installed: `pip install 'ejax[onnx]'`."
+    ) from None
+
 from ejax.bundle import Bundle
 from ejax.bundle_files import Graph
 from ejax.calibration.evidence import with_evidence
@@ -21,7 +31,6 @@ from ejax.data.batches import pad
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
-from ejax.errors import UserError
 from ejax.export.graph import early_exit_graph, every_exit_graph
 from ejax.export.operators import OPERATORS, Operators
 from ejax.inference.policy import select_exit
@@ -218,8 +227,6 @@ def decided(bundle: Bundle, encoded: Encoded, logits: np.ndarray) -> Any:
 
 def _run(content: bytes, encoded: Encoded) -> list[list[np.ndarray]]:
     """The outputs of a graph for every row, each alone at its own length."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found = []
     for row, length in enumerate(encoded.lengths.tolist()):
