@@ -4,8 +4,10 @@ Axes: B batch, T tokens, D width, E exits, N rows, O outputs.
 """
 
 import dataclasses
+import re
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from ejax.bundle import Bundle, load_bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import ExitConfig
 from ejax.data.batches import pad
+from ejax.data.sources import row_hash
 from ejax.data.tokenizer import Encoded, load_tokenizer
 from ejax.errors import UserError
 from ejax.evaluation.labelled import labelled_rows
@@ -27,6 +30,8 @@ from ejax.export.onnx import activation_ranges, choose_layers, export_onnx, nois
 from ejax.inference.policy import select_exit
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.provenance import FITTED, Ledger
+from ejax.saving import save_bundle
 
 ROWS, LONGEST = 40, 12
 # float32 sums in another order; relative to the largest logit, about 10 here.
@@ -82,7 +87,7 @@ def made(kind: str) -> Made:
         temperatures = tuple(map(tuple, each.tolist()))
     bundle = Bundle(
         cfg, exits, jax.tree_util.tree_map_with_path(drawn, dict(shapes)),
-        load_tokenizer(tiny.model()), tuple(labels), temperatures, (0.5,) * count,
+        load_tokenizer(tiny.model()), tuple(labels), temperatures, (0.7,) * count,
         max_length=16, buckets=(16,),
     )  # fmt: skip
     lengths = np.concatenate([[1, 2], rng.integers(1, LONGEST + 1, ROWS - 2)])
@@ -215,7 +220,9 @@ def test_int8_rows_do_not_depend_on_their_company(operators: str) -> None:
     assert 0 < together[1].mean() < 1  # some leave early, some do not
     for _ in range(10):
         some = rng.permutation(ROWS)[: rng.integers(2, ROWS)]
-        for whole, part in zip(together, run(running, of, some, LONGEST, thresholds[some])):
+        for whole, part in zip(
+            together, run(running, of, some, LONGEST, thresholds[some]), strict=True
+        ):
             np.testing.assert_array_equal(part, whole[some])  # to the bit
     for row in range(ROWS):
         alone = run(running, of, rows[[row]], LONGEST, thresholds[[row]])
@@ -247,7 +254,7 @@ def spoil(bundle: Bundle, layers: list[int]) -> Bundle:
     params = variables["params"]["bert"]["layers"]
     first, second = params["intermediate"], params["output"]
     for layer in layers:
-        widest = (first["kernel"][layer] ** 2).sum(axis=0).argmax()
+        widest = first["bias"][layer].argmax()  # most often above 0
         first["kernel"][layer, :, widest] *= 1e4
         first["bias"][layer, widest] *= 1e4
         second["kernel"][layer, widest] /= 1e4
@@ -262,57 +269,99 @@ def test_ranges_go_with_int8() -> None:
         early_exit_graph(bundle, precision="int8", ranges=np.zeros((2, 4, 2)))
 
 
-def test_export_writes_a_bundle_in_int8(tmp_path: Any) -> None:
-    folder = tmp_path / "int8"
-    before = load_bundle(tiny.trained()[0])
+@cache
+def saved() -> Path:
+    """A bundle of random weights that knows its rows: half of dev is dev-A, the other dev-B."""
+    bundle = dataclasses.replace(made("single").bundle, labels=tuple(sorted(tiny.CLASSES)))
+    train, dev = (hashes_of(bundle, name) for name in ("train", "dev"))
+    rows = {"train": train, "dev_a": dev[:20], "dev_b": dev[20:]}
+    ledger = Ledger(complete=True).with_training(rows)
+    return save_bundle(dataclasses.replace(bundle, ledger=ledger), tiny.HOME / "random")
+
+
+def hashes_of(bundle: Bundle, name: str) -> list[str]:
+    return [row_hash(row) for row in labelled_rows(bundle, tiny.file(name))]
+
+
+def test_export_writes_a_bundle_in_int8(tmp_path: Path) -> None:
     result = tiny.ejax(
-        "export", tiny.trained()[0], "--format", "onnx", "--int8", "--data", tiny.file("test"),
-        "--output", folder,
+        "export", saved(), "--format", "onnx", "--int8", "--data", tiny.file("test"),
+        "--output", tmp_path / "int8",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert f"written: {folder}" in result.err
-    assert "Of 30 rows, " in result.err
-    assert "answered as in float32" in result.err
-    after = load_bundle(folder)
+    said = re.search(r"Of 30 rows, (\d+) are answered as in float32, and (\d+) left", result.err)
+    assert said, result.err
+    before, after = load_bundle(saved()), load_bundle(tmp_path / "int8")
     assert after.graph is not None
     assert (after.graph.precision, after.graph.operators) == ("int8", "onnxruntime")
-    assert (after.thresholds, after.labels) == (before.thresholds, before.labels)
-    assert not (folder / "model.safetensors").exists()
-    assert len(tiny.rows_of(after)["ranges"]) == len(tiny.rows_of(before)["test"])
-    # They choose no thresholds any more.
-    rows = labelled_rows(before, tiny.file("test"))
-    hashes = [row.hash for row in rows] if hasattr(rows[0], "hash") else None
-    assert hashes is None or hashes
+    assert (after.thresholds, after.temperatures) == (before.thresholds, before.temperatures)
+    # What was said is what the graph in the folder does.
+    encoded = before.encode([row.inputs for row in labelled_rows(before, tiny.file("test"))])
+    running = onnxruntime.InferenceSession(after.graph.content)
+    given = Made(before, encoded, None, np.zeros(0))
+    answers = []
+    for row in range(len(encoded)):
+        length = int(encoded.lengths[row])
+        answers.append(
+            [
+                run(one, given, [row], length, before.thresholds)
+                for one in (session("single"), running)
+            ]
+        )
+    same = sum(exact[0].argmax() == int8[0].argmax() for exact, int8 in answers)
+    elsewhere = sum(int(exact[1][0] != int8[1][0]) for exact, int8 in answers)
+    assert (same, elsewhere) == tuple(map(int, said.groups()))
 
 
-def test_ranges_leave_out_what_was_trained_on_or_is_kept_for_reports(tmp_path: Any) -> None:
-    bundle = load_bundle(tiny.trained()[0])
-    said = tiny.refused(
-        "export", tiny.trained()[0], "--format", "onnx", "--int8", "--data", tiny.file("train"),
-        "--output", tmp_path / "never",
-    )  # fmt: skip
-    assert "INT8 needs at least 20 rows" in said
+def test_ranges_are_spent_and_leave_out_what_is_kept_for_reports(tmp_path: Path) -> None:
+    bundle = load_bundle(saved())
     export_onnx(bundle, tmp_path / "dev", split=labelled_rows(bundle, tiny.file("dev")))
     rows = tiny.rows_of(load_bundle(tmp_path / "dev"))
-    assert rows["ranges"]
-    assert not rows["ranges"] & rows["dev_b"]
+    assert rows["ranges"] == rows["dev_a"]
+    export_onnx(bundle, tmp_path / "test", split=labelled_rows(bundle, tiny.file("test")))
+    ledger = load_bundle(tmp_path / "test").ledger
+    test = hashes_of(bundle, "test")
+    assert ledger.among(test, FITTED) == set(test)  # which choose no thresholds
+    with pytest.raises(UserError, match="INT8 needs at least 20 rows for its ranges"):
+        export_onnx(bundle, tmp_path / "no", split=labelled_rows(bundle, tiny.file("train")))
 
 
-def test_export_refuses_what_does_not_fit(tmp_path: Any, monkeypatch: Any) -> None:
-    bundle, never = tiny.trained()[0], tmp_path / "never"
-    assert "--format must be hf or onnx" in tiny.refused(
-        "export", bundle, "--format", "tflite", "--output", never
-    )
-    for options in (["--format", "onnx", "--int8"], ["--int8", "--data", tiny.file("dev")],
-                    ["--format", "onnx", "--data", tiny.file("dev")]):  # fmt: skip
-        assert "--int8 goes with" in tiny.refused("export", bundle, *options, "--output", never)
-    assert "operators must be one of onnxruntime, standard" in tiny.refused(
-        "export", bundle, "--format", "onnx", "--operators", "all", "--output", never
+def test_export_keeps_exit_0_and_no_weights(tmp_path: Path) -> None:
+    of = made("exit 0")
+    export_onnx(of.bundle, tmp_path / "standard", operators="standard")
+    bundle = load_bundle(tmp_path / "standard")
+    assert bundle.graph is not None
+    assert (bundle.graph.precision, bundle.graph.operators) == ("float32", "standard")
+    assert bundle.variables["params"].keys() == {"ngrams"}
+    for name, tensor in of.bundle.variables["params"]["ngrams"].items():
+        np.testing.assert_array_equal(bundle.variables["params"]["ngrams"][name], tensor)
+    with pytest.raises(UserError, match="needs the weights of the encoder"):
+        export_onnx(bundle, tmp_path / "again")
+
+
+def test_export_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
+    never, dev = tmp_path / "never", tiny.file("dev")
+
+    def said(*options: object) -> str:
+        return tiny.refused("export", saved(), *options, "--output", never)
+
+    assert "--format must be hf or onnx" in said("--format", "tflite")
+    for options in (
+        ["--format", "onnx", "--int8"], ["--int8", "--data", dev],
+        ["--format", "onnx", "--data", dev],
+    ):  # fmt: skip
+        assert "--int8 goes with" in said(*options)
+    assert "operators must be one of onnxruntime, standard" in said(
+        "--format", "onnx", "--operators", "all"
     )
     for name in ("onnx", "onnxruntime"):
         with monkeypatch.context() as without:
             without.delitem(sys.modules, "ejax.export.onnx")
             without.setitem(sys.modules, name, None)
-            said = tiny.refused("export", bundle, "--format", "onnx", "--output", never)
-            assert f"need {name}, which is not installed: `pip install 'ejax[onnx]'`" in said
+            sentence = said("--format", "onnx")
+            assert f"need {name}, which is not installed: `pip install 'ejax[onnx]'`" in sentence
     assert not never.exists()
+    weights = (saved() / "model.safetensors").read_bytes()
+    sentence = tiny.refused("export", saved(), "--format", "onnx", "--output", saved())
+    assert "a graph would replace" in sentence
+    assert (saved() / "model.safetensors").read_bytes() == weights

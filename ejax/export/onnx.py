@@ -24,8 +24,9 @@ except ModuleNotFoundError as error:
         f"ONNX graphs need {error.name}, which is not installed: `pip install 'ejax[onnx]'`."
     ) from None
 
+from ejax import storage
 from ejax.bundle import Bundle
-from ejax.bundle_files import Graph
+from ejax.bundle_files import WEIGHTS, Graph
 from ejax.calibration.evidence import with_evidence
 from ejax.data.batches import pad
 from ejax.data.rows import TokenizedSplit, encode
@@ -75,7 +76,13 @@ def export_onnx(
     bundle.check_weights("ejax export")
     if operators not in OPERATORS:
         raise UserError(f"operators must be one of {', '.join(OPERATORS)}. Got {operators!r}.")
-    check_output(folder)
+    folder = check_output(folder)
+    with storage.reaching(folder):
+        if (folder / WEIGHTS).exists():
+            raise UserError(
+                f"{folder} is a bundle with weights, which a graph would replace: choose another "
+                f"output folder."
+            )
     if split is None:
         content = early_exit_graph(bundle, operators=operators)
         save_bundle(_with_graph(bundle, Graph(content, "float32", operators)), folder)
