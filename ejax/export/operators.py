@@ -158,13 +158,13 @@ class Writer:
         """[B, T, D], of the graph's inputs `ids` and `types`; words in INT8, a scale for each."""
         length = block("Shape", "ids", start=1, end=2)
         place = block("Slice", tables["position"]["embedding"], np.zeros(1, np.int64), length)
-        word: Tensor = tables["word"]["embedding"]
+        table = tables["word"]["embedding"]
         if int8:
-            table, scale = to_int8(word, axis=1)
-            word = block("Cast", block("Gather", table, "ids"), to=TensorProto.FLOAT)
-            word = block("Mul", word, block("Gather", scale, "ids"))
+            table, scale = to_int8(table, axis=1)
+            steps = block("Cast", block("Gather", table, "ids"), to=TensorProto.FLOAT)
+            word = block("Mul", steps, block("Gather", scale, "ids"))
         else:
-            word = block("Gather", word, "ids")
+            word = block("Gather", table, "ids")
         kind = block("Gather", tables["token_type"]["embedding"], "types")
         summed = block("Add", block("Add", word, place), kind)
         return self.norm(block, summed, tables["norm"])
@@ -245,8 +245,8 @@ class Writer:
                 domain=FUSED,
             )  # fmt: skip
         x = block("DequantizeLinear", x, input_scale, input_zero)
-        kernel = block("DequantizeLinear", kernel, scale, zeros, axis=1)
-        return block("Add", block("MatMul", x, kernel), of.bias)
+        weights = block("DequantizeLinear", kernel, scale, zeros, axis=1)
+        return block("Add", block("MatMul", x, weights), of.bias)
 
     def _uint8(self, block: Block, x: str, of: Product) -> tuple[str, np.float32, np.uint8]:
         scale, zero = of.input_scale()
