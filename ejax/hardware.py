@@ -137,7 +137,8 @@ def describe() -> str:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to know about where a number came from."""
-    packages = ("ejax", "jax", "flax", "optax", "orbax-checkpoint")
+    packages = ["ejax", "jax", "flax", "optax", "orbax-checkpoint"]
+    packages += ["onnxruntime"] * ("onnxruntime" in sys.modules)
     return {
         "hardware": describe(),
         "versions": {"python": platform.python_version()}

@@ -115,7 +115,8 @@ class OnnxClassifier(TextClassifier):
                 f"it computes in {used}: choose them again for this folder by `ejax thresholds`.",
                 stacklevel=3,
             )
-        say_once(f"{folder} runs in ONNX Runtime, {used}, on {made.threads} threads")
+        threads = f"{made.threads} thread{'s' * (made.threads > 1)}"
+        say_once(f"{folder} runs in ONNX Runtime, {used}, on {threads}")
         return made
 
     @property
