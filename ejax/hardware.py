@@ -137,12 +137,13 @@ def describe() -> str:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to know about where a number came from."""
-    packages = ["ejax", "jax", "flax", "optax", "orbax-checkpoint"]
-    packages += ["onnxruntime"] * ("onnxruntime" in sys.modules)
+    packages = ("ejax", "jax", "flax", "optax", "orbax-checkpoint")
+    onnx = sys.modules.get("onnxruntime")  # which has packages of several names
     return {
         "hardware": describe(),
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
+        | {name: metadata.version(name) for name in packages}
+        | ({"onnxruntime": onnx.__version__} if onnx else {}),
     }
 
 

@@ -15,7 +15,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,8 @@ class OnnxClassifier(TextClassifier):
                 f"it computes in {used}: choose them again for this folder by `ejax thresholds`.",
                 stacklevel=3,
             )
-        threads = f"{made.threads} thread{'s' * (made.threads > 1)}"
-        say_once(f"{folder} runs in ONNX Runtime, {used}, on {threads}")
+        many = f"{made.threads} thread{'s' * (made.threads > 1)}"
+        say_once(f"{folder} runs in ONNX Runtime, {used}, on {many}")
         return made
 
     @property
@@ -124,7 +123,13 @@ class OnnxClassifier(TextClassifier):
         """What a profile of it is for, besides the machine and the shape of the encoder."""
         graph = self.bundle.graph
         assert graph is not None
-        return "onnxruntime", _version(), graph.precision, graph.operators, str(self.threads)
+        return (
+            "onnxruntime",
+            self._session.version,
+            graph.precision,
+            graph.operators,
+            str(self.threads),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied by its bundle, which holds the graph."""
@@ -231,9 +236,10 @@ class _Session:
             )
         except Exception as error:  # of a library whose errors have no common base
             raise UserError(
-                f"model.onnx cannot be run by onnxruntime {_version()}: "
+                f"model.onnx cannot be run by onnxruntime {onnxruntime.__version__}: "
                 f"{clipped(error)}. Export the bundle again, or update onnxruntime."
             ) from None
+        self.version = onnxruntime.__version__
         self.inputs = {given.name for given in self._session.get_inputs()}
 
     def leave(self) -> None:
@@ -246,10 +252,6 @@ class _Session:
             self._start()
         found: list[np.ndarray] = self._session.run(OUTPUTS, inputs)
         return found
-
-
-def _version() -> str:
-    return metadata.version("onnxruntime")
 
 
 _SESSIONS: "weakref.WeakSet[_Session]" = weakref.WeakSet()
