@@ -4,10 +4,9 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flax import traverse_util
 
 from ejax import storage
 from ejax.bundle_files import (
@@ -34,13 +33,15 @@ from ejax.data.tokenizer import Encoded, Tokenizer, read_tokenizer
 from ejax.errors import UserError, clipped, shown
 from ejax.inference.cost import zero_in_layers
 from ejax.inference.policy import check_calibration
-from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import unpacked_table
-from ejax.models.weights import config_of, from_hf
+from ejax.models.weights import config_of, cut, from_hf
 from ejax.provenance import Ledger
 from ejax.records import read_json
 from ejax.storage import Held
 from ejax.tasks import Task, task_of
+
+if TYPE_CHECKING:
+    from ejax.models.early_exit import EarlyExitBert
 
 WHOLE_TOKENS = 4096  # of a text, for exit 0
 TEMPERATURES = (1e-3, 1e3)  # the fit stays within 0.05 and 20
@@ -97,7 +98,9 @@ class Bundle:
             )
 
     @property
-    def model(self) -> EarlyExitBert:
+    def model(self) -> "EarlyExitBert":
+        from ejax.models.early_exit import EarlyExitBert  # which imports jax
+
         return EarlyExitBert(self.cfg, self.exits)
 
     @property
@@ -212,6 +215,8 @@ def _zero_variables(files: Mapping[str, Held], exits: ExitConfig) -> Any:
 
 def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
     """float32 parameters; nothing is allocated that the tensors do not fill."""
+    from flax import traverse_util  # which imports jax
+
     path = weights.name
     with opened(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

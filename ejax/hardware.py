@@ -100,6 +100,12 @@ def check_not_forked() -> None:
         )
 
 
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
@@ -134,10 +140,12 @@ def environment() -> dict[str, Any]:
     from ejax import __version__
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    onnx = sys.modules.get("onnxruntime")  # which has packages of several names
     return {
         "hardware": describe(),
         "versions": {"python": platform.python_version(), "ejax": __version__}
-        | {name: metadata.version(name) for name in packages},
+        | {name: metadata.version(name) for name in packages}
+        | ({"onnxruntime": onnx.__version__} if onnx else {}),
     }
 
 

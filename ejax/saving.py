@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -177,6 +176,8 @@ def _write_weights(bundle: Bundle, folder: Path) -> Path:
             save_file(zero, folder / ZERO)
         (folder / GRAPH).write_bytes(bundle.graph.content)
         return folder / GRAPH
+    from flax import traverse_util  # which imports jax
+
     heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
     made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
     tensors = to_hf(params["bert"], bundle.cfg) | made | zero

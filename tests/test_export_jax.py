@@ -125,6 +125,6 @@ def test_what_the_program_refuses(tmp_path: Path) -> None:
         program.call(weights, ids, ids, ids, np.zeros((2, 2), np.float32))
     assert "tokens <= 32" in str(refusal.value.__cause__)
     said = tiny.refused("export", tiny.trained()[0], "--format", "tflite", "--output", folder)
-    assert said == "--format must be hf or jax. Got 'tflite'."
+    assert said == "--format must be hf, onnx or jax. Got 'tflite'."
     args = ("export", tiny.trained()[0], "--format", "jax", "--output", tiny.trained()[0])
     assert "is a bundle" in tiny.refused(*args)

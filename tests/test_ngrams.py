@@ -11,7 +11,6 @@ from reference import gram_buckets, model_logits, random_batch, random_variables
 from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
-from ejax import classifier
 from ejax.bundle import load_bundle
 from ejax.calibration.placement import check_count, place
 from ejax.classifier import EarlyExitClassifier
@@ -23,6 +22,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
 from ejax.evaluation.place import keep
 from ejax.evaluation.targets import table_of
+from ejax.inference import engine
 from ejax.inference.engine import early_exit, full_depth
 from ejax.inference.policy import select_exit
 from ejax.inference.pool import run_pool
@@ -286,9 +286,9 @@ def test_exit_0_reads_what_the_encoder_does_not(bundle) -> None:
 def test_what_leaves_at_exit_0_is_in_no_pool(bundle, monkeypatch) -> None:
     clf = EarlyExitClassifier(bundle)
     seen = []
-    run = classifier.early_exit
+    run = engine.early_exit
     monkeypatch.setattr(
-        classifier, "early_exit", lambda *a, **k: (seen.append(k["rows"]), run(*a, **k))[1]
+        engine, "early_exit", lambda *a, **k: (seen.append(k["rows"]), run(*a, **k))[1]
     )
     found = clf.decide(TEXTS)
     assert 0 < sum(seen) == (found.exit > 0).sum() < len(TEXTS)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
@@ -49,13 +50,13 @@ AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
 
 
 def bench(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     labels: Sequence[int],
     *,
     threshold: float | None = None,
     against: Sequence[str] = tuple(AGAINST),
-    beside: Mapping[str, EarlyExitClassifier] | None = None,
+    beside: Mapping[str, TextClassifier] | None = None,
     rivals: Sequence[Rival] = (),
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
@@ -79,7 +80,8 @@ def bench(
       again, and our own weights were there before), `offline`, `end_to_end` (with
       tokenisation, timed once in every pass), `single_stream` (seconds: mean, p50, p90, p99)
       and `requests` (texts per second by texts per request, medians of the passes); for full
-      depth and those that run its weights also `logit_difference`, to this model in float32.
+      depth and those that run its weights also `logit_difference`, to this model in float32
+      (null for an exported graph, which holds no weights).
       `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`. `exit_accuracy`: of every
       exit on all rows. `curve`: accuracy and speed at other thresholds. `left_out`: who did
       not run, and why. `enough`: a sentence where a rival does as well as full depth, or "".
@@ -107,7 +109,9 @@ def bench(
     by_request = requests(field, repeats, progress)
     tokenising_seconds = statistics.median(seconds[TOKENISING])
     first = encoded.subset(np.arange(min(64, len(encoded))))
-    exact = in_float32(clf).full_logits(first)
+    exact = None
+    if isinstance(clf, EarlyExitClassifier):  # an exported graph has no weights to compare with
+        exact = in_float32(clf).full_logits(first)
     full = field[0].answers
     return {
         "rows": len(encoded),
@@ -117,7 +121,7 @@ def bench(
         "early_exit": early_facts(clf, encoded, levels, full, truth),
         "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
-        "dtype": clf.bundle.cfg.dtype,
+        "dtype": clf.bundle.numerics,
         "profiled": clf.shapes.profile is not None,
         "tokenising_seconds": tokenising_seconds,
         "repeats": repeats,
@@ -127,7 +131,9 @@ def bench(
                 "name": one.name,
                 **compared_with_full(clf.bundle.task, one.answers, full, truth),
                 "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
-                if one.name != "torch-exit" and one.name in (field[0].name, *against)
+                if exact is not None
+                and one.name != "torch-exit"
+                and one.name in (field[0].name, *against)
                 else None,
                 "setting": one.setting._asdict() if one.setting.batch else None,
                 "peak_bytes": one.peak_bytes,
@@ -151,12 +157,12 @@ def bench(
 
 
 def line_up(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     encoded: Encoded,
     levels: Sequence[float],
     against: Sequence[str],
-    beside: Mapping[str, EarlyExitClassifier],
+    beside: Mapping[str, TextClassifier],
     rivals: Sequence[Rival],
     progress: Callable[[str], None],
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -179,7 +185,7 @@ def line_up(
         else:
             field.append(found)
 
-    def full_run(model: EarlyExitClassifier, rows: Encoded) -> Run:
+    def full_run(model: TextClassifier, rows: Encoded) -> Run:
         best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
@@ -194,12 +200,15 @@ def line_up(
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
             continue
+        if clf.bundle.graph:
+            left_out[name] = "an exported folder holds no weights to run in it"
+            continue
         installed.append(name)
         enter(name, partial(build, name, clf.bundle, levels), encoded, settings_of(name))
     for name, model in beside.items():
         other, rows = model.on_one_device(), model.encode(texts)
         enter(f"ejax, {name}", partial(full_run, other, rows), rows, all_cores)
-        if "onnx-int8" in installed:
+        if "onnx-int8" in installed and not other.bundle.graph:
             make = partial(build, "onnx-int8", other.bundle, levels)
             enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
     for rival in rivals:
@@ -209,7 +218,7 @@ def line_up(
 
 
 def early_facts(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     levels: Sequence[float],
     full: np.ndarray,
@@ -255,7 +264,7 @@ def settings_of(name: str) -> list[Setting]:
 
 
 def curve(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     truth: np.ndarray,
     progress: Callable[[str], None],

@@ -4,7 +4,6 @@ Rows of a batch are padded to the longest of them; a pool is sorted by length fi
 """
 
 import dataclasses
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,13 @@ from scipy.special import softmax
 from ejax.bundle import Bundle
 from ejax.data.batches import pad
 from ejax.data.tokenizer import Encoded, Text
+from ejax.hardware import usable_cores
 from ejax.models.heads import mix_columns
 from ejax.models.ngrams import ragged_logits
 from ejax.models.weights import to_hf
 from ejax.saving import hf_config
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 
 
 class Setting(NamedTuple):

@@ -20,7 +20,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from ejax.bundle import Bundle
-from ejax.export.operators import OPERATORS, PRODUCTS, Block, Layer, Operators, Product, Writer
+from ejax.errors import UserError
+from ejax.export.operators import PRODUCTS, Block, Layer, Operators, Product, Writer
 from ejax.models.heads import mix_columns
 
 Precision = Literal["float32", "int8"]
@@ -118,10 +119,10 @@ class _Model:
         ranges: Any = None,
         observed: list[str] | None = None,
     ) -> None:
-        self.bundle, self.task = bundle, bundle.task
+        self.int8 = ranges is not None
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), bundle.variables["params"])
         self.config = bundle.exits.encoder
-        self.exits, self.outputs = len(self.config.layers), self.task.outputs
+        self.exits, self.outputs = len(self.config.layers), bundle.task.outputs
         self.embeddings = params["bert"]["embeddings"]
         stacked = params["bert"]["layers"]
         of_layer = [
@@ -147,7 +148,8 @@ class _Model:
 
     def start(self, block: Block) -> dict[str, str]:
         """The rows below the first layer."""
-        rows = {"x": self.writer.embed(block, self.embeddings), "masked": self.writer.masked(block)}
+        x = self.writer.embed(block, self.embeddings, int8=self.int8)
+        rows = {"x": x, "masked": self.writer.masked(block)}
         if self.config.pooling == "mean":
             real = block("Cast", "mask", to=TensorProto.FLOAT)
             count = block("ReduceSum", real, np.array([1]), keepdims=1)
@@ -285,12 +287,12 @@ def _with_ranges(layer: Layer, ranges: np.ndarray) -> Layer:
 
 def _checked(bundle: Bundle, precision: Precision, ranges: Any) -> np.ndarray | None:
     if precision not in ("float32", "int8") or (ranges is None) != (precision == "float32"):
-        raise ValueError(f"ranges go with int8, and with it alone. Got {precision}.")
+        raise UserError(f"ranges go with int8, and with it alone. Got {precision}.")
     if ranges is None:
         return None
     shape = (bundle.exits.num_layers, len(PRODUCTS), 2)
     if np.shape(ranges) != shape:
-        raise ValueError(f"ranges must have shape {shape}. Got {np.shape(ranges)}.")
+        raise UserError(f"ranges must have shape {shape}. Got {np.shape(ranges)}.")
     return np.asarray(ranges, np.float32)
 
 
