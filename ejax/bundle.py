@@ -4,25 +4,26 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flax import traverse_util
 
 from ejax import storage
 from ejax.bundle_files import (
     CONFIG,
     EXITS,
-    FILES,
     NGRAMS,
-    ROWS,
+    OWNED,
     ROWS_APART,
     TOKENIZER,
     WEIGHTS,
+    ZERO,
+    Graph,
     changed_files,
     check_weights,
     check_whole,
     exits_of,
+    graph_of,
     labels_of,
     ledger_of,
     opened,
@@ -32,13 +33,15 @@ from ejax.data.tokenizer import Encoded, Tokenizer, read_tokenizer
 from ejax.errors import UserError, clipped, shown
 from ejax.inference.cost import zero_in_layers
 from ejax.inference.policy import check_calibration
-from ejax.models.early_exit import EarlyExitBert, cut
 from ejax.models.ngrams import unpacked_table
-from ejax.models.weights import config_of, from_hf
+from ejax.models.weights import config_of, cut, from_hf
 from ejax.provenance import Ledger
 from ejax.records import read_json
 from ejax.storage import Held
 from ejax.tasks import Task, task_of
+
+if TYPE_CHECKING:
+    from ejax.models.early_exit import EarlyExitBert
 
 WHOLE_TOKENS = 4096  # of a text, for exit 0
 TEMPERATURES = (1e-3, 1e3)  # the fit stays within 0.05 and 20
@@ -59,7 +62,7 @@ class Bundle:
 
     cfg: BertConfig  # of the layers kept
     exits: ExitConfig
-    variables: Any  # {"params": {"bert": …, "heads": …}}, float32
+    variables: Any  # {"params": {"bert": …, "heads": …}}, float32; with a graph exit 0's alone
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     temperatures: tuple[Any, ...]  # one per exit; of several labels a row of them, see `Task`
@@ -70,6 +73,7 @@ class Bundle:
     # The rows that had a part in it; where it was made of arrays, they are not known.
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     abstain: float = 0.0  # below this certainty a text gets no answer
+    graph: Graph | None = None  # of an exported one: in place of the weights
 
     @property
     def task(self) -> Task:
@@ -81,7 +85,22 @@ class Bundle:
         return np.asarray(self.temperatures, np.float32)
 
     @property
-    def model(self) -> EarlyExitBert:
+    def numerics(self) -> str:
+        """What its logits are computed in: a dtype, or of a graph such as "onnx-int8"."""
+        return f"onnx-{self.graph.precision}" if self.graph else self.cfg.dtype
+
+    def check_weights(self, who: str) -> None:
+        """Raises ValueError where there are no weights of the encoder, which `who` needs."""
+        if self.graph:
+            raise UserError(
+                f"{who} needs the weights of the encoder, and an exported folder holds an ONNX "
+                f"graph instead: give the bundle that it was exported from."
+            )
+
+    @property
+    def model(self) -> "EarlyExitBert":
+        from ejax.models.early_exit import EarlyExitBert  # which imports jax
+
         return EarlyExitBert(self.cfg, self.exits)
 
     @property
@@ -124,11 +143,15 @@ def load_bundle(folder: str | Path, **overrides: Any) -> Bundle:
     Warns:
       UserWarning: where it is of an older format, or a file is not the one that was saved.
     """
-    names = (ROWS, *FILES)
-    with storage.fetched(folder, names) as copy, storage.held(copy, names) as files:
+    with storage.fetched(folder, OWNED) as copy, storage.held(copy, OWNED) as files:
         check_whole(copy, files)
         meta = exits_of(files)
         check_weights(files, meta)
+        if "runtime" in meta and overrides:
+            raise UserError(
+                f"{copy} is an exported ONNX graph, where {' and '.join(overrides)} cannot be set: "
+                f"give the bundle that it was exported from."
+            )
         try:
             bundle = _bundle(files, meta, overrides)
         except ValueError as error:
@@ -160,10 +183,11 @@ def _bundle(files: Mapping[str, Held], meta: dict[str, Any], overrides: dict[str
     encoder = to_json(config_of(config, files[CONFIG].name))
     cfg = cut(from_json(BertConfig, {**encoder, **numerics, **overrides}), exits)
     gone = ("rows", "rows_unknown")
+    graph = graph_of(files, meta)
     return Bundle(
         cfg,
         exits,
-        _variables(files[WEIGHTS], cfg, exits),
+        _zero_variables(files, exits) if graph else _variables(files[WEIGHTS], cfg, exits),
         read_tokenizer(*files[TOKENIZER]),
         labels,
         tuple(tuple(t) if isinstance(t, list) else float(t) for t in meta["temperatures"]),
@@ -173,11 +197,26 @@ def _bundle(files: Mapping[str, Held], meta: dict[str, Any], overrides: dict[str
         {name: value for name, value in meta["provenance"].items() if name not in gone},
         ledger_of(files, meta),
         float(meta.get("abstain", 0.0)),
+        graph,
     )
+
+
+def _zero_variables(files: Mapping[str, Held], exits: ExitConfig) -> Any:
+    """Exit 0's parameters alone, if there is one."""
+    if not exits.has_zero:
+        return {"params": {}}
+    with opened(files[ZERO]) as file:
+        saved = {name.removeprefix(NGRAMS): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        return {"params": {"ngrams": unpacked_table(saved, exits)}}
+    except ValueError as error:
+        raise UserError(f"{files[ZERO].name}: {error}") from None
 
 
 def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
     """float32 parameters; nothing is allocated that the tensors do not fill."""
+    from flax import traverse_util  # which imports jax
+
     path = weights.name
     with opened(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

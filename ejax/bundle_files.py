@@ -9,8 +9,13 @@ exits.json          exits, temperatures, thresholds (of an answer too, where `ab
                     other files, and of its own values
 rows.json           which rows had a part in it, see `ejax.provenance`; may be left out
 README.md           the model card
+
+An exported one, whose exits.json says with which runtime it runs, has instead of model.safetensors:
+model.onnx          all exits after layers, see `ejax.onnx`; exits.json holds its sha256
+ngrams.safetensors  exit 0, where there is one
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -34,8 +39,10 @@ ROWS_APART = 4  # the first that salts their hashes, and keeps them in a file of
 WEIGHTS, CONFIG, TOKENIZER, EXITS = FILES = (
     "model.safetensors", "config.json", "tokenizer.json", "exits.json",
 )  # fmt: skip
+GRAPH, ZERO = "model.onnx", "ngrams.safetensors"
 ROWS = "rows.json"
-SUMMED = (CONFIG, TOKENIZER, ROWS)  # whose sha256 stand in exits.json under "files"
+OWNED = (ROWS, GRAPH, ZERO, *FILES)  # all that may be of a bundle; the last makes it whole
+SUMMED = (CONFIG, TOKENIZER, ROWS, ZERO)  # whose sha256 stand in exits.json under "files"
 ARCHITECTURE = "EarlyExitBert"  # in config.json
 TRAINED = "texts.train"  # a tensor of the formats before ROWS_APART
 NGRAMS = "ngrams."  # before the names of exit 0's tensors
@@ -56,15 +63,49 @@ _PROVENANCE = {
 }
 _MORE = {
     "abstain": float, "ngram_buckets": int, "sha256": str, "files": {...: str}, "center": float,
-    "spread": float,
+    "spread": float, "runtime": Whole(name=str, precision=str, operators=str),
 }  # fmt: skip
+_FIELDS = ("precision", "operators")  # of a runtime, see `Graph`
 _ROWS = Whole(complete=bool, trainings=[Whole(salt=str, rows={...: [str]})])
 
 
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The layers and exits as one ONNX graph, instead of weights; see `ejax.onnx`."""
+
+    content: bytes = dataclasses.field(repr=False)  # of model.onnx
+    precision: str = "float32"  # of its matrix products: float32 or int8
+    operators: str = "onnxruntime"  # that engine's own too, or those of the ONNX standard alone
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("precision", ("float32", "int8")),
+            ("operators", ("onnxruntime", "standard")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(
+                    f"the {name} of an ONNX graph must be {' or '.join(known)}. Got {shown(value)}."
+                )
+
+
+def graph_of(files: Mapping[str, Held], meta: Mapping[str, Any]) -> Graph | None:
+    """That of an exported bundle, where exits.json says that it is one."""
+    if "runtime" not in meta:
+        return None
+    runtime = dict(meta["runtime"])
+    if (name := runtime.pop("name")) != "onnx":
+        raise UserError(
+            f"{files[EXITS].name}: the name of the runtime must be onnx. Got {shown(name)}: "
+            f"update ejax to read this bundle."
+        )
+    return Graph(files[GRAPH].path.read_bytes(), **{k: runtime[k] for k in _FIELDS})
+
+
 def check_whole(folder: Path, files: Mapping[str, Held]) -> None:
-    for name in (*FILES, ROWS):
+    for name in OWNED:
         assets.held(folder / name)  # a pointer of Git LFS, or a link that leads nowhere, says so
-    missing = [name for name in FILES if name not in files]
+    main = GRAPH if GRAPH in files and WEIGHTS not in files else WEIGHTS
+    missing = [name for name in (main, *FILES[1:]) if name not in files]
     if not missing:
         return
     found = f"is not a whole bundle: {', '.join(missing)} missing"
@@ -115,12 +156,21 @@ def _schema(task: type[Task]) -> Whole:
 
 
 def check_weights(files: Mapping[str, Held], meta: Mapping[str, Any]) -> None:
-    path, name = files[WEIGHTS]
-    if meta["format_version"] >= ROWS_APART and sha256_of(path) != meta.get("sha256"):
-        raise UserError(
-            f"{name} is damaged or of another bundle: its sha256 is not that in exits.json. Save "
-            f"or copy the bundle again."
-        )
+    sums = {GRAPH if "runtime" in meta else WEIGHTS: meta.get("sha256")}
+    if "runtime" in meta and 0 in meta["layers"]:
+        sums[ZERO] = meta.get("files", {}).get(ZERO)
+    for file, wanted in sums.items():
+        if file not in files:
+            raise UserError(
+                f"{files[EXITS].name.with_name(file)} is missing, which exits.json speaks of: save "
+                f"or copy the bundle again."
+            )
+        path, name = files[file]
+        if meta["format_version"] >= ROWS_APART and sha256_of(path) != wanted:
+            raise UserError(
+                f"{name} is damaged or of another bundle: its sha256 is not that in exits.json. "
+                f"Save or copy the bundle again."
+            )
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def model_card(bundle: Bundle) -> str:
         f"- Default thresholds: {describe_thresholds(bundle.thresholds)}. "
         f"{p.get('thresholds_from', '')}".rstrip(),
         *([f"- {p['abstain']['sentence']}"] if "abstain" in p else []),
+        *([f"- Runtime: ONNX Runtime, {bundle.graph.precision}"] if bundle.graph else []),
         f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
         f"{bundle.max_length} tokens.",
         "",

@@ -100,6 +100,12 @@ def check_not_forked() -> None:
         )
 
 
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def processor() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ejax import assets, storage
-from ejax.bundle import FILES, ROWS, Bundle
+from ejax.bundle import Bundle
+from ejax.bundle_files import OWNED
 from ejax.card import CARD_FOLDER
 from ejax.errors import UserError
 from ejax.saving import save_bundle
@@ -20,7 +21,7 @@ def bundle_at(name: str | Path, revision: str | None = None) -> str | Path:
     """
     hub_id = isinstance(name, str) and assets.is_hub_id(name)
     if hub_id and not (assets.held(Path(name)) or storage.set_aside(Path(name))):
-        return assets.hub_folder(str(name), (*FILES, ROWS), revision=revision, what="bundle")
+        return assets.hub_folder(str(name), OWNED, revision=revision, what="bundle")
     if revision is not None:
         raise UserError(
             f"revision is for a bundle on the hub, such as 'user/name', that is no folder here. "
@@ -55,7 +56,7 @@ def push_bundle(
                 )
             api.upload_folder(
                 repo_id=url.repo_id, folder_path=folder, commit_message=commit_message,
-                delete_patterns=[ROWS],  # of an earlier one, where this has none
+                delete_patterns=list(OWNED),  # of an earlier one, where this has none
             )  # fmt: skip
         except UserError:
             raise

@@ -22,11 +22,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ejax import storage
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle, check_columns, label_column_of, text_columns_of
-from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.columns import check_still, find_column, find_text_columns
 from ejax.data.files import QUOTED, Quoting, Row, path_format, read_rows, texts_of
 from ejax.data.frames import ParquetWriter
+from ejax.data.tokenizer import Text
 from ejax.errors import UserError
 from ejax.streaming import arriving, chunks
 
@@ -48,7 +49,7 @@ class Summary(NamedTuple):
 
 
 def predict_file(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     source: str,
     output: str,
     *,
@@ -165,7 +166,7 @@ def output_format(source: str, output: str, format: str = "") -> str:
 
 
 def read_texts(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     source: str,
     text_columns: Sequence[str],
     format: str,

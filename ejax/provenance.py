@@ -17,7 +17,8 @@ from ejax.errors import UserError
 
 TRAINED = ("train",)  # the weights
 PICKED = ("dev_a", "placed", "picked")  # which weights and exits are kept
-FITTED = (*TRAINED, *PICKED, "calibration")  # those, and temperatures: they choose no thresholds
+# Those, temperatures, and the ranges of INT8: they choose no thresholds.
+FITTED = (*TRAINED, *PICKED, "calibration", "ranges")
 CHOSEN = (*FITTED, "thresholds")  # those, and thresholds: no report on them
 UNKNOWN = (
     "Which of these rows the bundle was trained or fitted on cannot be known, as its rows.json is "

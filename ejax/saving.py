@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -20,12 +19,15 @@ from ejax.bundle import Bundle
 from ejax.bundle_files import (
     ARCHITECTURE,
     EXITS,
-    FILES,
     FORMAT_VERSION,
+    GRAPH,
     NGRAMS,
+    OWNED,
     ROWS,
     SUMMED,
     WEIGHTS,
+    ZERO,
+    Graph,
     digest_of,
     sha256_of,
 )
@@ -36,7 +38,7 @@ from ejax.errors import UserError
 from ejax.models.ngrams import packed_table
 from ejax.models.weights import to_hf
 
-WRITTEN = (ROWS, *FILES, "README.md")
+WRITTEN = (*OWNED, "README.md")
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -52,8 +54,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, *, rows: bool = True) -> Pat
       ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
     """
     with replacing(folder) as fresh:
-        save_file(_tensors(bundle), fresh / WEIGHTS, metadata={"format": "pt"})
-        weights = {"sha256": sha256_of(fresh / WEIGHTS)}
+        weights = {"sha256": sha256_of(_write_weights(bundle, fresh))}
         bundle.tokenizer.save(fresh)
         _write(fresh / "config.json", hf_config(bundle))
         if rows and (bundle.ledger.trainings or bundle.ledger.complete):
@@ -72,7 +73,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     if storage.is_remote(folder):
         with storage.temporary_folder() as made:
             yield made
-            storage.upload(made, folder, first="config.json", last=EXITS, owned=[ROWS])
+            storage.upload(made, folder, first="config.json", last=EXITS, owned=OWNED)
         return
     folder = Path(os.path.realpath(folder))  # a link stays one
     try:
@@ -82,7 +83,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         with storage.temporary_folder(folder.parent, folder.name) as fresh:
             yield fresh
             fresh.chmod(0o755)
-            (fresh / WEIGHTS).chmod(0o644)  # safetensors makes it private
+            for path in fresh.glob("*.safetensors"):
+                path.chmod(0o644)  # safetensors makes it private
             if folder.exists():
                 _swap(folder, fresh)
             else:
@@ -163,14 +165,24 @@ def _taken(folder: Any) -> bool:
     return bool(held) and not cut_off
 
 
-def _tensors(bundle: Bundle) -> dict[str, np.ndarray]:
-    params = bundle.variables["params"]
+def _write_weights(bundle: Bundle, folder: Path) -> Path:
+    """The file of the weights, or of the graph in their place; next to it exit 0."""
+    params, zero = bundle.variables["params"], {}
+    if bundle.exits.has_zero:
+        packed = packed_table(params["ngrams"])
+        zero = {f"{NGRAMS}{name}": tensor for name, tensor in packed.items()}
+    if bundle.graph:
+        if zero:
+            save_file(zero, folder / ZERO)
+        (folder / GRAPH).write_bytes(bundle.graph.content)
+        return folder / GRAPH
+    from flax import traverse_util  # which imports jax
+
     heads = traverse_util.flatten_dict({"heads": params["heads"]}, sep=".")
     made = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in heads.items()}
-    if bundle.exits.has_zero:
-        saved = packed_table(params["ngrams"])
-        made |= {f"{NGRAMS}{name}": tensor for name, tensor in saved.items()}
-    return to_hf(params["bert"], bundle.cfg) | made
+    tensors = to_hf(params["bert"], bundle.cfg) | made | zero
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder / WEIGHTS
 
 
 def hf_config(bundle: Bundle) -> dict[str, Any]:
@@ -204,8 +216,16 @@ def _exits(bundle: Bundle) -> dict[str, Any]:
         **({"ngram_buckets": bundle.exits.buckets} if bundle.exits.has_zero else {}),
         "dtype": bundle.cfg.dtype,
         "residual_dtype": bundle.cfg.residual_dtype,
+        **_runtime(bundle.graph),
         "provenance": bundle.provenance,
     }
+
+
+def _runtime(graph: Graph | None) -> dict[str, Any]:
+    """Of an exported bundle."""
+    if graph is None:
+        return {}
+    return {"runtime": {"name": "onnx", "precision": graph.precision, "operators": graph.operators}}
 
 
 def _task_fields(exits: ExitConfig) -> dict[str, Any]:

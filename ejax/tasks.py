@@ -9,15 +9,16 @@ Axes: E exits, N rows, C labels, O outputs of a head, K numbers of calibration p
 import dataclasses
 import math
 from collections.abc import Container
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ejax.config import ExitConfig, Problem
 
-Array = jax.Array
+if TYPE_CHECKING:  # a runtime without jax asks tasks too: what computes with it imports it
+    from jax import Array
+else:
+    Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Task:
 
     def losses(self, logits: Array, labels: Array) -> Array:
         """Of every row by its label, [E, N]; 0 for a row without one."""
+        import jax.numpy as jnp
         import optax  # slow to import
 
         rows = optax.softmax_cross_entropy_with_integer_labels(
@@ -59,10 +61,13 @@ class Task:
 
     def beliefs(self, logits: Array) -> Array:
         """What an exit teaches the others, [N, ...]."""
+        import jax
+
         return jax.nn.softmax(logits)
 
     def distances(self, logits: Array, beliefs: Array) -> Array:
         """From beliefs to what each exit says, [E, N]; 0 where they agree."""
+        import jax
         import optax
 
         return optax.losses.kl_divergence(jax.nn.log_softmax(logits), beliefs[None])
@@ -82,6 +87,8 @@ class Task:
           logits: float32 [..., O].
           calibration: float32 [...] or [..., K].
         """
+        import jax.numpy as jnp
+
         scaled = logits / jnp.broadcast_to(calibration, logits.shape[:-1])[..., None]
         shifted = scaled - scaled.max(axis=-1, keepdims=True)
         return 1.0 / jnp.exp(shifted).sum(axis=-1)
@@ -129,6 +136,7 @@ class SeveralLabels(Task):
         return labels[..., 0] >= 0
 
     def losses(self, logits: Array, labels: Array) -> Array:
+        import jax.numpy as jnp
         import optax
 
         given = jnp.maximum(labels, 0.0)
@@ -136,9 +144,13 @@ class SeveralLabels(Task):
         return jnp.where(self.has_label(labels)[None], rows.mean(axis=-1), 0.0)
 
     def beliefs(self, logits: Array) -> Array:
+        import jax
+
         return jax.nn.sigmoid(logits)
 
     def distances(self, logits: Array, beliefs: Array) -> Array:
+        import jax
+        import jax.numpy as jnp
         import optax
 
         own, p = jnp.broadcast_arrays(logits, beliefs[None])
@@ -156,6 +168,9 @@ class SeveralLabels(Task):
         As a share of the way to 0 or 1. In the spirit of F-PABEE (Gao et al., ICASSP 2023), which
         compares whole distributions of neighbouring exits.
         """
+        import jax
+        import jax.numpy as jnp
+
         whole = jnp.broadcast_to(calibration, (*logits.shape[:-1], 2 * self.labels))
         temperature, decision = jnp.split(whole, 2, axis=-1)
         return _least_way(jax.nn.sigmoid(logits / temperature), decision, jnp)
@@ -232,6 +247,9 @@ class Regression(Task):
         rows (Seitzer et al., "On the Pitfalls of Heteroscedastic Uncertainty Estimation", ICLR
         2022, with beta = 1).
         """
+        import jax
+        import jax.numpy as jnp
+
         known = self.has_label(labels)
         off = (logits[..., 0] - jnp.where(known, labels, 0.0)[None]) / self.spread
         log_sigma = logits[..., 1] - math.log(self.spread)
@@ -251,6 +269,8 @@ class Regression(Task):
 
     def deviation(self, logits: Any, calibration: Any) -> Any:
         """The error an exit expects of itself, in the unit of the scores: float32 [...]."""
+        import jax.numpy as jnp
+
         return jnp.exp(logits[..., 1]) * calibration
 
     def answers(self, logits: np.ndarray, calibration: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ from ejax.evaluation.bench import AGAINST, bench, build, settings_of
 from ejax.evaluation.bench_page import save_bench
 from ejax.evaluation.contenders import Setting
 from ejax.evaluation.evaluate import best_full_depth
-from ejax.export import export_hf
+from ejax.export.hf import export_hf
 from ejax.inference.cost import Profile
 
 TEXTS = [text for _, text in tiny.rows(30, seed=5)]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ejax.base import TextClassifier
 from ejax.calibration.metrics import accuracy, paired_interval
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli.options import Bundle, Data, LabelColumn, TextColumns, check_json, check_split
@@ -85,7 +86,7 @@ def main(
 
 
 def probe(
-    clf: EarlyExitClassifier, given: dict[str, Split], *, progress: Callable[[str], None]
+    clf: TextClassifier, given: dict[str, Split], *, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Per exit of the encoder, its accuracy and that of the regression on other rows.
 

@@ -19,6 +19,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
 from ejax.answers import certainty
+from ejax.base import TextClassifier
 from ejax.calibration.metrics import accuracy
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli.options import Bundle, Data, TextColumns, check_json, check_split, count_fitted
@@ -36,7 +37,7 @@ from ejax.training.outcome import short_path
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-def scores(clf: EarlyExitClassifier, encoded: Encoded, decision: Decision) -> dict[str, np.ndarray]:
+def scores(clf: TextClassifier, encoded: Encoded, decision: Decision) -> dict[str, np.ndarray]:
     """By name, each float [N], higher is surer.
 
     The largest logit is that of Hendrycks et al., "Scaling Out-of-Distribution Detection for

@@ -106,7 +106,7 @@ def export(
     Only for bundles with pooling cls and mix last: others read what it has no place for.
     """
     from ejax.bundle import load_bundle
-    from ejax.export import export_hf
+    from ejax.export.hf import export_hf
 
     if format != "hf":
         raise UserError(f"--format must be hf. Got {format!r}.")

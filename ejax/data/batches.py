@@ -9,14 +9,26 @@ Axes: B batch, T tokens, N rows.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ejax.data.tokenizer import Encoded, bucket_of
 from ejax.errors import UserError
-from ejax.models.bert import Batch
 
-__all__ = ["Step", "bucket_of", "eval_plan", "pad", "take", "train_plan", "worth_compiling"]
+if TYPE_CHECKING:
+    from ejax.models.bert import Batch
+
+__all__ = [
+    "Step",
+    "arrays_of",
+    "bucket_of",
+    "eval_plan",
+    "pad",
+    "take",
+    "train_plan",
+    "worth_compiling",
+]
 
 # What one more program to compile is worth, in tokens trained on: 24 s of compiling the step of
 # MiniLM-L6 on 2 CPU cores, where that trains about 2,700 tokens a second.
@@ -96,8 +108,17 @@ def eval_plan(
     ]
 
 
-def pad(encoded: Encoded, rows: np.ndarray, length: int) -> Batch:
-    """Rows of `encoded` padded to `length` tokens: a Batch of numpy int32 [B, T].
+def pad(encoded: Encoded, rows: np.ndarray, length: int) -> "Batch":
+    """`arrays_of` as a Batch."""
+    from ejax.models.bert import Batch  # which imports jax
+
+    return Batch(*arrays_of(encoded, rows, length))
+
+
+def arrays_of(
+    encoded: Encoded, rows: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `encoded` padded to `length` tokens: their ids, mask and types, int32 [B, T].
 
     Padding tokens, and the whole of a row -1, have id 0, type 0 and mask 0.
 
@@ -122,10 +143,12 @@ def pad(encoded: Encoded, rows: np.ndarray, length: int) -> Batch:
     types = np.zeros(mask.shape, np.int32)
     ids[mask] = encoded.ids[tokens]
     types[mask] = encoded.types[tokens]
-    return Batch(ids, mask.astype(np.int32), types)
+    return ids, mask.astype(np.int32), types
 
 
-def take(encoded: Encoded, labels: np.ndarray, step: Step) -> tuple[Batch, np.ndarray, np.ndarray]:
+def take(
+    encoded: Encoded, labels: np.ndarray, step: Step
+) -> tuple["Batch", np.ndarray, np.ndarray]:
     """A step's (Batch [B, T], labels [B, ...], weights float32 [B]).
 
     Padding rows have mask 0, label 0 and weight 0; all others have weight 1.

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ejax.answers import certainty
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, check_accuracy, in_words, lowest_abstain
-from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import rows_for_thresholds
 
 
 def choose_abstain(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     split: Split,
     accuracy: float,
     *,
@@ -53,7 +53,7 @@ def choose_abstain(
         "target": accuracy,
         "data": split.origin,
         "rows_left_out": len(split) - len(right),
-        "dtype": bundle.cfg.dtype,
+        "dtype": bundle.numerics,
         "date": time.strftime("%Y-%m-%d"),
         "sentence": f"No answer below a certainty of {found['threshold']:.4g}: the lowest at which "
         f"{100 * accuracy:g} % of the answers are right, estimated on {split.origin}: "

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
@@ -57,13 +58,13 @@ RANGED = ("onnx-int8-static", "openvino-int8")  # need texts for the ranges of a
 
 
 def bench(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     labels: Sequence[int],
     *,
     threshold: float | None = None,
     against: Sequence[str] = tuple(AGAINST),
-    beside: Mapping[str, EarlyExitClassifier] | None = None,
+    beside: Mapping[str, TextClassifier] | None = None,
     rivals: Sequence[Rival] = (),
     ranges: Sequence[Any] = (),
     repeats: int = 3,
@@ -130,7 +131,7 @@ def bench(
         "early_exit": early_facts(clf, encoded, levels, full, truth),
         "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
-        "dtype": clf.bundle.cfg.dtype,
+        "dtype": clf.bundle.numerics,
         "profiled": clf.shapes.profile is not None,
         "tokenising_seconds": tokenising_seconds,
         "repeats": repeats,
@@ -164,12 +165,12 @@ def bench(
 
 
 def line_up(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     texts: Sequence[Any],
     encoded: Encoded,
     levels: Sequence[float],
     against: Sequence[str],
-    beside: Mapping[str, EarlyExitClassifier],
+    beside: Mapping[str, TextClassifier],
     rivals: Sequence[Rival],
     ranges: Sequence[Any],
     progress: Callable[[str], None],
@@ -193,7 +194,7 @@ def line_up(
         else:
             field.append(found)
 
-    def full_run(model: EarlyExitClassifier, rows: Encoded) -> Run:
+    def full_run(model: TextClassifier, rows: Encoded) -> Run:
         best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
@@ -227,7 +228,7 @@ def line_up(
 
 
 def early_facts(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     levels: Sequence[float],
     full: np.ndarray,
@@ -275,7 +276,7 @@ def settings_of(name: str) -> list[Setting]:
 
 
 def curve(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     truth: np.ndarray,
     progress: Callable[[str], None],
@@ -296,6 +297,9 @@ def curve(
     return points
 
 
-def in_float32(clf: EarlyExitClassifier) -> EarlyExitClassifier:
+def in_float32(clf: TextClassifier) -> TextClassifier:
+    """The same weights; an exported graph has its own numerics alone."""
+    if not isinstance(clf, EarlyExitClassifier):
+        return clf
     cfg = dataclasses.replace(clf.bundle.cfg, dtype="float32", residual_dtype="float32")
     return EarlyExitClassifier(dataclasses.replace(clf.bundle, cfg=cfg), devices=clf.devices)

@@ -4,7 +4,12 @@ Rows of a batch are padded to the longest of them; a pool is sorted by length fi
 """
 
 import dataclasses
+<<<<<<< HEAD
 import os
+=======
+import tempfile
+import warnings
+>>>>>>> runtime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,12 +22,13 @@ from scipy.special import softmax
 from ejax.bundle import Bundle
 from ejax.data.batches import pad
 from ejax.data.tokenizer import Encoded, Text
+from ejax.hardware import usable_cores
 from ejax.models.heads import mix_columns
 from ejax.models.ngrams import ragged_logits
 from ejax.models.weights import to_hf
 from ejax.saving import hf_config
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 
 
 class Setting(NamedTuple):

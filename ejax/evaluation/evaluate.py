@@ -18,10 +18,10 @@ from rich.table import Table
 
 from ejax import storage
 from ejax.answers import certainty, chosen
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import lost_points, macro_f1
-from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
 from ejax.hardware import environment
@@ -39,7 +39,7 @@ Level = float | tuple[float, ...] | str | None  # of a run, "full" is the baseli
 
 
 def evaluate(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     labels: np.ndarray,
     thresholds: Sequence[float | tuple[float, ...] | None],
@@ -110,13 +110,13 @@ def evaluate(
         "rows": rows,
         "metric": task.metric,
         "layers": list(clf.bundle.exits.layers),
-        "dtype": clf.bundle.cfg.dtype,
+        "dtype": clf.bundle.numerics,
         "repeats": repeats,
         f"exit_{task.metric}": exit_measures(clf.bundle, exit_logits, labels),
         "full": {
             **measures(task, full_answers, labels),
             "tiles": {
-                length: baseline.shapes.tile(length)
+                length: baseline.tile(length)
                 for length in sorted({shape.length for _, shape in pools})
             },
             **times["full"],
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def speed(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     encoded: Encoded,
     pools: "Pools",
     decision: Decision,
@@ -186,7 +186,7 @@ def compared_with_rivals(
     return {"rivals": linear, "enough": told}
 
 
-def of_own(clf: EarlyExitClassifier, decision: Decision, labels: np.ndarray) -> dict[str, Any]:
+def of_own(clf: TextClassifier, decision: Decision, labels: np.ndarray) -> dict[str, Any]:
     """Of a decision at the bundle's own thresholds, what is known.
 
     Returns:
@@ -214,7 +214,7 @@ def exit_measures(bundle: Bundle, logits: np.ndarray, labels: np.ndarray) -> lis
     return [task.measure(task.answers(*of_exit), labels) for of_exit in each]
 
 
-def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> float:
+def tile_rounding(clf: TextClassifier, pools: Pools, exit: np.ndarray) -> float:
     """Tokens that the engine's tiles hold over those of the rows alive, weighted by layers."""
     exits = clf.bundle.exits
     layers, exit = np.diff((0, *exits.encoder.layers)), exit - exits.has_zero
@@ -226,7 +226,7 @@ def tile_rounding(clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray) -> f
 
 
 def predicted(
-    clf: EarlyExitClassifier, pools: Pools, exit: np.ndarray, encoded: Encoded
+    clf: TextClassifier, pools: Pools, exit: np.ndarray, encoded: Encoded
 ) -> float | None:
     """Seconds by the profile of this machine; None where there is none of these lengths."""
     profile = clf.shapes.profile
@@ -239,7 +239,7 @@ def predicted(
     )
 
 
-def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClassifier:
+def best_full_depth(clf: TextClassifier, encoded: Encoded) -> TextClassifier:
     """The classifier whose tiles run rows of the commonest length fastest at full depth.
 
     Those are this machine's profile of each length, where there is one, and the same number of
@@ -260,7 +260,7 @@ def best_full_depth(clf: EarlyExitClassifier, encoded: Encoded) -> EarlyExitClas
 
 
 def quality(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     tokens: np.ndarray,
     labels: np.ndarray,
     decision: Decision,

@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.calibration.drift import depth_of
 from ejax.calibration.placement import cheapest, check_count, place, point_of
@@ -27,7 +28,7 @@ from ejax.timing import interleaved, medians
 
 
 def place_exits(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     split: Split,
     count: int,
     *,
@@ -51,6 +52,8 @@ def place_exits(
       ValueError: without a profile, or where no rows are left.
     """
     bundle = clf.bundle
+    bundle.check_weights("place")
+    assert isinstance(clf, EarlyExitClassifier)  # what has weights is one
     check_single(bundle, "place")
     needed_profile(clf, "placing exits")
     check_count(count, len(bundle.exits.layers), bundle.adds_evidence)

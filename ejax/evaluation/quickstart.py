@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ejax import assets, storage
+from ejax.base import TextClassifier
 from ejax.card import describe_thresholds
 from ejax.classifier import EarlyExitClassifier
 from ejax.config import DataConfig, TrainConfig, override, smoke
@@ -177,7 +178,7 @@ def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
         raise UserError(failed)
 
 
-def examples(clf: EarlyExitClassifier, rows: list[sources.Example]) -> Table:
+def examples(clf: TextClassifier, rows: list[sources.Example]) -> Table:
     """Predictions on a few rows, of those that leave first and those that leave last."""
     shown = rows[:: max(1, len(rows) // 200)][:200]
     texts = [row.inputs for row in shown]

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.drift import depth_of
-from ejax.classifier import EarlyExitClassifier
 from ejax.data.rows import encode
 from ejax.data.sources import Split
 from ejax.errors import UserError
@@ -19,7 +19,7 @@ FEWEST = 2  # rows; far more are needed for temperatures to mean something
 
 
 def recalibrate(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     split: Split,
     *,
     max_drop: float | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ejax.base import TextClassifier
 from ejax.calibration import honesty, metrics
 from ejax.calibration.thresholds import (
     FULL,
@@ -24,9 +25,9 @@ from ejax.calibration.thresholds import (
     policies,
     totals,
 )
-from ejax.classifier import EarlyExitClassifier, Text
 from ejax.data.rows import encode
 from ejax.data.sources import Example, Split
+from ejax.data.tokenizer import Text
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside, check_single
 from ejax.evaluation.targets import FAMILIES
@@ -44,10 +45,10 @@ MOST_LABELS = 20  # slices; of more classes the most frequent
 
 
 def make_report(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     split: Split,
     *,
-    beside: Mapping[str, EarlyExitClassifier] | None = None,
+    beside: Mapping[str, TextClassifier] | None = None,
     train: Sequence[Example] = (),
     encoder: str = "",
     repeats: int = 3,
@@ -203,7 +204,7 @@ def banded(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def full_depth_of(
-    clf: EarlyExitClassifier, inputs: Sequence[Text], labels: np.ndarray, repeats: int
+    clf: TextClassifier, inputs: Sequence[Text], labels: np.ndarray, repeats: int
 ) -> dict[str, Any]:
     """Accuracy and time of another bundle's full depth on the same texts."""
     encoded = clf.encode(inputs)

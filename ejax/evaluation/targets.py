@@ -15,13 +15,13 @@ import numpy as np
 from rich.table import Table as Shown
 from rich.text import Text
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.calibration import risk, thresholds
 from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.card import describe_threshold
-from ejax.classifier import EarlyExitClassifier
 from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
@@ -107,7 +107,7 @@ class Target:
 
 
 def choose(
-    clf: EarlyExitClassifier,
+    clf: TextClassifier,
     split: Split,
     target: Target,
     *,
@@ -142,8 +142,7 @@ def choose(
         check_known(bundle.ledger, rows_are_new, "a promise")
     # A promise is for one compute type; one that ends here no longer asks for it.
     one_type = target.promises or (clf.one_type and not promises_risk(bundle.provenance))
-    if one_type != clf.one_type:
-        clf = EarlyExitClassifier(bundle, shapes=clf.shapes, devices=clf.devices, one_type=one_type)
+    clf = clf.in_one_type(one_type)
     if len(bundle.exits.layers) == 1:
         raise UserError("this bundle has one exit: there are no thresholds to choose.")
     if target.budget_ms is not None:
@@ -174,7 +173,7 @@ def choose(
         "rows": len(task.labels),
         "rows_left_out": len(split) - len(task.labels),
         "copies": copies,
-        "dtype": bundle.cfg.dtype,
+        "dtype": bundle.numerics,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         **points,
@@ -211,7 +210,7 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> TokenizedSplit:
     return task.take(task.without(bundle.ledger.among(task.hashes, FITTED), refusal))
 
 
-def table_of(clf: EarlyExitClassifier, task: TokenizedSplit) -> Table:
+def table_of(clf: TextClassifier, task: TokenizedSplit) -> Table:
     """Every exit's answers, as the engine gives them."""
     return thresholds.make_table(
         clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
@@ -232,7 +231,7 @@ def with_tolerance(table: Table, tolerance: float | None) -> Table:
 class Costs:
     """Milliseconds per text: by this machine's profile, and by trial."""
 
-    def __init__(self, clf: EarlyExitClassifier, encoded: Encoded) -> None:
+    def __init__(self, clf: TextClassifier, encoded: Encoded) -> None:
         self.clf, self.encoded = clf, encoded
         self.pools = list(clf.pools(encoded.lengths))
         bundle = clf.bundle
@@ -278,7 +277,7 @@ class Costs:
         return ms if self.call is None else ms | {"ms_alone": self.alone(taken)}
 
 
-def needed_profile(clf: EarlyExitClassifier, what: str, rows: int | None = None) -> Profile:
+def needed_profile(clf: TextClassifier, what: str, rows: int | None = None) -> Profile:
     """This machine's profile, where it holds every length of the bundle.
 
     Args:

@@ -3,17 +3,16 @@
 Axes: N rows, E exits, C classes.
 """
 
-from typing import Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ejax.errors import UserError
 from ejax.tasks import Task
 
-Array = jax.Array
-
+if TYPE_CHECKING:  # a runtime without jax has these rules too
+    from jax import Array
 
 ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 
@@ -40,6 +39,8 @@ def select_exit(
     Raises:
       ValueError: on a wrong shape, a threshold that is not a number.
     """
+    import jax.numpy as jnp
+
     logits = jnp.asarray(logits, jnp.float32)
     if logits.ndim != 3:
         raise UserError(f"logits must have shape [E, N, C]. Got {logits.shape}.")
@@ -54,8 +55,10 @@ def select_exit(
     return Decision(logits[exit, row], exit, scores[exit, row])
 
 
-def exit_scores(task: Task, logits: Any, calibration: np.ndarray) -> Array:
+def exit_scores(task: Task, logits: Any, calibration: np.ndarray) -> "Array":
     """Of every row at every exit: float32 [E, N], logits [E, N, O], calibration [E] or [E, K]."""
+    import jax.numpy as jnp
+
     return task.score(jnp.asarray(logits, jnp.float32), jnp.asarray(calibration)[:, None])
 
 
@@ -68,7 +71,7 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> Any:
         values = as_float32(thresholds)
     except (TypeError, ValueError):
         values = np.asarray(np.nan)
-    if not isinstance(values, jax.Array) and np.isnan(values).any():
+    if isinstance(values, np.ndarray) and np.isnan(values).any():
         raise UserError(
             f"thresholds must be numbers: one, one per exit [{exits}], or one per row and exit. "
             f"Got {thresholds!r}."
@@ -77,7 +80,13 @@ def broadcast_thresholds(thresholds: Any, rows: int, exits: int) -> Any:
         raise UserError(
             f"thresholds must have shape (), ({exits},) or ({rows}, {exits}). Got {values.shape}."
         )
-    return (np if isinstance(values, np.ndarray) else jnp).broadcast_to(values, (rows, exits))
+    return values.__array_namespace__().broadcast_to(values, (rows, exits))
+
+
+def is_traced(values: Any) -> bool:
+    """Whether it is part of a caller's jit; where jax was never imported nothing is."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(values, jax.core.Tracer)
 
 
 def as_float32(thresholds: Any) -> Any:
@@ -85,9 +94,10 @@ def as_float32(thresholds: Any) -> Any:
 
     Traced inside a caller's jit it stays so, and nothing is known of its values.
     """
-    if isinstance(thresholds, jax.core.Tracer):
+    if is_traced(thresholds):
+        jnp = thresholds.__array_namespace__()
         return jnp.where(thresholds > 1, jnp.maximum(thresholds, ABOVE_1), thresholds).astype(
-            jnp.float32
+            np.float32
         )
     given = np.asarray(thresholds, np.float64)
     return np.where(given > 1, np.maximum(given, ABOVE_1), given).astype(np.float32)
@@ -99,8 +109,8 @@ def check_calibration(task: Task, values: Any, exits: int) -> Any:
     if not plain.ndim:
         return check_temperatures(values, exits)
     shape = (exits, len(plain))
-    if isinstance(values, jax.core.Tracer) and values.shape in (plain.shape, shape):
-        return jnp.broadcast_to(values.astype(jnp.float32), shape)
+    if is_traced(values) and values.shape in (plain.shape, shape):
+        return values.__array_namespace__().broadcast_to(values.astype(np.float32), shape)
     try:
         given = np.asarray(plain if values is None else values, np.float32)
     except (TypeError, ValueError):
@@ -118,8 +128,9 @@ def check_calibration(task: Task, values: Any, exits: int) -> Any:
 
 def check_temperatures(temperatures: Any, exits: int) -> Any:
     """float32 [E]; None means 1 for every exit. Traced ones stay so, whatever their values."""
-    if isinstance(temperatures, jax.core.Tracer) and temperatures.shape in ((), (exits,)):
-        return jnp.broadcast_to(temperatures.astype(jnp.float32), (exits,))
+    if is_traced(temperatures) and temperatures.shape in ((), (exits,)):
+        jnp = temperatures.__array_namespace__()
+        return jnp.broadcast_to(temperatures.astype(np.float32), (exits,))
     try:
         values = np.asarray(1.0 if temperatures is None else temperatures, np.float32)
     except (TypeError, ValueError):

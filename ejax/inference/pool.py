@@ -37,8 +37,8 @@ from ejax.inference.prepared import Prepared, RunLayer, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
+from ejax.models.heads import NGramExit
 from ejax.models.heads import pool as pool_tokens
-from ejax.models.ngrams import NGramExit
 from ejax.tasks import task_of
 
 Array = jax.Array

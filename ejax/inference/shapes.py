@@ -20,7 +20,7 @@ from ejax.inference.schedule import SMALL_TILE, tile_sizes
 
 
 @functools.cache
-def _say_once(sentence: str) -> None:
+def say_once(sentence: str) -> None:
     logging.getLogger("ejax").info(sentence)
 
 
@@ -70,7 +70,7 @@ class Shapes:
         tiles = {t: rows for t, rows in profile.tile.items() if rows != Shapes().tile(t)}
         if tiles or {alone, profile.dtype} != {usual}:
             of = ", ".join(f"{rows} x {length}" for length, rows in tiles.items())
-            _say_once(
+            say_once(
                 f"by the profile of {profile.date} tiles compute in {profile.dtype} and a text "
                 f"alone in {alone}" + (f"; tiles of {of} tokens" if of else "")
             )

@@ -3,27 +3,19 @@
 Axes: B batch, E exits, C classes, D width.
 """
 
-import dataclasses
-
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejax.config import BertConfig, ExitConfig, check_layers
+from ejax.config import BertConfig, ExitConfig
 from ejax.models.bert import Batch, BertModel
-from ejax.models.heads import ExitHeads, mix_in, pool
-from ejax.models.ngrams import NGramExit
+from ejax.models.heads import ExitHeads, NGramExit, mix_in, pool
+from ejax.models.weights import cut
 from ejax.tasks import task_of
 
 Array = jax.Array
-
-
-def cut(cfg: BertConfig, exits: ExitConfig) -> BertConfig:
-    """The encoder kept: the layers above the last exit are never run, nor stored."""
-    check_layers(exits.layers, cfg.num_hidden_layers)
-    return dataclasses.replace(cfg, num_hidden_layers=exits.num_layers)
 
 
 class EarlyExitBert(nn.Module):

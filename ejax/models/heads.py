@@ -4,7 +4,7 @@ Schwartz et al., "The Right Tool for the Job" (ACL 2020), section 3.1: every exi
 reads a learned, weighted sum of the pooled outputs of all layers up to its own.
 Here the weights are a softmax, where the paper's code normalises them to length 1.
 
-Axes: B batch, T tokens, D width, L layers, E exits, C classes.
+Axes: B batch, T tokens, D width, L layers, E exits, C classes; of exit 0 G buckets, R rank.
 """
 
 import math
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejax.config import BertConfig, ExitConfig
-from ejax.models.bert import Projection, dropout, fold_in, pass_back
+from ejax.models.bert import Batch, Projection, dropout, fold_in, pass_back
+from ejax.models.ngrams import TINY, exits_after, hashed
 from ejax.tasks import task_of
 
 Array = jax.Array
@@ -132,3 +133,33 @@ class ExitHeads(nn.Module):
             numbers = first + jnp.arange(len(self.config.layers))
             keys = jax.vmap(fold_in, (None, 0))(keys, numbers)
         return self.exits(mixed, keys)
+
+
+class NGramExit(nn.Module):
+    """Exit 0, see `ejax.models.ngrams`: logits float32 [B, C] of a batch, and weights [E - 1].
+
+    Parameters: `table` [G, R + 1], `bias` [C], `evidence` [E - 1], the weights of these logits in
+    the later exits, and, where R is not C, `kernel` [R, C].
+    """
+
+    exits: ExitConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch) -> tuple[Array, Array]:
+        g, r, c = self.exits.buckets, self.exits.rank, self.exits.num_labels
+        zeros = nn.initializers.zeros
+        table = self.param("table", zeros, (g, r + 1), jnp.float32)
+        bias = self.param("bias", zeros, (c,), jnp.float32)
+        evidence = self.param("evidence", zeros, (exits_after(self.exits),), jnp.float32)
+        following, real = jnp.roll(batch.ids, -1, axis=1), batch.mask > 0
+        same = (
+            real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
+        )
+        grams = jnp.concatenate(hashed(batch.ids, following, batch.types, g), axis=1)
+        held = jnp.concatenate([real, same.at[:, -1].set(False)], axis=1)
+        sums = jnp.where(held[:, :, None], table[grams], 0.0).sum(axis=1)
+        vectors = sums[:, :-1] / jnp.sqrt(jnp.maximum(sums[:, -1:], TINY))
+        if r != c:
+            kernel = self.param("kernel", zeros, (r, c), jnp.float32)
+            vectors = jnp.einsum("br,rc->bc", vectors, kernel, precision="highest")
+        return vectors + bias[None], evidence

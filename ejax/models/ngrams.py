@@ -17,16 +17,10 @@ Axes: B batch, T tokens, N rows, G buckets, R rank, C classes, E exits.
 
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ejax.config import ExitConfig
 from ejax.errors import UserError
-from ejax.models.bert import Batch
-
-Array = jax.Array
 
 # Odd, so that a product with them loses nothing modulo a power of two; as int32, whose products
 # wrap alike in numpy, XLA, ONNX and JavaScript's Math.imul.
@@ -80,7 +74,9 @@ def ragged_grams(ids: Any, types: Any, offsets: Any, buckets: int) -> Any:
 
 
 def ragged_logits(params: Any, ids: Any, types: Any, offsets: Any) -> np.ndarray:
-    """`NGramExit` on the host, on rows of any length that nobody padded: float32 [N, C].
+    """Logits of rows of any length that nobody padded, on the host: float32 [N, C].
+
+    `ejax.models.heads.NGramExit` computes the same of padded ones.
 
     Args: see `ragged_grams`.
     """
@@ -134,33 +130,3 @@ def unpacked_table(saved: dict[str, np.ndarray], exits: ExitConfig) -> dict[str,
 def exits_after(exits: ExitConfig) -> int:
     """How many exits come after layers."""
     return len(exits.encoder.layers)
-
-
-class NGramExit(nn.Module):
-    """Logits float32 [B, C] of a batch, from its tokens alone, and their weights [E - 1].
-
-    Parameters: `table` [G, R + 1], `bias` [C], `evidence` [E - 1], the weights of these logits in
-    the later exits, and, where R is not C, `kernel` [R, C].
-    """
-
-    exits: ExitConfig
-
-    @nn.compact
-    def __call__(self, batch: Batch) -> tuple[Array, Array]:
-        g, r, c = self.exits.buckets, self.exits.rank, self.exits.num_labels
-        zeros = nn.initializers.zeros
-        table = self.param("table", zeros, (g, r + 1), jnp.float32)
-        bias = self.param("bias", zeros, (c,), jnp.float32)
-        evidence = self.param("evidence", zeros, (exits_after(self.exits),), jnp.float32)
-        following, real = jnp.roll(batch.ids, -1, axis=1), batch.mask > 0
-        same = (
-            real & jnp.roll(real, -1, axis=1) & (batch.types == jnp.roll(batch.types, -1, axis=1))
-        )
-        grams = jnp.concatenate(hashed(batch.ids, following, batch.types, g), axis=1)
-        held = jnp.concatenate([real, same.at[:, -1].set(False)], axis=1)
-        sums = jnp.where(held[:, :, None], table[grams], 0.0).sum(axis=1)
-        vectors = sums[:, :-1] / jnp.sqrt(jnp.maximum(sums[:, -1:], TINY))
-        if r != c:
-            kernel = self.param("kernel", zeros, (r, c), jnp.float32)
-            vectors = jnp.einsum("br,rc->bc", vectors, kernel, precision="highest")
-        return vectors + bias[None], evidence

@@ -4,16 +4,17 @@ Axes: D width, H heads, K head size, F feed-forward, L layers, E exits,
 V vocabulary, P positions.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp  # also teaches numpy the name "bfloat16"
+import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
 import numpy as np
 
 from ejax import assets
-from ejax.config import BertConfig, field_types, from_json, to_json
+from ejax.config import BertConfig, ExitConfig, check_layers, field_types, from_json, to_json
 from ejax.errors import UserError, clipped, shown
 
 Params = dict[str, Any]
@@ -156,6 +157,12 @@ def config_of(values: Mapping[str, Any], path: Path) -> BertConfig:
         raise UserError(f"{path}: {error}") from None
 
 
+def cut(cfg: BertConfig, exits: ExitConfig) -> BertConfig:
+    """The encoder kept: the layers above the last exit are never run, nor stored."""
+    check_layers(exits.layers, cfg.num_hidden_layers)
+    return dataclasses.replace(cfg, num_hidden_layers=exits.num_layers)
+
+
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder, from one file or from the shards that an index names."""
     path = folder / WEIGHTS
@@ -163,6 +170,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if assets.held(path):
         return _read_file(path)
     if not assets.held(index):
+        if (folder / "model.onnx").exists():
+            raise UserError(
+                f"{folder} holds an ONNX graph, not the weights that a training starts from: give "
+                f"the bundle that it was exported from."
+            )
         names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise UserError(
             f"{folder} has no {WEIGHTS}, the one format read; it holds {names}. Convert "
@@ -323,6 +335,8 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
     """
     if not isinstance(bert, Mapping) or "layers" not in bert:
         raise UserError("bert must be the parameters, the second value that load_bert returns.")
+    import jax.numpy as jnp
+
     if "bert" not in variables.get("params", {}):
         raise UserError('variables must be {"params": {"bert": …}}, as EarlyExitBert.init gives.')
     params = variables["params"]

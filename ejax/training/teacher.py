@@ -13,9 +13,10 @@ import numpy as np
 from scipy.special import softmax
 
 from ejax.bundle import Bundle, check_alike, load_bundle
-from ejax.classifier import EarlyExitClassifier, check_finite
+from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.errors import UserError
+from ejax.inference.shapes import check_finite
 
 CHUNK_ROWS = 1 << 16  # tokenised and run together
 

@@ -29,6 +29,7 @@ def export_hf(bundle: Bundle, folder: str | Path) -> Path:
                 f"{folder} is a bundle, which a plain classifier would replace: "
                 f"choose another output folder."
             )
+    bundle.check_weights("ejax export")
     exits = bundle.exits
     if bundle.task.metric != "accuracy":
         raise UserError(
