@@ -4,12 +4,6 @@ Rows of a batch are padded to the longest of them; a pool is sorted by length fi
 """
 
 import dataclasses
-<<<<<<< HEAD
-import os
-=======
-import tempfile
-import warnings
->>>>>>> runtime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
