@@ -66,7 +66,8 @@ class EarlyExitClassifier(TextClassifier):
         self._single = self.model, self._weights  # of a text alone
         profile, dtype = self.shapes.profile, bundle.cfg.dtype
         if profile and not one_type and profile.dtype == dtype != profile.single_dtype:
-            cfg = dataclasses.replace(bundle.cfg, dtype=profile.single_dtype)
+            single: Any = profile.single_dtype
+            cfg = dataclasses.replace(bundle.cfg, dtype=single)
             model = dataclasses.replace(bundle.without_zero, cfg=cfg).model
             self._single = model, self._prepared(model)
 
@@ -122,10 +123,10 @@ class EarlyExitClassifier(TextClassifier):
         """
         bundle = load_bundle(bundle_at(folder, revision), **overrides)
         if bundle.graph:
-            return OnnxClassifier._of(bundle, folder, None)
+            return OnnxClassifier._of(bundle, folder, None, profile)
         measured = profile_for(bundle.cfg, profile)
         if "dtype" not in overrides:
-            dtype = measured.dtype if measured else fastest_dtype()
+            dtype: Any = measured.dtype if measured else fastest_dtype()
             cfg = dataclasses.replace(bundle.cfg, dtype=dtype)
             bundle = dataclasses.replace(bundle, cfg=cfg)
         used, target = bundle.cfg.dtype, bundle.provenance.get("target", {})

@@ -9,10 +9,13 @@ float32 [E] or [E, K] (see `Task`) and, where exits add exit 0's evidence, `zero
 Axes: N rows, B rows of a tile, T tokens, E exits after layers, C classes, O outputs of a head.
 """
 
+import ctypes
 import dataclasses
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError, clipped
 from ejax.hardware import usable_cores
 from ejax.hub import bundle_at
+from ejax.inference.cost import profile_for
 from ejax.inference.policy import Decision, broadcast_thresholds
 from ejax.inference.shapes import Pool, Shape, Shapes, say_once
 from ejax.provenance import promises_risk
@@ -75,7 +79,12 @@ class OnnxClassifier(TextClassifier):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, revision: str | None = None, threads: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        threads: int | None = None,
+        profile: str | Path | None = "auto",
     ) -> "OnnxClassifier":
         """Loads an exported folder, or one of the hub by a string "user/name".
 
@@ -84,12 +93,21 @@ class OnnxClassifier(TextClassifier):
         Args:
           revision: on the hub, a branch, a tag or a commit; None is main.
           threads: see `OnnxClassifier`.
+          profile: as of `EarlyExitClassifier.from_pretrained`; it says what texts cost, and changes
+            nothing else.
         """
-        return cls._of(load_bundle(bundle_at(folder, revision)), folder, threads)
+        return cls._of(load_bundle(bundle_at(folder, revision)), folder, threads, profile)
 
     @classmethod
-    def _of(cls, bundle: Bundle, folder: str | Path, threads: int | None) -> "OnnxClassifier":
+    def _of(
+        cls,
+        bundle: Bundle,
+        folder: str | Path,
+        threads: int | None,
+        profile: str | Path | None,
+    ) -> "OnnxClassifier":
         made, used = cls(bundle, threads=threads), bundle.numerics
+        made.shapes = Shapes(profile=profile_for(bundle.cfg, profile, *made.runtime))
         promised = bundle.provenance.get("target", {}).get("dtype")
         if promises_risk(bundle.provenance) and promised not in (None, used):
             warnings.warn(
@@ -99,6 +117,13 @@ class OnnxClassifier(TextClassifier):
             )
         say_once(f"{folder} runs in ONNX Runtime, {used}, on {made.threads} threads")
         return made
+
+    @property
+    def runtime(self) -> tuple[str, ...]:
+        """What a profile of it is for, besides the machine and the shape of the encoder."""
+        graph = self.bundle.graph
+        assert graph is not None
+        return "onnxruntime", _version(), graph.precision, graph.operators, str(self.threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied by its bundle, which holds the graph."""
@@ -186,6 +211,7 @@ class _Session:
     def __init__(self, content: bytes, threads: int) -> None:
         self.content, self.threads = content, threads
         self._start()
+        _SESSIONS.add(self)
 
     def _start(self) -> None:
         try:
@@ -199,26 +225,42 @@ class _Session:
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3  # errors alone
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session: Any = onnxruntime.InferenceSession(
                 self.content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # of a library whose errors have no common base
             raise UserError(
-                f"model.onnx cannot be run by onnxruntime {onnxruntime.__version__}: "
+                f"model.onnx cannot be run by onnxruntime {_version()}: "
                 f"{clipped(error)}. Export the bundle again, or update onnxruntime."
             ) from None
-        self._process = os.getpid()
         self.inputs = {given.name for given in self._session.get_inputs()}
 
+    def leave(self) -> None:
+        """Gives up a parent's session: to end it is to wait for threads that are not here."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        self._session = None
+
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        if self._process != os.getpid():
-            _LEFT.append(self._session)
+        if self._session is None:
             self._start()
         found: list[np.ndarray] = self._session.run(OUTPUTS, inputs)
         return found
 
 
-_LEFT: list[Any] = []  # of processes that were forked: to end one is to wait for its threads
+def _version() -> str:
+    return metadata.version("onnxruntime")
+
+
+_SESSIONS: "weakref.WeakSet[_Session]" = weakref.WeakSet()
+
+
+def _leave_sessions() -> None:
+    for session in _SESSIONS:
+        session.leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_sessions)
 
 
 def _made_again(bundle: Bundle, threads: int, shapes: Shapes) -> OnnxClassifier:

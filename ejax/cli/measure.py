@@ -30,6 +30,7 @@ from ejax.cli.options import (
     train_rows_of,
 )
 from ejax.cli.run import note
+from ejax.storage import path_of
 
 app = typer.Typer()
 
@@ -214,25 +215,38 @@ def bench(
 def profile(
     bundle: Bundle,
     output: Annotated[Path | None, optional("Also write the JSON here.")] = None,
+    onnx: Annotated[
+        list[Path] | None,
+        optional("A folder exported from it, to say which is fastest; repeatable.", parser=path_of),
+    ] = None,
 ) -> None:
     """Time the pieces of the engine on this machine, and keep the result for this user.
 
     From then on every bundle with layers of this shape takes its compute type and its
-    tiles from it, and `ejax evaluate` prints the cost it predicts.
+    tiles from it, and `ejax evaluate` prints the cost it predicts. Of a folder that
+    `ejax export --format onnx` wrote it times texts alone, for `ejax thresholds --budget-ms`.
     """
     from rich.console import Console
 
     from ejax.bundle import load_bundle
+    from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
-    from ejax.evaluation.profile import measure, profile_table
+    from ejax.evaluation.profile import compare, measure, measure_graph, profile_table
     from ejax.inference.cost import load_profile, profile_path, save_profile
+    from ejax.onnx import OnnxClassifier
 
     if output:
         check_json(output)
+    exported = {str(path): OnnxClassifier.from_pretrained(path) for path in onnx or ()}
     loaded = load_bundle(bundle)
     with Console(stderr=True).status("") as status:
-        found = measure(loaded, progress=status.update)
-    kept = profile_path(loaded.cfg)
+        if loaded.graph:
+            graph = OnnxClassifier(loaded)
+            found = measure_graph(graph, progress=status.update)
+            kept = profile_path(loaded.cfg, *graph.runtime)
+        else:
+            found = measure(loaded, progress=status.update)
+            kept = profile_path(loaded.cfg)
     try:
         whole = found.beside(load_profile(kept))
     except ValueError:  # a damaged one is replaced
@@ -241,3 +255,8 @@ def profile(
         save_profile(profile, path)
         note(f"written: {path}")
     show(profile_table(found))
+    if exported:
+        clf = EarlyExitClassifier.from_pretrained(bundle)
+        table, sentence = compare({str(bundle): clf, **exported})
+        show(table)
+        note(sentence)

@@ -78,7 +78,8 @@ def bench(
       threshold: of the early exits, one number; None means the bundle's, one per exit.
       against: names in `AGAINST`.
       beside: other models for the same labels, by name, such as smaller ones: each runs at
-        full depth here and, where that is among `against`, in ONNX Runtime INT8.
+        full depth here and, where that is among `against`, in ONNX Runtime INT8. Of an exported
+        folder also its early exit, at its own thresholds.
       rivals: linear models for the same labels. They take texts: all their times are from there.
       ranges: texts, such as those of the training, that fix the ranges of INT8 activations;
         contenders that need them are left out where there are none.
@@ -91,7 +92,8 @@ def bench(
       again, and our own weights were there before), `offline`, `end_to_end` (with
       tokenisation, timed once in every pass), `single_stream` (seconds: mean, p50, p90, p99)
       and `requests` (texts per second by texts per request, medians of the passes); for full
-      depth and those that run its weights also `logit_difference`, to this model in float32.
+      depth and those that run its weights also `logit_difference`, to this model in float32
+      (null for an exported graph, which holds no weights).
       `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`. `exit_accuracy`: of every
       exit on all rows. `curve`: accuracy and speed at other thresholds. `left_out`: who did
       not run, and why. `enough`: a sentence where a rival does as well as full depth, or "".
@@ -121,7 +123,9 @@ def bench(
     by_request = requests(field, repeats, progress)
     tokenising_seconds = statistics.median(seconds[TOKENISING])
     first = encoded.subset(np.arange(min(64, len(encoded))))
-    exact = in_float32(clf).full_logits(first)
+    exact = None
+    if isinstance(clf, EarlyExitClassifier):  # an exported graph has no weights to compare with
+        exact = in_float32(clf).full_logits(first)
     full = field[0].answers
     return {
         "rows": len(encoded),
@@ -141,7 +145,9 @@ def bench(
                 "name": one.name,
                 **compared_with_full(clf.bundle.task, one.answers, full, truth),
                 "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
-                if one.name != "torch-exit" and one.name in (field[0].name, *against)
+                if exact is not None
+                and one.name != "torch-exit"
+                and one.name in (field[0].name, *against)
                 else None,
                 "setting": one.setting._asdict() if one.setting.batch else None,
                 "peak_bytes": one.peak_bytes,
@@ -198,11 +204,11 @@ def line_up(
         best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
-    def early_run() -> Run:
-        return lambda rows, _: clf.decide_encoded(rows, threshold=levels).logits
+    def early_run(model: TextClassifier, levels: Sequence[float]) -> Run:
+        return lambda rows, _: model.decide_encoded(rows, threshold=levels).logits
 
     enter("ejax full depth", lambda: full_run(clf, encoded), encoded, all_cores)
-    enter("ejax early exit", early_run, encoded, all_cores)
+    enter("ejax early exit", partial(early_run, clf, levels), encoded, all_cores)
     installed = []
     ranged = clf.encode(ranges) if ranges else None
     for name in against:
@@ -213,12 +219,18 @@ def line_up(
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
             continue
+        if clf.bundle.graph:
+            left_out[name] = "an exported folder holds no weights to run in it"
+            continue
         installed.append(name)
         enter(name, partial(build, name, clf.bundle, levels, ranged), encoded, settings_of(name))
     for name, model in beside.items():
         other, rows = model.on_one_device(), model.encode(texts)
         enter(f"ejax, {name}", partial(full_run, other, rows), rows, all_cores)
-        if "onnx-int8" in installed:
+        if other.bundle.graph:
+            early = partial(early_run, other, other.bundle.thresholds)
+            enter(f"ejax early exit, {name}", early, rows, all_cores)
+        elif "onnx-int8" in installed:
             make = partial(build, "onnx-int8", other.bundle, levels, None)
             enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
     for rival in rivals:
@@ -297,9 +309,6 @@ def curve(
     return points
 
 
-def in_float32(clf: TextClassifier) -> TextClassifier:
-    """The same weights; an exported graph has its own numerics alone."""
-    if not isinstance(clf, EarlyExitClassifier):
-        return clf
+def in_float32(clf: EarlyExitClassifier) -> EarlyExitClassifier:
     cfg = dataclasses.replace(clf.bundle.cfg, dtype="float32", residual_dtype="float32")
     return EarlyExitClassifier(dataclasses.replace(clf.bundle, cfg=cfg), devices=clf.devices)

@@ -31,7 +31,7 @@ def facts(bundle: Bundle) -> Table:
     return grid(
         {
             "encoder": shape(bundle.cfg),
-            "parameters": f"{count(bundle.variables):,}",
+            "parameters": "" if bundle.graph else f"{count(bundle.variables):,}",
             "exits": exits_in_words(bundle.exits),
             "labels": f"{len(bundle.labels)}: {', '.join(bundle.labels)}",
             "exit 0 adds": weights_of_zero(bundle),
@@ -41,13 +41,21 @@ def facts(bundle: Bundle) -> Table:
             "no answer": p.get("abstain", {}).get("sentence", ""),
             "tokens": f"at most {bundle.max_length}",
             "pooling, mix": f"{bundle.exits.pooling}, {bundle.exits.mix}",
-            "numerics": f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}",
+            "numerics": numerics(bundle),
             "started from": p.get("model", ""),
             "taught by": p.get("teacher", ""),
             "trained on": p.get("data", ""),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         }
     )
+
+
+def numerics(bundle: Bundle) -> str:
+    """What runs it, and in which types."""
+    if bundle.graph:
+        operators = {"onnxruntime": "its own operators too", "standard": "standard operators"}
+        return f"ONNX Runtime, {bundle.graph.precision}, {operators[bundle.graph.operators]}"
+    return f"{bundle.cfg.dtype}, residual {bundle.cfg.residual_dtype}"
 
 
 def model_facts(cfg: BertConfig, params: Any) -> Table:

@@ -228,8 +228,11 @@ def tile_rounding(clf: TextClassifier, pools: Pools, exit: np.ndarray) -> float:
 def predicted(
     clf: TextClassifier, pools: Pools, exit: np.ndarray, encoded: Encoded
 ) -> float | None:
-    """Seconds by the profile of this machine; None where there is none of these lengths."""
-    profile = clf.shapes.profile
+    """Seconds by the profile of this machine; None where there is none of these lengths.
+
+    That of an exported graph has texts alone.
+    """
+    profile = None if clf.bundle.graph else clf.shapes.profile
     if profile is None or any((s.tile, s.length) not in profile.seconds for _, s in pools):
         return None
     zero = profile.zero * int(encoded.whole_lengths.sum()) * clf.bundle.exits.has_zero

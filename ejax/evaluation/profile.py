@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from rich.table import Table
+from scipy.optimize import nnls
 
+from ejax.base import TextClassifier
 from ejax.bundle import Bundle
 from ejax.config import Dtype
 from ejax.data.batches import bucket_of
+from ejax.data.tokenizer import Encoded
 from ejax.hardware import describe
 from ejax.inference.cost import Profile, Seconds
 from ejax.inference.policy import broadcast_thresholds, check_temperatures
@@ -27,11 +30,13 @@ from ejax.inference.schedule import SMALL_TILE, tile_sizes
 from ejax.models.bert import Batch
 from ejax.models.heads import pool as pool_tokens
 from ejax.models.ngrams import ragged_logits
+from ejax.onnx import OnnxClassifier
 from ejax.timing import Run, interleaved, medians
 
 TILE_TOKENS = (512, 1024, 2048)
 TURNS, TURN_SECONDS = 7, 0.05  # of a piece, compared with the others in turn
 LAYERS = 4
+MANY, MANY_TOKENS = 256, 32  # texts, and tokens of each, that runtimes are compared on
 ZERO_ROWS, ZERO_TOKENS = 64, 128  # that exit 0 is timed on
 PREFERENCE = 0.02  # a smaller tile that costs so little more wastes less at the ends of pools
 STEP_TILES, POOL_TILES = 4, 8  # in the pools that show a step without layers, and the whole
@@ -94,6 +99,76 @@ def measure(bundle: Bundle, *, progress: Callable[[str], None] = lambda _: None)
     exit = np.full(POOL_TILES * tile[middle], len(bundle.exits.layers) - 1)
     parts_of_it = found.predict(bundle.exits, exit, tile[middle], middle)
     return dataclasses.replace(found, whole=whole / parts_of_it, zero=zero)
+
+
+def measure_graph(
+    clf: OnnxClassifier, *, progress: Callable[[str], None] = lambda _: None
+) -> Profile:
+    """Times a text alone, of every length that this bundle pads to, at every exit of a graph.
+
+    What a layer takes, and what an exit, are the numbers of least squares that are not negative.
+    """
+    bundle = clf.bundle
+    exits, lengths = bundle.exits.encoder.layers, reachable(bundle)
+    parts = np.array([(layer, passed) for passed, layer in enumerate(exits, start=1)], float)
+    progress("texts alone")
+    runs: dict[Any, Run] = {
+        (length, exit): partial(sent_to, clf, exit, random_rows(bundle, 1, length))
+        for length in lengths
+        for exit in range(len(exits))
+    }
+    taken = median_seconds(runs)
+    seconds = {}
+    for length in lengths:
+        of_exits = np.array([taken[length, exit] for exit in range(len(exits))])
+        layer, head = nnls(parts, of_exits)[0].tolist()
+        seconds[1, length] = Seconds(layer, head, 0.0)
+    zero = 0.0
+    if bundle.exits.has_zero:
+        zero = median_seconds({"zero": zero_run(bundle)})["zero"] / (ZERO_ROWS * ZERO_TOKENS)
+    kind, date = bundle.numerics, time.strftime("%Y-%m-%d")
+    return Profile(describe(), date, kind, kind, {}, seconds, zero=zero)
+
+
+def sent_to(clf: OnnxClassifier, exit: int, rows: Encoded) -> None:
+    """Runs the exits after layers of a graph on rows that all leave at the same."""
+    thresholds = np.where(np.arange(len(clf.bundle.exits.encoder.layers)) == exit, 0.0, 2.0)
+    added = np.zeros((len(rows), clf.bundle.task.outputs), np.float32)
+    for _ in clf.after_layers(rows, thresholds, added):
+        pass
+
+
+def random_rows(bundle: Bundle, rows: int, length: int) -> Encoded:
+    """Rows of so many tokens, drawn by a fixed seed."""
+    ids = np.random.default_rng(0).integers(bundle.cfg.vocab_size, size=rows * length)
+    offsets = np.arange(rows + 1, dtype=np.int64) * length
+    texts = Encoded(ids.astype(np.int32), np.zeros(ids.size, np.int8), offsets)
+    return dataclasses.replace(texts, whole=texts)
+
+
+def compare(clfs: Mapping[str, TextClassifier]) -> tuple[Table, str]:
+    """Runtimes of one model at full depth, on one text and on many of one length, in turns.
+
+    Returns:
+      A table, and a sentence that names the fastest for each.
+    """
+    longest = min(clf.bundle.max_length for clf in clfs.values())
+    length, counts = min(MANY_TOKENS, longest), (1, MANY)
+    runs = {
+        (name, rows): partial(clf.full_logits, random_rows(clf.bundle, rows, length))
+        for rows in counts
+        for name, clf in clfs.items()
+    }
+    taken = median_seconds(runs)
+    table = Table(title=f"full depth, texts of {length} tokens")
+    for heading in ("", "numerics", "one text, ms", "many, texts/s"):
+        table.add_column(heading, justify="right")
+    for name, clf in clfs.items():
+        one, many = (taken[name, rows] for rows in counts)
+        cells = f"{1000 * one:.2f}", f"{MANY / many:.0f}"
+        table.add_row(name, clf.bundle.numerics, *cells)
+    first, most = (min(clfs, key=lambda name: taken[name, rows]) for rows in counts)
+    return table, f"Fastest here: for one text {first}, for many {most}."
 
 
 def zero_run(bundle: Bundle) -> Run:
@@ -190,6 +265,6 @@ def profile_table(profile: Profile) -> Table:
     for (rows, length), part in sorted(profile.seconds.items(), key=lambda item: item[0][::-1]):
         per_token = 1e6 * part.layer / (rows * length)
         cells = [f"{1e3 * value:.2f}" for value in part]
-        chosen = "tile" if profile.tile[length] == rows else ""
+        chosen = "tile" if profile.tile.get(length) == rows else ""
         made.add_row(str(length), str(rows), *cells, f"{per_token:.1f}", chosen)
     return made

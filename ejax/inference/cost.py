@@ -16,7 +16,7 @@ import numpy as np
 
 from ejax import storage
 from ejax.assets import cache_dir
-from ejax.config import BertConfig, Dtype, ExitConfig, to_json
+from ejax.config import BertConfig, ExitConfig, to_json
 from ejax.errors import UserError
 from ejax.hardware import cpu_type, describe
 from ejax.inference.schedule import tiles
@@ -112,8 +112,8 @@ class Profile:
 
     machine: str
     date: str
-    dtype: Dtype  # the fastest for tiles
-    single_dtype: Dtype  # and for one row alone
+    dtype: str  # the fastest for tiles; of a graph such as "onnx-int8"
+    single_dtype: str  # and for one row alone
     tile: dict[int, int]  # T -> the fastest B
     seconds: dict[tuple[int, int], Seconds]  # (B, T)
     whole: float = 1.0  # what the engine takes over the sum of these parts, each timed alone
@@ -149,13 +149,19 @@ class Profile:
         return self.whole * total
 
 
-def profile_path(cfg: BertConfig) -> Path:
-    """Where the profile of this kind of machine and shape of encoder is kept."""
-    import jax
+def profile_path(cfg: BertConfig, *runtime: str) -> Path:
+    """Where the profile of this kind of machine and shape of encoder is kept.
 
+    Args:
+      runtime: what tells apart one that is not JAX.
+    """
+    if not runtime:
+        import jax
+
+        runtime = describe(), jax.__version__
     shape = to_json(cfg)
     names = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
-    parts = [cpu_type(), describe(), jax.__version__, *(shape[name] for name in names)]
+    parts = [cpu_type(), *runtime, *(shape[name] for name in names)]
     return (
         cache_dir() / "profiles" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
     )
@@ -195,15 +201,18 @@ def load_profile(path: Path) -> Profile | None:
         ) from None
 
 
-def profile_for(cfg: BertConfig, asked: str | Path | None) -> Profile | None:
+def profile_for(cfg: BertConfig, asked: str | Path | None, *runtime: str) -> Profile | None:
     """ "auto": the one kept here, if any; else that of a path; None is none.
+
+    Args:
+      runtime: see `profile_path`.
 
     Raises:
       ValueError: for a damaged file, or a path where there is none.
     """
     if asked is None:
         return None
-    path = profile_path(cfg) if asked == "auto" else Path(asked)
+    path = profile_path(cfg, *runtime) if asked == "auto" else Path(asked)
     found = load_profile(path)
     if found is None and asked != "auto":
         raise UserError(f"No such profile: {path}. `ejax profile BUNDLE --output` writes one.")
