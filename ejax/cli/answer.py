@@ -1,12 +1,21 @@
 """Use a bundle: `ejax predict`, `ejax info`, `ejax export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ejax import storage
-from ejax.cli.options import Bundle, TextColumns, optional, parse_threshold, parse_top_k
+from ejax.cli.options import (
+    Bundle,
+    LabelColumn,
+    NewSplit,
+    TextColumns,
+    check_split,
+    optional,
+    parse_threshold,
+    parse_top_k,
+)
 from ejax.cli.run import note
 from ejax.errors import UserError
 from ejax.storage import path_of
@@ -95,22 +104,80 @@ def info(
         show(model_facts(*load_bert(name)))
 
 
-@app.command(epilog="Example: `ejax export sentiment --output sentiment-hf`")
+@app.command(
+    epilog="Example: `ejax export sentiment --format onnx --output sentiment-onnx`   or   `ejax "
+    "export sentiment --format onnx --int8 --data dev.tsv --output sentiment-int8`"
+)
 def export(
     bundle: Bundle,
     output: Annotated[Path, typer.Option(help="The folder to write.", parser=path_of)],
-    format: Annotated[str, typer.Option(help="hf.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf or onnx.")] = "hf",
+    int8: Annotated[bool, typer.Option("--int8", help="Of onnx: products in INT8.")] = False,
+    data: Annotated[
+        str, optional("Rows for the ranges of --int8: a file, a folder with dev and test files.")
+    ] = "",
+    split: NewSplit = "dev",
+    operators: Annotated[
+        str, typer.Option(help="Of onnx: onnxruntime, or standard, which other engines know too.")
+    ] = "onnxruntime",
+    text_column: TextColumns = None,
+    label_column: LabelColumn = "",
 ) -> None:
-    """Write the last exit as a plain Hugging Face classifier, full depth.
+    """Write a bundle for other runtimes.
 
-    Only for bundles with pooling cls and mix last: others read what it has no place for.
+    hf is a plain Hugging Face classifier, the last exit at full depth; only for bundles with
+    pooling cls and mix last: others read what it has no place for. onnx is a bundle with all exits
+    in one graph, where every row leaves at its own.
     """
     from ejax.bundle import load_bundle
+
+    if format not in ("hf", "onnx"):
+        raise UserError(f"--format must be hf or onnx. Got {format!r}.")
+    if int8 != bool(data) or (format == "hf" and int8):
+        raise UserError(
+            "--int8 goes with --format onnx and --data, the rows that its ranges come from, and "
+            "--data with --int8."
+        )
+    check_split(split)
+    if format == "onnx":
+        _export_onnx(bundle, output, operators, (data, split, text_column, label_column))
+        return
     from ejax.export.hf import export_hf
 
-    if format != "hf":
-        raise UserError(f"--format must be hf. Got {format!r}.")
     loaded = load_bundle(bundle)
     note(f"written: {export_hf(loaded, output)}")
     if loaded.adds_evidence:
         note("What exit 0 adds to the last exit is left out, so answers may differ.")
+
+
+def _export_onnx(bundle: Path, output: Path, operators: Any, rows: tuple[Any, ...]) -> None:
+    from rich.console import Console
+
+    from ejax.bundle import load_bundle
+    from ejax.evaluation.labelled import labelled_rows
+    from ejax.export.onnx import export_onnx
+    from ejax.provenance import promises_risk
+
+    loaded = load_bundle(bundle)
+    data, split, text, label = rows
+    given = None
+    if data:
+        given = labelled_rows(loaded, data, split, text_columns=text or (), label_column=label)
+    with Console(stderr=True).status("writing the graph") as status:
+        report = export_onnx(
+            loaded, output, split=given, operators=operators, progress=status.update
+        )
+    note(f"written: {output}")
+    if report:
+        note(
+            f"Of {report['rows']} rows, {report['answers_as_before']} are answered as in float32, "
+            f"and {report['at_another_exit']} left at another exit." + loaded.ledger.doubt()
+        )
+    if report.get("layers_in_float32"):
+        layers = ", ".join(map(str, report["layers_in_float32"]))
+        note(f"Layers that do not stand INT8, and stay float32: {layers}.")
+    if promises_risk(loaded.provenance):
+        note(
+            "What its thresholds promise was shown for another runtime: `ejax thresholds` shows it "
+            "for this one."
+        )

@@ -20,6 +20,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from ejax.bundle import Bundle
+from ejax.errors import UserError
 from ejax.export.operators import PRODUCTS, Block, Layer, Operators, Product, Writer
 from ejax.models.heads import mix_columns
 
@@ -286,12 +287,12 @@ def _with_ranges(layer: Layer, ranges: np.ndarray) -> Layer:
 
 def _checked(bundle: Bundle, precision: Precision, ranges: Any) -> np.ndarray | None:
     if precision not in ("float32", "int8") or (ranges is None) != (precision == "float32"):
-        raise ValueError(f"ranges go with int8, and with it alone. Got {precision}.")
+        raise UserError(f"ranges go with int8, and with it alone. Got {precision}.")
     if ranges is None:
         return None
     shape = (bundle.exits.num_layers, len(PRODUCTS), 2)
     if np.shape(ranges) != shape:
-        raise ValueError(f"ranges must have shape {shape}. Got {np.shape(ranges)}.")
+        raise UserError(f"ranges must have shape {shape}. Got {np.shape(ranges)}.")
     return np.asarray(ranges, np.float32)
 
 

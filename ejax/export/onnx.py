@@ -14,14 +14,24 @@ from typing import Any
 
 import numpy as np
 
+from ejax.errors import UserError
+
+try:
+    import onnx  # noqa: F401
+    import onnxruntime
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"ONNX graphs need {error.name}, which is not installed: `pip install 'ejax[onnx]'`."
+    ) from None
+
+from ejax import storage
 from ejax.bundle import Bundle
-from ejax.bundle_files import Graph
+from ejax.bundle_files import WEIGHTS, Graph
 from ejax.calibration.evidence import with_evidence
 from ejax.data.batches import pad
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
-from ejax.errors import UserError
 from ejax.export.graph import early_exit_graph, every_exit_graph
 from ejax.export.operators import OPERATORS, Operators
 from ejax.inference.policy import select_exit
@@ -66,7 +76,13 @@ def export_onnx(
     bundle.check_weights("ejax export")
     if operators not in OPERATORS:
         raise UserError(f"operators must be one of {', '.join(OPERATORS)}. Got {operators!r}.")
-    check_output(folder)
+    folder = check_output(folder)
+    with storage.reaching(folder):
+        if (folder / WEIGHTS).exists():
+            raise UserError(
+                f"{folder} is a bundle with weights, which a graph would replace: choose another "
+                f"output folder."
+            )
     if split is None:
         content = early_exit_graph(bundle, operators=operators)
         save_bundle(_with_graph(bundle, Graph(content, "float32", operators)), folder)
@@ -218,8 +234,6 @@ def decided(bundle: Bundle, encoded: Encoded, logits: np.ndarray) -> Any:
 
 def _run(content: bytes, encoded: Encoded) -> list[list[np.ndarray]]:
     """The outputs of a graph for every row, each alone at its own length."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found = []
     for row, length in enumerate(encoded.lengths.tolist()):

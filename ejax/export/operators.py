@@ -152,7 +152,7 @@ class Writer:
         """[B, T, D], of the graph's inputs `ids` and `types`; words in INT8, a scale for each."""
         length = block("Shape", "ids", start=1, end=2)
         place = block("Slice", tables["position"]["embedding"], np.zeros(1, np.int64), length)
-        word = tables["word"]["embedding"]
+        word: Tensor = tables["word"]["embedding"]
         if int8:
             table, scale = to_int8(word, axis=1)
             word = block("Cast", block("Gather", table, "ids"), to=TensorProto.FLOAT)

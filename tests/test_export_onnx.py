@@ -1,0 +1,367 @@
+"""A bundle as an ONNX graph: its logits, its exits, INT8, and the command.
+
+Axes: B batch, T tokens, D width, E exits, N rows, O outputs.
+"""
+
+import dataclasses
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+
+from ejax.bundle import Bundle, load_bundle
+from ejax.classifier import EarlyExitClassifier
+from ejax.config import ExitConfig
+from ejax.data.batches import pad
+from ejax.data.sources import row_hash
+from ejax.data.tokenizer import Encoded, load_tokenizer
+from ejax.errors import UserError
+from ejax.evaluation.labelled import labelled_rows
+from ejax.export.graph import early_exit_graph, every_exit_graph
+from ejax.export.onnx import activation_ranges, choose_layers, export_onnx, noise_of
+from ejax.inference.policy import select_exit
+from ejax.models.bert import Batch
+from ejax.models.early_exit import EarlyExitBert
+from ejax.provenance import FITTED, Ledger
+from ejax.saving import save_bundle
+
+ROWS, LONGEST = 40, 12
+# float32 sums in another order; relative to the largest logit, about 10 here.
+CLOSE = 1e-5
+SINGLE, SEVERAL, REGRESSION = (
+    "single_label_classification", "multi_label_classification", "regression",
+)  # fmt: skip
+KINDS = {  # of all problem types, poolings, mixes and activations, with and without exit 0
+    "single": ("gelu", ExitConfig((1, 3), 2)),
+    "each layer": ("relu", ExitConfig((1, 2, 3), 3, "cls", "last")),
+    "exit 0": ("gelu_new", ExitConfig((0, 1, 3), 5, "cls", buckets=64)),
+    "several": ("gelu", ExitConfig((0, 2, 3), 4, "mean", "last", 64, SEVERAL)),
+    "regression": (
+        "relu",
+        ExitConfig((1, 2, 3), 1, "mean", problem_type=REGRESSION, center=3.0, spread=2.0),
+    ),
+    "one exit": ("gelu_pytorch_tanh", ExitConfig((2,), 2, "cls")),
+}
+
+
+class Made(NamedTuple):
+    bundle: Bundle
+    rows: Encoded
+    zero: np.ndarray | None  # exit 0's logits, where later exits add them
+    logits: np.ndarray  # [E, N, O] of the exits after layers, by the engine
+
+
+@cache
+def made(kind: str) -> Made:
+    """A bundle of random weights, some random rows, and what the engine says of them."""
+    act, exits = KINDS[kind]
+    cfg = dataclasses.replace(tiny.CFG, hidden_act=act, dtype="float32")
+    model, rng = EarlyExitBert(cfg, exits), np.random.default_rng(len(kind))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), Batch([[0, 0]]))
+
+    def drawn(path: Any, leaf: Any) -> np.ndarray:
+        names = jax.tree_util.keystr(path)
+        found = rng.normal(scale=0.3, size=leaf.shape)
+        if "scale" in names:
+            found += 1
+        if "ngrams" in names and "table" in names:
+            found[:, -1] **= 2  # of the weights
+        if "evidence" in names:
+            found = np.array([0.0, 0.7])  # one exit adds nothing
+        return found.astype(np.float32)
+
+    count, labels = len(exits.layers), [f"label {i}" for i in range(exits.num_labels)]
+    temperatures: Any = tuple(rng.uniform(0.5, 3, count).tolist())
+    if exits.problem_type == SEVERAL:
+        each = np.concatenate(
+            [rng.uniform(0.5, 2, (count, 4)), rng.uniform(0.2, 0.8, (count, 4))], 1
+        )
+        temperatures = tuple(map(tuple, each.tolist()))
+    bundle = Bundle(
+        cfg, exits, jax.tree_util.tree_map_with_path(drawn, dict(shapes)),
+        load_tokenizer(tiny.model()), tuple(labels), temperatures, (0.7,) * count,
+        max_length=16, buckets=(16,),
+    )  # fmt: skip
+    lengths = np.concatenate([[1, 2], rng.integers(1, LONGEST + 1, ROWS - 2)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(0, len(tiny.WORDS), offsets[-1]).astype(np.int32)
+    rows = Encoded(ids, rng.integers(0, 2, offsets[-1]).astype(np.int8), offsets)
+    rows = dataclasses.replace(rows, whole=rows)
+    logits = EarlyExitClassifier(bundle).exit_logits(rows)
+    zero = logits[0] if bundle.adds_evidence else None
+    return Made(bundle, rows, zero, logits[int(exits.has_zero) :])
+
+
+@cache
+def session(kind: str, precision: Any = "float32", operators: Any = "onnxruntime") -> Any:
+    bundle = made(kind).bundle
+    ranges = ranges_of(kind) if precision == "int8" else None
+    return onnxruntime.InferenceSession(
+        early_exit_graph(bundle, precision=precision, operators=operators, ranges=ranges)
+    )
+
+
+@cache
+def ranges_of(kind: str) -> np.ndarray:
+    return activation_ranges(made(kind).bundle, made(kind).rows)[1]
+
+
+def run(session: Any, of: Made, rows: Any, length: int, thresholds: Any) -> list[np.ndarray]:
+    """logits, exit, score of some rows, padded to a length; thresholds [B, E] or one number."""
+    batch, alone = pad(of.rows, rows, length), of.bundle.without_zero
+    shape = (len(rows), len(alone.exits.layers))
+    given = {
+        "ids": batch.ids, "types": batch.types, "mask": batch.mask,
+        "thresholds": np.broadcast_to(np.float32(thresholds), shape),
+        "temperatures": alone.calibration,
+    }  # fmt: skip
+    if of.zero is not None:
+        given["zero_logits"] = of.zero[rows]
+    return session.run(["logits", "exit", "score"], given)
+
+
+@pytest.mark.parametrize("operators", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_leaves_at_its_own_exit(kind: str, operators: str) -> None:
+    """1,000 random batches of both operators: B, T, rows and thresholds per row."""
+    of, rng = made(kind), np.random.default_rng(7)
+    alone, running = of.bundle.without_zero, session(kind, "float32", operators)
+    exits, cases = len(alone.exits.layers), []
+    for _ in range(84):
+        rows = rng.integers(0, ROWS, rng.integers(1, 10))
+        length = int(of.rows.lengths[rows].max()) + int(rng.integers(0, 4))
+        spread = rng.uniform(0, 1, (len(rows), exits)).astype(np.float32)
+        thresholds = np.where(rng.random((len(rows), 1)) < 0.1, rng.choice([0.0, 2.0]), spread)
+        cases.append((rows, thresholds, run(running, of, rows, length, thresholds)))
+    rows, thresholds = (np.concatenate([case[i] for case in cases]) for i in (0, 1))
+    logits, exit, score = (np.concatenate([case[2][i] for case in cases]) for i in range(3))
+    expected = select_exit(of.logits[:, rows], thresholds, alone.calibration, task=of.bundle.task)
+    scores = np.asarray(of.bundle.task.score(of.logits[:, rows], alone.calibration[:, None]))
+    assert exit.dtype == np.int32
+    for row in np.flatnonzero(exit != np.asarray(expected.exit)):
+        first = min(exit[row], int(expected.exit[row]))
+        assert abs(scores[first, row] - thresholds[row, first]) < CLOSE  # within that of it
+    at = np.arange(len(rows))
+    bound = CLOSE * max(1, np.abs(of.logits).max())
+    np.testing.assert_allclose(logits, of.logits[exit, rows], rtol=0, atol=bound)
+    np.testing.assert_allclose(score, scores[exit, at], rtol=0, atol=CLOSE)
+    assert len(set(exit.tolist())) == exits  # the cases reach all
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_above_1_none_leaves_early_and_at_0_all_leave_first(kind: str) -> None:
+    of, rows = made(kind), np.arange(ROWS)
+    last = len(of.logits) - 1
+    assert (run(session(kind), of, rows, LONGEST, 2)[1] == last).all()
+    assert (run(session(kind), of, rows, LONGEST, 0)[1] == 0).all()
+
+
+def test_every_exit_is_that_of_the_engine() -> None:
+    of = made("each layer")
+    for operators in ("onnxruntime", "standard"):
+        running = onnxruntime.InferenceSession(every_exit_graph(of.bundle, operators=operators))
+        batch = pad(of.rows, np.arange(ROWS), LONGEST)
+        given = {"ids": batch.ids, "types": batch.types, "mask": batch.mask}
+        (logits,) = running.run(["logits"], given)
+        np.testing.assert_allclose(logits, of.logits, rtol=0, atol=CLOSE * np.abs(of.logits).max())
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_standard_graph_has_operators_of_onnx_alone(precision: str) -> None:
+    of = made("exit 0")
+    ranges = ranges_of("exit 0") if precision == "int8" else None
+    content = early_exit_graph(of.bundle, precision=precision, operators="standard", ranges=ranges)
+    model = onnx.load_model_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    assert {one.domain for one in model.opset_import} == {""}
+    assert all(node.domain == "" for node in nodes(model.graph))
+    kinds = [node.op_type for node in nodes(model.graph)]
+    # Inputs of four products a layer, one before each; their kernels too.
+    assert kinds.count("QuantizeLinear") == (12 if precision == "int8" else 0)
+    assert kinds.count("DequantizeLinear") == (24 if precision == "int8" else 0)
+
+
+def nodes(graph: Any) -> list[Any]:
+    """Those of the branches too."""
+    found = []
+    for node in graph.node:
+        found.append(node)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                found += nodes(attribute.g)
+    return found
+
+
+@pytest.mark.parametrize("operators", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("kind", ["single", "several"])
+def test_int8_is_near_float32(kind: str, operators: str) -> None:
+    of, rows = made(kind), np.arange(ROWS)
+    logits, exit, _ = run(session(kind, "int8", operators), of, rows, LONGEST, 2)
+    # Random weights, and widths of 20, where INT8's noise averages out less than in real models.
+    noise = noise_of(logits[None], of.logits[-1:])[0]
+    assert 0 < noise < 0.1
+    assert (exit == len(of.logits) - 1).all()
+
+
+@pytest.mark.parametrize("operators", ["onnxruntime", "standard"])
+def test_int8_rows_do_not_depend_on_their_company(operators: str) -> None:
+    of, rng = made("single"), np.random.default_rng(3)
+    running, rows = session("single", "int8", operators), np.arange(ROWS)
+    thresholds = np.full((ROWS, 2), 0.6, np.float32)
+    together = run(running, of, rows, LONGEST, thresholds)
+    assert 0 < together[1].mean() < 1  # some leave early, some do not
+    for _ in range(10):
+        some = rng.permutation(ROWS)[: rng.integers(2, ROWS)]
+        for whole, part in zip(
+            together, run(running, of, some, LONGEST, thresholds[some]), strict=True
+        ):
+            np.testing.assert_array_equal(part, whole[some])  # to the bit
+    for row in range(ROWS):
+        alone = run(running, of, rows[[row]], LONGEST, thresholds[[row]])
+        assert alone[1] == together[1][row]
+        # One row's heads are a product of a vector, summed in another order.
+        np.testing.assert_allclose(alone[0][0], together[0][row], rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_does_not_stand_int8_stays_float32() -> None:
+    """One output of layer 2's first product grows, and what reads it shrinks: relu does not mind.
+
+    In float32 the function is the same; in INT8 the others share what is left of the range.
+    """
+    of = made("each layer")
+    spoilt = spoil(of.bundle, [1])
+    logits, ranges = activation_ranges(spoilt, of.rows)
+    np.testing.assert_allclose(logits, of.logits, rtol=0, atol=1e-3)
+    chosen, quantised = choose_layers(spoilt, of.rows, logits, ranges)
+    assert np.isnan(chosen).all(axis=(1, 2)).tolist() == [False, True, False]
+    assert noise_of(quantised, logits).max() < 0.1
+    early_exit_graph(spoilt, precision="int8", ranges=chosen)
+    spoilt = spoil(of.bundle, [0, 1, 2])
+    with pytest.raises(UserError, match="no layer of this encoder stands INT8"):
+        choose_layers(spoilt, of.rows, *activation_ranges(spoilt, of.rows))
+
+
+def spoil(bundle: Bundle, layers: list[int]) -> Bundle:
+    variables = jax.tree.map(np.array, bundle.variables)
+    params = variables["params"]["bert"]["layers"]
+    first, second = params["intermediate"], params["output"]
+    for layer in layers:
+        widest = first["bias"][layer].argmax()  # most often above 0
+        first["kernel"][layer, :, widest] *= 1e4
+        first["bias"][layer, widest] *= 1e4
+        second["kernel"][layer, widest] /= 1e4
+    return dataclasses.replace(bundle, variables=variables)
+
+
+def test_ranges_go_with_int8() -> None:
+    bundle = made("single").bundle
+    with pytest.raises(UserError, match="ranges go with int8"):
+        early_exit_graph(bundle, precision="int8")
+    with pytest.raises(UserError, match="ranges must have shape"):
+        early_exit_graph(bundle, precision="int8", ranges=np.zeros((2, 4, 2)))
+
+
+@cache
+def saved() -> Path:
+    """A bundle of random weights that knows its rows: half of dev is dev-A, the other dev-B."""
+    bundle = dataclasses.replace(made("single").bundle, labels=tuple(sorted(tiny.CLASSES)))
+    train, dev = (hashes_of(bundle, name) for name in ("train", "dev"))
+    rows = {"train": train, "dev_a": dev[:20], "dev_b": dev[20:]}
+    ledger = Ledger(complete=True).with_training(rows)
+    return save_bundle(dataclasses.replace(bundle, ledger=ledger), tiny.HOME / "random")
+
+
+def hashes_of(bundle: Bundle, name: str) -> list[str]:
+    return [row_hash(row) for row in labelled_rows(bundle, tiny.file(name))]
+
+
+def test_export_writes_a_bundle_in_int8(tmp_path: Path) -> None:
+    result = tiny.ejax(
+        "export", saved(), "--format", "onnx", "--int8", "--data", tiny.file("test"),
+        "--output", tmp_path / "int8",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    said = re.search(r"Of 30 rows, (\d+) are answered as in float32, and (\d+) left", result.err)
+    assert said, result.err
+    before, after = load_bundle(saved()), load_bundle(tmp_path / "int8")
+    assert after.graph is not None
+    assert (after.graph.precision, after.graph.operators) == ("int8", "onnxruntime")
+    assert (after.thresholds, after.temperatures) == (before.thresholds, before.temperatures)
+    # What was said is what the graph in the folder does.
+    encoded = before.encode([row.inputs for row in labelled_rows(before, tiny.file("test"))])
+    running = onnxruntime.InferenceSession(after.graph.content)
+    given = Made(before, encoded, None, np.zeros(0))
+    answers = []
+    for row in range(len(encoded)):
+        length = int(encoded.lengths[row])
+        answers.append(
+            [
+                run(one, given, [row], length, before.thresholds)
+                for one in (session("single"), running)
+            ]
+        )
+    same = sum(exact[0].argmax() == int8[0].argmax() for exact, int8 in answers)
+    elsewhere = sum(int(exact[1][0] != int8[1][0]) for exact, int8 in answers)
+    assert (same, elsewhere) == tuple(map(int, said.groups()))
+
+
+def test_ranges_are_spent_and_leave_out_what_is_kept_for_reports(tmp_path: Path) -> None:
+    bundle = load_bundle(saved())
+    export_onnx(bundle, tmp_path / "dev", split=labelled_rows(bundle, tiny.file("dev")))
+    rows = tiny.rows_of(load_bundle(tmp_path / "dev"))
+    assert rows["ranges"] == rows["dev_a"]
+    export_onnx(bundle, tmp_path / "test", split=labelled_rows(bundle, tiny.file("test")))
+    ledger = load_bundle(tmp_path / "test").ledger
+    test = hashes_of(bundle, "test")
+    assert ledger.among(test, FITTED) == set(test)  # which choose no thresholds
+    with pytest.raises(UserError, match="INT8 needs at least 20 rows for its ranges"):
+        export_onnx(bundle, tmp_path / "no", split=labelled_rows(bundle, tiny.file("train")))
+
+
+def test_export_keeps_exit_0_and_no_weights(tmp_path: Path) -> None:
+    of = made("exit 0")
+    export_onnx(of.bundle, tmp_path / "standard", operators="standard")
+    bundle = load_bundle(tmp_path / "standard")
+    assert bundle.graph is not None
+    assert (bundle.graph.precision, bundle.graph.operators) == ("float32", "standard")
+    assert bundle.variables["params"].keys() == {"ngrams"}
+    for name, tensor in of.bundle.variables["params"]["ngrams"].items():
+        np.testing.assert_array_equal(bundle.variables["params"]["ngrams"][name], tensor)
+    with pytest.raises(UserError, match="needs the weights of the encoder"):
+        export_onnx(bundle, tmp_path / "again")
+
+
+def test_export_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
+    never, dev = tmp_path / "never", tiny.file("dev")
+
+    def said(*options: object) -> str:
+        return tiny.refused("export", saved(), *options, "--output", never)
+
+    assert "--format must be hf or onnx" in said("--format", "tflite")
+    for options in (
+        ["--format", "onnx", "--int8"], ["--int8", "--data", dev],
+        ["--format", "onnx", "--data", dev],
+    ):  # fmt: skip
+        assert "--int8 goes with" in said(*options)
+    assert "operators must be one of onnxruntime, standard" in said(
+        "--format", "onnx", "--operators", "all"
+    )
+    for name in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as without:
+            without.delitem(sys.modules, "ejax.export.onnx")
+            without.setitem(sys.modules, name, None)
+            sentence = said("--format", "onnx")
+            assert f"need {name}, which is not installed: `pip install 'ejax[onnx]'`" in sentence
+    assert not never.exists()
+    weights = (saved() / "model.safetensors").read_bytes()
+    sentence = tiny.refused("export", saved(), "--format", "onnx", "--output", saved())
+    assert "a graph would replace" in sentence
+    assert (saved() / "model.safetensors").read_bytes() == weights
