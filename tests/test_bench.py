@@ -114,7 +114,7 @@ def test_rows_trained_on_are_counted(monkeypatch, tmp_path: Path) -> None:
 def test_who_is_far_too_slow_is_left_out_and_said_so(monkeypatch) -> None:
     """A trial decides, so that the whole ends in time."""
 
-    def slow(name, bundle, threshold):
+    def slow(name, bundle, threshold, ranges):
         return lambda rows, setting: time.sleep(0.5) or np.zeros((len(rows), 2), np.float32)
 
     monkeypatch.setattr(bench_module, "build", slow)
@@ -184,7 +184,7 @@ def test_a_model_beside_is_tried_on_its_own_tokens(monkeypatch) -> None:
 
 
 def test_a_contender_that_fails_is_left_out(monkeypatch) -> None:
-    def broken(name, bundle, threshold):
+    def broken(name, bundle, threshold, ranges):
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(bench_module, "build", broken)
@@ -250,21 +250,40 @@ def test_an_unknown_contender_is_refused(tmp_path: Path) -> None:
     assert "'tensorrt'" in said
 
 
-@pytest.mark.parametrize("name", ["torch-float32", "onnx-float32"])
+@pytest.mark.parametrize("name", ["torch-float32", "torch-compile", "onnx-float32"])
 def test_a_contender_runs_the_same_model(name: str) -> None:
     """Logits equal to 1e-4, whatever the batch; else the comparison would be void."""
     needs(name)
     encoded = clf().encode([*TEXTS, ""])
     wanted = clf().full_logits(encoded)
     for batch in (1, 8, 64):
-        found = build(name, clf().bundle, (0.7, 0.7))(encoded, Setting(batch, 1))
+        found = build(name, clf().bundle, (0.7, 0.7), None)(encoded, Setting(batch, 1))
         np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-static", "openvino-int8"])
+def test_a_quantised_contender_answers_as_the_model_does(name: str) -> None:
+    """Rounding to 8 bits moves logits, and few answers."""
+    needs(name)
+    encoded = clf().encode(TEXTS)
+    wanted = clf().full_logits(encoded)
+    found = build(name, clf().bundle, (0.7, 0.7), encoded)(encoded, Setting(8, 1))
+    assert 0 < np.abs(found - wanted).max() < 0.3 * np.abs(wanted).max()
+    assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() >= 0.9
+
+
+def test_without_texts_for_their_ranges_some_are_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
+    result = bench(clf(), TEXTS, LABELS, against=("openvino-int8",), repeats=1)
+    assert result["left_out"] == {
+        "openvino-int8": "needs training rows (--train) for the ranges of its activations"
+    }
 
 
 def test_the_early_exit_of_pytorch_takes_the_same_exits() -> None:
     needs("torch-exit")
     encoded = clf().encode(TEXTS)
-    found = build("torch-exit", clf().bundle, (0.7, 0.7))(encoded, Setting(1, 1))
+    found = build("torch-exit", clf().bundle, (0.7, 0.7), None)(encoded, Setting(1, 1))
     wanted = clf().decide_encoded(encoded, threshold=0.7).logits
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 

@@ -144,7 +144,8 @@ def bench(
     against: Annotated[
         str,
         optional(
-            "Of torch-float32, torch-bfloat16, onnx-float32, onnx-int8, torch-exit; else all."
+            "Of torch-float32, torch-bfloat16, torch-compile, onnx-float32, onnx-int8, "
+            "onnx-int8-static, openvino-bfloat16, openvino-int8, torch-exit; else all."
         ),
     ] = "",
     beside: Beside = None,
@@ -158,9 +159,10 @@ def bench(
     text_column: TextColumns = None,
     label_column: LabelColumn = "",
 ) -> None:
-    """Time this bundle, PyTorch and ONNX Runtime on the same rows in one run.
+    """Time this bundle, PyTorch, ONNX Runtime and OpenVINO on the same rows in one run.
 
-    With --train two linear models of scikit-learn join them.
+    With --train two linear models of scikit-learn join them, and what needs texts for the ranges of
+    its INT8 activations.
 
     Their libraries come with `pip install '.[bench]'` in ejax's folder; what is not installed
     is left out.
@@ -193,7 +195,7 @@ def bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
-            beside=others, rivals=rivals,
+            beside=others, rivals=rivals, ranges=[row.inputs for row in training],
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     result |= {"bundle": name_of(bundle), "data": rows.origin, "notes": notes}

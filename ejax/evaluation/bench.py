@@ -20,7 +20,7 @@ from ejax.bundle import Bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
-from ejax.evaluation import contenders
+from ejax.evaluation import contenders, engines
 from ejax.evaluation.contenders import CORES, Run, Setting, Texts
 from ejax.evaluation.evaluate import (
     LADDER,
@@ -39,14 +39,22 @@ from ejax.storage import first_line
 from ejax.timing import interleaved, with_seconds
 
 TOKENISING = "tokenising"
-LIBRARIES = ("torch", "transformers", "onnx", "onnxruntime")
+TORCH = ("torch", "transformers")
+ONNX = (*TORCH, "onnx", "onnxruntime")
+OPENVINO = (*TORCH, "openvino")
+LIBRARIES = (*ONNX, "openvino", "nncf")
 AGAINST: dict[str, tuple[tuple[str, ...], str]] = {  # libraries, what it is
-    "torch-float32": (LIBRARIES[:2], "transformers in PyTorch, full depth, float32"),
-    "torch-bfloat16": (LIBRARIES[:2], "the same under bfloat16 autocast"),
-    "onnx-float32": (LIBRARIES, "ONNX Runtime, float32"),
-    "onnx-int8": (LIBRARIES, "the same, dynamic INT8"),
-    "torch-exit": (LIBRARIES[:2], "early exit in PyTorch, one text at a time"),
+    "torch-float32": (TORCH, "transformers in PyTorch, full depth, float32"),
+    "torch-bfloat16": (TORCH, "the same under bfloat16 autocast"),
+    "torch-compile": (TORCH, "the same in float32 by torch.compile"),
+    "onnx-float32": (ONNX, "ONNX Runtime, float32"),
+    "onnx-int8": (ONNX, "the same, INT8, ranges of each batch its own"),
+    "onnx-int8-static": (ONNX, "the same, INT8, fixed ranges"),
+    "openvino-bfloat16": (OPENVINO, "OpenVINO, bfloat16"),
+    "openvino-int8": ((*OPENVINO, "nncf"), "OpenVINO, INT8 by nncf"),
+    "torch-exit": (TORCH, "early exit in PyTorch, one text at a time"),
 }
+RANGED = ("onnx-int8-static", "openvino-int8")  # need texts for the ranges of activations
 
 
 def bench(
@@ -58,6 +66,7 @@ def bench(
     against: Sequence[str] = tuple(AGAINST),
     beside: Mapping[str, TextClassifier] | None = None,
     rivals: Sequence[Rival] = (),
+    ranges: Sequence[Any] = (),
     repeats: int = 3,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -69,8 +78,11 @@ def bench(
       threshold: of the early exits, one number; None means the bundle's, one per exit.
       against: names in `AGAINST`.
       beside: other models for the same labels, by name, such as smaller ones: each runs at
-        full depth here and, where that is among `against`, in ONNX Runtime INT8.
+        full depth here and, where that is among `against`, in ONNX Runtime INT8. Of an exported
+        folder also its early exit, at its own thresholds.
       rivals: linear models for the same labels. They take texts: all their times are from there.
+      ranges: texts, such as those of the training, that fix the ranges of INT8 activations;
+        contenders that need them are left out where there are none.
       repeats: timed passes.
 
     Returns:
@@ -99,7 +111,9 @@ def bench(
         levels = (float(threshold),) * len(levels)
     clf, truth = clf.on_one_device(), np.asarray(labels)
     encoded = clf.encode(texts)
-    field, left_out = line_up(clf, texts, encoded, levels, against, beside or {}, rivals, progress)
+    field, left_out = line_up(
+        clf, texts, encoded, levels, against, beside or {}, rivals, ranges, progress
+    )
     seconds = interleaved(
         {TOKENISING: partial(clf.encode, texts), **{one.name: one.offline for one in field}},
         repeats, warm_up=False,
@@ -164,6 +178,7 @@ def line_up(
     against: Sequence[str],
     beside: Mapping[str, TextClassifier],
     rivals: Sequence[Rival],
+    ranges: Sequence[Any],
     progress: Callable[[str], None],
 ) -> tuple[list[Contender], dict[str, str]]:
     """Those that run, full depth first, and why others do not; arguments as of `bench`."""
@@ -189,13 +204,17 @@ def line_up(
         best = best_full_depth(model, rows)
         return lambda rows, _: best.full_logits(rows)
 
-    def early_run() -> Run:
-        return lambda rows, _: clf.decide_encoded(rows, threshold=levels).logits
+    def early_run(model: TextClassifier, levels: Sequence[float]) -> Run:
+        return lambda rows, _: model.decide_encoded(rows, threshold=levels).logits
 
     enter("ejax full depth", lambda: full_run(clf, encoded), encoded, all_cores)
-    enter("ejax early exit", early_run, encoded, all_cores)
+    enter("ejax early exit", partial(early_run, clf, levels), encoded, all_cores)
     installed = []
+    ranged = clf.encode(ranges) if ranges else None
     for name in against:
+        if name in RANGED and ranged is None:
+            left_out[name] = "needs training rows (--train) for the ranges of its activations"
+            continue
         missing = [lib for lib in AGAINST[name][0] if importlib.util.find_spec(lib) is None]
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
@@ -204,12 +223,15 @@ def line_up(
             left_out[name] = "an exported folder holds no weights to run in it"
             continue
         installed.append(name)
-        enter(name, partial(build, name, clf.bundle, levels), encoded, settings_of(name))
+        enter(name, partial(build, name, clf.bundle, levels, ranged), encoded, settings_of(name))
     for name, model in beside.items():
         other, rows = model.on_one_device(), model.encode(texts)
         enter(f"ejax, {name}", partial(full_run, other, rows), rows, all_cores)
-        if "onnx-int8" in installed and not other.bundle.graph:
-            make = partial(build, "onnx-int8", other.bundle, levels)
+        if other.bundle.graph:
+            early = partial(early_run, other, other.bundle.thresholds)
+            enter(f"ejax early exit, {name}", early, rows, all_cores)
+        elif "onnx-int8" in installed:
+            make = partial(build, "onnx-int8", other.bundle, levels, None)
             enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
     for rival in rivals:
         enter(rival.name, partial(rival_run, rival), Texts(texts), all_cores)
@@ -244,12 +266,14 @@ def speed(one: Contender, seconds: list[float], tokenising: float) -> dict[str, 
     }
 
 
-def build(name: str, bundle: Bundle, thresholds: Sequence[float]) -> Run:
+def build(name: str, bundle: Bundle, thresholds: Sequence[float], ranges: Encoded | None) -> Run:
     library, _, kind = name.partition("-")
     if kind == "exit":
         return contenders.torch_early_exit(bundle, thresholds)
-    make = contenders.torch_full if library == "torch" else contenders.onnx_full
-    return make(bundle, kind)
+    if library == "torch":
+        return contenders.torch_full(bundle, kind)
+    make = engines.onnx_full if library == "onnx" else engines.openvino_full
+    return make(bundle, kind, ranges)
 
 
 def rival_run(rival: Rival) -> Run:

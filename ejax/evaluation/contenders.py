@@ -1,11 +1,9 @@
-"""What a user would run instead: the same fine-tuned weights in PyTorch and ONNX Runtime.
+"""What a user would run instead: the same fine-tuned weights in PyTorch; in others see `engines`.
 
 Rows of a batch are padded to the longest of them; a pool is sorted by length first.
 """
 
 import dataclasses
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -168,14 +166,19 @@ def batch_arrays(batch: Any) -> tuple[np.ndarray, ...]:
     return batch.ids, batch.mask, batch.types
 
 
-def torch_full(bundle: Bundle, dtype: str) -> Run:
-    """Full depth in PyTorch, float32 or bfloat16 autocast."""
+def torch_full(bundle: Bundle, kind: str) -> Run:
+    """Full depth in PyTorch: float32, bfloat16 autocast, or compile: `torch.compile` of the first.
+
+    Compiled for any batch and length.
+    """
     import torch
 
     model = torch_model(bundle)
+    if kind == "compile":
+        model = torch.compile(model, dynamic=True)
 
     def forward(batch: Any) -> np.ndarray:
-        narrow = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+        narrow = torch.autocast("cpu", torch.bfloat16) if kind == "bfloat16" else nullcontext()
         with torch.inference_mode(), narrow:
             return model(*tensors_of(batch)).float().numpy()
 
@@ -226,54 +229,5 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
             if stay[row[0]]:
                 logits[row] = forward(batch, added[:, row])
         return logits
-
-    return run
-
-
-def onnx_full(bundle: Bundle, kind: str) -> Run:
-    """Full depth in ONNX Runtime, float32 or with dynamically quantised INT8 products."""
-    import onnxruntime
-    import torch
-
-    model = torch_model(bundle)
-    example = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in range(3))
-    names = ["ids", "mask", "types"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        with warnings.catch_warnings():
-            # The tracing exporter is deprecated; its successor needs one more library.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model, example, str(path), input_names=names, output_names=["logits"],
-                dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names},
-                opset_version=17, dynamo=False,
-            )  # fmt: skip
-        if kind == "int8":
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            quantised = Path(folder) / "int8.onnx"
-            quantize_dynamic(path, quantised, weight_type=QuantType.QInt8)
-            path = quantised
-        content = path.read_bytes()
-    sessions: dict[int, Any] = {}
-
-    def session(threads: int) -> Any:
-        if threads not in sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-            sessions[threads] = onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        return sessions[threads]
-
-    def run(encoded: Encoded, setting: Setting) -> np.ndarray:
-        def forward(batch: Any) -> np.ndarray:
-            feeds = dict(
-                zip(names, (np.asarray(x, np.int64) for x in batch_arrays(batch)), strict=True)
-            )
-            return session(setting.threads).run(None, feeds)[0]
-
-        return run_batches(forward, encoded, setting.batch, bundle)
 
     return run
