@@ -109,6 +109,14 @@ class Task:
         """The metric of N answers."""
         return float(np.mean(self.right(answers, labels)))
 
+    def chance(self, labels: Any) -> float:
+        """The metric of the best answer that is the same for all N rows."""
+        return float(np.bincount(labels).max() / len(labels))
+
+    def standard_error(self, value: float, rows: int) -> float:
+        """Of the metric where it is `value` on N rows, nearly: of a share."""
+        return math.sqrt(value * (1 - value) / rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class SeveralLabels(Task):
@@ -195,6 +203,12 @@ class SeveralLabels(Task):
         either = int(answers.sum() + true.sum())
         return 2 * int((answers & true).sum()) / either if either else 1.0
 
+    def chance(self, labels: Any) -> float:
+        """Of the most frequent labels, as many as do best."""
+        counts = np.sort((np.asarray(labels) > 0).sum(axis=0))[::-1]
+        of_each = 2 * counts.cumsum() / (counts.sum() + len(labels) * np.arange(1, len(counts) + 1))
+        return float(of_each.max()) if counts.any() else 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Task):
@@ -275,6 +289,13 @@ class Regression(Task):
         if np.ptp(answers) == 0 or np.ptp(labels) == 0:
             return 0.0
         return float(np.corrcoef(rankdata(answers), rankdata(labels))[0, 1])
+
+    def chance(self, labels: Any) -> float:
+        return 0.0
+
+    def standard_error(self, value: float, rows: int) -> float:
+        """Bonett and Wright, "Sample size requirements for … correlations" (2000), equation 2."""
+        return (1 - value**2) * math.sqrt((1 + value**2 / 2) / max(rows - 3, 1))
 
 
 def _least_way(p: Any, decision: Any, xp: Any) -> Any:

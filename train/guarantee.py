@@ -25,14 +25,15 @@ from scipy.stats import binomtest
 from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
 from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, totals
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli.options import Bundle, Data, check_json, check_split
+from ejax.cli.options import Bundle, Data, check_json, check_split, optional
 from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.targets import table_of
+from ejax.evaluation.targets import table_of, with_tolerance
 from ejax.hardware import environment
+from ejax.tasks import Regression
 from ejax.training.loop import progress_bar
 from ejax.training.outcome import short_path
 
@@ -54,6 +55,9 @@ def main(
         typer.Option(help="RISK,DELTA,ROWS, or POINTS,DELTA,ROWS of a drop; repeatable."),
     ] = None,
     loss: Annotated[str, typer.Option(help="disagreement, error, wrong or drop.")] = "disagreement",
+    tolerance: Annotated[
+        float | None, optional("Of a number per text: how far apart answers are the same.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=1)] = 10_000,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("guarantee.json"),
 ) -> None:
@@ -65,12 +69,13 @@ def main(
     cases = [parse_case(text, loss) for text in case or CASES.get(loss, RISKS)]
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(clf.bundle, data, split)
-    table = table_of(clf, encode(rows, clf.bundle.encode))
+    table = with_tolerance(table_of(clf, encode(rows, clf.bundle.encode)), tolerance)
     found: list[dict[str, Any]] = []
     name = short_path(str(bundle))
     result = {
         "command": f"python -m train.guarantee {name} --data {short_path(data)} "
         f"--split {split} --loss {loss} --draws {draws}"
+        + ("" if tolerance is None else f" --tolerance {tolerance:g}")
         + "".join(f" --case {text}" for text in case or ()),
         "date": time.strftime("%Y-%m-%d"),
         "bundle": name,
@@ -78,6 +83,7 @@ def main(
         "rows": len(rows),
         "layers": list(clf.bundle.exits.layers),
         "loss": loss,
+        **({"tolerance": table.task.tolerance} if isinstance(table.task, Regression) else {}),
         "draws": draws,
         "cases": found,
         **environment(),
