@@ -71,7 +71,7 @@ def main(
     rows = labelled_rows(clf.bundle, data, split)
     table = with_tolerance(table_of(clf, encode(rows, clf.bundle.encode)), tolerance)
     found: list[dict[str, Any]] = []
-    name = short_path(str(bundle))
+    name = short_path(bundle)
     result = {
         "command": f"python -m train.guarantee {name} --data {short_path(data)} "
         f"--split {split} --loss {loss} --draws {draws}"

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ejax import storage
 from ejax.cli.options import Bundle, TextColumns, optional, parse_threshold, parse_top_k
 from ejax.cli.run import note
 from ejax.errors import UserError
@@ -86,10 +85,11 @@ def info(
     """Show what a bundle, or a model to start from, is."""
     from ejax.bundle import load_bundle
     from ejax.evaluation.describe import exit_tables, facts, model_facts, show
+    from ejax.hub import bundle_at, is_bundle
     from ejax.models.weights import load_bert
 
-    if storage.is_remote(name) or (Path(name) / "exits.json").exists():
-        bundle = load_bundle(name)
+    if is_bundle(name):
+        bundle = load_bundle(bundle_at(name))
         show(facts(bundle), *exit_tables(bundle))
     else:
         show(model_facts(*load_bert(name)))
@@ -107,10 +107,11 @@ def export(
     """
     from ejax.bundle import load_bundle
     from ejax.export import export_hf
+    from ejax.hub import bundle_at
 
     if format != "hf":
         raise UserError(f"--format must be hf. Got {format!r}.")
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle_at(bundle))
     note(f"written: {export_hf(loaded, output)}")
     if loaded.adds_evidence:
         note("What exit 0 adds to the last exit is left out, so answers may differ.")

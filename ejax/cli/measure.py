@@ -223,11 +223,12 @@ def profile(
     from ejax.bundle import load_bundle
     from ejax.evaluation.describe import show
     from ejax.evaluation.profile import measure, profile_table
+    from ejax.hub import bundle_at
     from ejax.inference.cost import load_profile, profile_path, save_profile
 
     if output:
         check_json(output)
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle_at(bundle))
     with Console(stderr=True).status("") as status:
         found = measure(loaded, progress=status.update)
     kept = profile_path(loaded.cfg)
