@@ -39,6 +39,7 @@ from ejax.calibration.thresholds import (
 )
 from ejax.card import model_card
 from ejax.classifier import EarlyExitClassifier
+from ejax.cli.run import run
 from ejax.config import BertConfig, DataConfig, ExitConfig, TrainConfig
 from ejax.data.sources import Example
 from ejax.evaluation.labelled import check_beside, labelled_rows
@@ -54,6 +55,7 @@ from ejax.training.losses import joint_loss
 from ejax.training.processes import Stopped, Terminated
 from ejax.training.setup import scores_of
 from ejax.training.teacher import load_teacher
+from train.guarantee import app
 
 SEVERAL, NUMBERS = "multi_label_classification", "regression"
 PROBLEMS = (SEVERAL, NUMBERS)
@@ -655,6 +657,23 @@ def test_thresholds_calibrate_and_evaluate(problem, tmp_path):
     assert found["metric"] == metric
     assert found["thresholds"][1][metric] == pytest.approx(found["full"][metric])
     assert found["full"][metric] == pytest.approx(found[f"exit_{metric}"][-1])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_broken_promises_are_counted(problem, tmp_path):
+    output, draws, delta = tmp_path / "guarantee.json", 60, 0.2
+    args = [tiny.trained_on(problem)[0], "--data", tiny.problem_data(problem), "--loss", "wrong"]
+    args += ["--case", f"0.6,{delta},90", "--draws", draws, "--output", output]
+    args += ["--tolerance", 1.5] * (problem == NUMBERS)
+    assert run(app, "train.guarantee", list(map(str, args))) == 0
+    found = json.loads(output.read_text())
+    assert found.get("tolerance") == (1.5 if problem == NUMBERS else None)
+    [case] = found["cases"]
+    assert case["violations"] <= binom.ppf(1 - 1e-4, draws, delta)
+    assert case["refused"] < 1
+    assert 0 < case["mean_loss"] < 0.6
+    if problem == SEVERAL:
+        assert run(app, "train.guarantee", [*map(str, args), "--tolerance", "1"]) == 2
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
