@@ -27,6 +27,7 @@ from sklearn.metrics import f1_score
 from ejax.bundle import load_bundle
 from ejax.calibration.calibrate import fit_calibration
 from ejax.calibration.decisions import decide, fit_decisions, label_temperatures
+from ejax.calibration.drops import expected_drop
 from ejax.calibration.honesty import report
 from ejax.calibration.metrics import check_rows, lost_points
 from ejax.calibration.risk import risk_thresholds
@@ -339,6 +340,32 @@ def test_a_drop_is_of_the_metric_and_a_budget_is_kept(task):
     assert point["spent"] <= 0.5
     late = budget_thresholds(table, 0.9)
     assert late["expected_drop"] <= point["expected_drop"]
+
+
+# By the metric of these rows alone 2.2 and 3.4 points would be lost.
+@pytest.mark.parametrize(("task", "rows", "asked"), [(TASKS[0], 200, 1.0), (TASKS[1], 100, 3.0)])
+def test_no_more_than_asked_is_lost_on_other_texts(task, rows, asked):
+    """In the mean over draws of few rows, on which the fastest of many policies is flattered."""
+    texts, lost = table_of(task, 4000, 1000), []
+    full = task.measure(texts.answers[-1], texts.labels)
+    for seed in range(10):
+        exits = texts.leave(drop_thresholds(table_of(task, rows, seed), asked)["threshold"])
+        lost.append(100 * (full - task.measure(texts.taken(exits), texts.labels)))
+        assert texts.depth(exits) < 3.9  # else nothing would be lost
+    assert 0 < np.mean(lost) <= asked
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_expected_to_be_lost_is_lost(task):
+    """Where an exit's error is full depth's and more: of rows enough, what the labels count."""
+    table = table_of(task, 4000, 3)
+    expect = expected_drop(table.answers, table.labels, table.log_odds)
+    full = task.measure(table.answers[-1], table.labels)
+    rng = np.random.default_rng(0)
+    for exits in (*np.repeat(np.arange(3)[:, None], 4000, axis=1), rng.integers(3, size=4000)):
+        counted = 100 * (full - task.measure(table.taken(exits), table.labels))
+        # A regression's line is that of ranks, a label's logistic: both only nearly so.
+        assert expect(exits) == pytest.approx(counted, rel=0.15, abs=1e-9)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -301,11 +301,13 @@ def within_drop(table: Table, ordered: Float, max_drop: float) -> npt.NDArray[np
     if table.log_probs is None:  # of other tasks the metric, which is no sum over rows
         task, full = table.task, table.task.measure(table.answers[-1], table.labels)
         expect = expected_drop(table.answers, table.labels, table.log_odds)
-        drops = [
-            max(100 * (full - task.measure(table.taken(exits), table.labels)), expect(exits))
+        most = max_drop + ROUNDING
+        within = [
+            100 * (full - task.measure(table.taken(exits), table.labels)) <= most
+            and expect(exits) <= most
             for exits in map(table.leave, ordered)
         ]
-        return np.array(drops) <= max_drop + ROUNDING
+        return np.array(within)
     correct = table.correct.astype(float)
     lost = correct[-1].sum() - totals(table, ordered, correct)
     expected = totals(table, ordered, table.expected_lost)
