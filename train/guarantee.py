@@ -22,7 +22,7 @@ from rich.table import Table as Shown
 from rich.text import Text
 from scipy.stats import binomtest
 
-from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
+from ejax.calibration.risk import Refused, promised_drop, risk_policy
 from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, totals
 from ejax.classifier import EarlyExitClassifier
 from ejax.cli.options import Bundle, Data, check_json, check_split, optional
@@ -133,17 +133,22 @@ def broken(
     """
     every = np.arange(table.tokens.size)
     if loss == "drop":
-        choose = partial(promised_drop, max_drop=bound, delta=delta)
         lost = 100.0 * (table.correct[-1].astype(float) - table.correct)
     else:
-        choose = partial(risk_thresholds, risk=bound, delta=delta, loss=check_loss(loss))
         lost = table.lost(check_loss(loss)).astype(float)
+
+    def choose(drawn: Table, seed: int) -> list[float]:
+        if loss == "drop":
+            found: list[float] = promised_drop(drawn, bound, delta, seed=seed)["threshold"]
+            return found
+        return risk_policy(drawn, bound, delta, loss=check_loss(loss), seed=seed)[0]
+
     rng = np.random.default_rng(0)
     chosen: Counter[tuple[float, ...]] = Counter()
     for draw in range(draws):
         drawn = table.take(rng.integers(every.size, size=count))
         with suppress(Refused):
-            chosen[tuple(choose(drawn, seed=draw)["threshold"])] += 1
+            chosen[tuple(choose(drawn, draw))] += 1
         advance()
     taken = [table.leave(policy) for policy in chosen]
     true = np.array([lost[exits, every].mean() for exits in taken])
