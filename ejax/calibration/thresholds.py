@@ -272,13 +272,13 @@ def drop_thresholds(
     exit its threshold: an exit that agrees with full depth lets unsure rows go too, since the
     layers above would not make them surer. Or all leave at the first exit, or nobody leaves early.
 
-    Both `drop` and `expected_drop` have to keep within `max_drop`: on few rows the measured
-    drop alone is a poor guide, since the fastest of many choices is then the one whose
-    errors happened to cancel out. What is expected takes two numbers per exit from the labels,
-    not one per row. Asked for 0.5 points on 60 draws of 436 rows, of each of eight sets of exits on
-    AG News and SST-2 (TF-IDF; logistic regression on MiniLM's frozen layers), it lost -0.9 to 0.7
-    on the other rows in the mean, with a standard deviation of 0.1 to 1.0. The choice fits these
-    rows, so its drop there is optimistic: report `operating_point` on other rows.
+    Both `drop` and `expected_drop` (of other tasks: `ejax.calibration.drops`) have to keep within
+    `max_drop`: on few rows the measured drop alone is a poor guide, since the fastest of many
+    choices is then the one whose errors happened to cancel out. What is expected takes two numbers
+    per exit from the labels, not one per row. Asked for 0.5 points on 60 draws of 436 rows, of each
+    of eight sets of exits on AG News and SST-2 (TF-IDF; logistic regression on MiniLM's layers), it
+    lost -0.9 to 0.7 on the other rows in the mean, with a standard deviation of 0.1 to 1.0. The
+    choice fits these rows: report `operating_point` on other rows.
 
     Args:
       max_drop: in points, 0 or above.
