@@ -4,8 +4,10 @@ Not yet run with the current recipe.
 
     python -m train --config configs/e5_small.py:sst2 --workdir runs/e5_small_sst2
     python -m train --config configs/e5_small.py:ag_news --workdir runs/e5_small_ag_news
+    python -m train --config configs/e5_small.py:nsmc --workdir runs/e5_small_nsmc data.path=NSMC
 
-`model=FOLDER` takes another 12-layer BERT, `data.path=FOLDER` local train, dev and test files.
+`model=FOLDER` takes another 12-layer BERT, `data.path=FOLDER` local train, dev and test files. NSMC
+is a folder with those of the Naver sentiment movie corpus, Korean, https://github.com/e9t/nsmc.
 """
 
 import dataclasses
@@ -24,3 +26,7 @@ sst2 = TrainConfig(
 ag_news = dataclasses.replace(
     sst2, data=DataConfig(name="ag_news_subset", limit=8000), batch_size=32
 )
+nsmc = TrainConfig(  # of 250,037 pieces, Hangul among them
+    model="intfloat/multilingual-e5-small", data=DataConfig(path="nsmc", limit=20_000),
+    layers=(0, *sst2.layers),
+)  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ejax import assets, storage
-from ejax.bundle import Bundle
+from ejax.bundle import EXITS, Bundle
 from ejax.bundle_files import OWNED
 from ejax.card import CARD_FOLDER
 from ejax.errors import UserError
@@ -19,8 +19,7 @@ def bundle_at(name: str | Path, revision: str | None = None) -> str | Path:
     Raises:
       ValueError: where it cannot be fetched, or a folder here is given a revision.
     """
-    hub_id = isinstance(name, str) and assets.is_hub_id(name)
-    if hub_id and not (assets.held(Path(name)) or storage.set_aside(Path(name))):
+    if _is_elsewhere(name):
         return assets.hub_folder(str(name), OWNED, revision=revision, what="bundle")
     if revision is not None:
         raise UserError(
@@ -28,6 +27,22 @@ def bundle_at(name: str | Path, revision: str | None = None) -> str | Path:
             f"Got {revision!r} for {str(name)!r}."
         )
     return name
+
+
+def is_bundle(name: str) -> bool:
+    """Whether a folder, here or on gs://, or a hub id is that of a bundle, and not of a model.
+
+    Raises:
+      ValueError: where it cannot be fetched.
+    """
+    if _is_elsewhere(name):
+        return (assets.hub_folder(name, (EXITS,), what="bundle or model") / EXITS).exists()
+    return storage.is_remote(name) or (Path(name) / EXITS).exists()
+
+
+def _is_elsewhere(name: str | Path) -> bool:
+    hub_id = isinstance(name, str) and assets.is_hub_id(name)
+    return hub_id and not (assets.held(Path(name)) or storage.set_aside(Path(name)))
 
 
 def push_bundle(

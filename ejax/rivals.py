@@ -23,7 +23,7 @@ from scipy.special import expit
 from ejax import assets
 from ejax.bundle import Bundle
 from ejax.calibration.decisions import decide
-from ejax.calibration.metrics import paired_interval
+from ejax.calibration.metrics import lost_points, paired_interval
 from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
 from ejax.data.rows import label_array
@@ -33,7 +33,7 @@ from ejax.errors import UserError
 from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
 from ejax.models.weights import load_bert
-from ejax.tasks import Task
+from ejax.tasks import Regression, Task
 from ejax.timing import with_seconds
 
 TFIDF, FROZEN = "TF-IDF, linear", "frozen encoder, linear"
@@ -55,7 +55,7 @@ class Rival:
     """A fitted one."""
 
     name: str
-    features: Callable[[Sequence[Text]], Any]  # texts -> what `model` reads, [N, ...]
+    features: Callable[[Any], Any]  # texts, or their tokens -> what `model` reads, [N, ...]
     model: Any  # of scikit-learn
     task: Task
     encoder: str  # whose vectors it reads, or ""
@@ -65,7 +65,7 @@ class Rival:
     fit_seconds: float  # from text
     decisions: Any = 0.5  # probabilities from which on each of several labels is answered, [C]
 
-    def scores(self, texts: Sequence[Text]) -> np.ndarray:
+    def scores(self, texts: Any) -> np.ndarray:
         """Log-probabilities float32 [N, C]; -inf of a label that no row it was fitted to had.
 
         Of several labels at once their log-odds, of a regression the numbers, [N, 1].
@@ -357,20 +357,22 @@ def below_rival(
     labels: np.ndarray,
     held_out: Encoded,
     truth: np.ndarray,
-    right: np.ndarray,
+    answers: np.ndarray,
+    task: Task,
     *,
     cfg: BertConfig,
     bert: Any,
     max_length: int,
 ) -> str:
-    """A warning where full depth is right less often than a linear model on the frozen encoder.
+    """A warning where full depth does worse than a linear model on the frozen encoder.
 
     One forward pass over at most 10,000 training rows and the rows held out, and fits of seconds.
+    Several labels are decided by thresholds fitted to the rows held out, as those of full depth.
 
     Args:
-      train: tokens of training rows; `labels`: int [their number].
-      held_out: tokens of other rows; `truth`: their labels, int [N].
-      right: bool [N], whether full depth is right on them.
+      train: tokens of training rows; `labels`: [their number, ...].
+      held_out: tokens of other rows; `truth`: their labels, [N, ...].
+      answers: of full depth to them, [N, ...].
       cfg, bert: the pretrained encoder, all of its layers.
       max_length: the most tokens of a row.
 
@@ -379,16 +381,22 @@ def below_rival(
     """
     rows = draw(len(labels))
     labels = labels[rows]
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(labels, axis=0)) < 2:
         return ""
     vectors = mean_vectors(cfg, bert, max_length, WIDE)
-    model, _ = regression(vectors(train.subset(rows)), labels, VECTOR_C)
-    linear = model.predict(vectors(held_out)) == truth
-    gap, low, high = paired_interval(linear, right)
+    model, c = regression(vectors(train.subset(rows)), labels, VECTOR_C, task)
+    rival = Rival(FROZEN, vectors, model, task, "", cfg.num_hidden_layers, c, len(rows), 0.0)
+    scores = rival.scores(held_out)
+    if task.answer_ndim == 2:
+        rival = dataclasses.replace(rival, decisions=decide(expit(scores), truth > 0))
+    linear = rival.answers(scores)
+    gap, low, high = lost_points(task, linear, answers, truth)
     if low <= 0:
         return ""
+    kind = "ridge" if isinstance(task, Regression) else "logistic"
     return (
-        f"full depth is right on {right.mean():.3f} of {len(truth)} held-out rows, and logistic "
-        f"regression on the frozen encoder on {linear.mean():.3f} ({gap:.1f} points more, 95 %: "
-        f"{low:.1f} to {high:.1f}): train longer, or at another learning rate."
+        f"{task.metric_name} of full depth is {task.measure(answers, truth):.3f} on {len(truth)} "
+        f"held-out rows, and of {kind} regression on the frozen encoder "
+        f"{task.measure(linear, truth):.3f} ({gap:.1f} points more, 95 %: {low:.1f} to "
+        f"{high:.1f}): train longer, or at another learning rate."
     )

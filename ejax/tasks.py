@@ -116,6 +116,14 @@ class Task:
         """The metric of N answers."""
         return float(np.mean(self.right(answers, labels)))
 
+    def chance(self, labels: Any) -> float:
+        """The metric of the best answer that is the same for all N rows."""
+        return float(np.bincount(labels).max() / len(labels))
+
+    def standard_error(self, value: float, rows: int) -> float:
+        """Of the metric where it is `value` on N rows, nearly: of a share."""
+        return math.sqrt(value * (1 - value) / rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class SeveralLabels(Task):
@@ -184,8 +192,12 @@ class SeveralLabels(Task):
         """float32 [..., C]."""
         from scipy.special import expit  # slow to import
 
+        return np.asarray(expit(self.log_odds(logits, calibration)))
+
+    def log_odds(self, logits: Any, calibration: Any) -> np.ndarray:
+        """float32 [..., C]."""
         temperature, _ = np.split(calibration, 2, axis=-1)
-        return np.asarray(expit(np.asarray(logits, np.float32) / temperature))
+        return np.asarray(np.asarray(logits, np.float32) / temperature)
 
     def answers(self, logits: np.ndarray, calibration: Any) -> np.ndarray:
         _, decision = np.split(np.asarray(calibration), 2, axis=-1)
@@ -207,8 +219,13 @@ class SeveralLabels(Task):
     def measure(self, answers: Any, labels: Any) -> float:
         """2 TP / (2 TP + FP + FN) over all labels of all rows; 1 where there are none of them."""
         answers, true = np.asarray(answers, bool), np.asarray(labels) > 0
-        either = int(answers.sum() + true.sum())
-        return 2 * int((answers & true).sum()) / either if either else 1.0
+        return f1(int((answers & true).sum()), int(answers.sum()), int(true.sum()))
+
+    def chance(self, labels: Any) -> float:
+        """Of the most frequent labels, as many as do best."""
+        counts = np.sort((np.asarray(labels) > 0).sum(axis=0))[::-1]
+        of_each = 2 * counts.cumsum() / (counts.sum() + len(labels) * np.arange(1, len(counts) + 1))
+        return float(of_each.max()) if counts.any() else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +312,19 @@ class Regression(Task):
         if np.ptp(answers) == 0 or np.ptp(labels) == 0:
             return 0.0
         return float(np.corrcoef(rankdata(answers), rankdata(labels))[0, 1])
+
+    def chance(self, labels: Any) -> float:
+        return 0.0
+
+    def standard_error(self, value: float, rows: int) -> float:
+        """Bonett and Wright, "Sample size requirements for … correlations" (2000), equation 2."""
+        return (1 - value**2) * math.sqrt((1 + value**2 / 2) / max(rows - 3, 1))
+
+
+def f1(hits: float, answered: float, positive: float) -> float:
+    """2 TP / (2 TP + FP + FN); 1 where nothing is to be found and nothing is answered."""
+    either = answered + positive
+    return 2 * hits / either if either else 1.0
 
 
 def _least_way(p: Any, decision: Any, xp: Any) -> Any:

@@ -305,6 +305,7 @@ def hub():
 
 RESOLVE = "import sys; from ejax import assets; print(assets.resolve(sys.argv[1]))"
 BUNDLE_AT = "import sys; from ejax import hub; print(hub.bundle_at(*sys.argv[1:]))"
+COMMANDS = "from ejax import cli; cli.sys.argv[1:] = cli.sys.argv[2:]; cli.main()"
 
 
 def resolve_elsewhere(name, endpoint, tmp_path, *more, code=RESOLVE):
@@ -398,6 +399,11 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(pushed, hub, tmp_path):
     back = EarlyExitClassifier.from_pretrained(done.stdout.strip())
     texts = [text for _, text in tiny.rows(8, 5)]
     assert back(texts) == clf(texts)
+    done = resolve_elsewhere("", hub, tmp_path, "info", "org/bert", code=COMMANDS)
+    assert f"{clf.bundle.labels[0]}" in done.stdout, done.stderr
+    read = ("--input", str(tiny.write_tsv(tmp_path / "texts.tsv", tiny.rows(3, 5))))
+    done = resolve_elsewhere("", hub, tmp_path, "predict", "org/bert", *read, code=COMMANDS)
+    assert "\n3 rows labelled" in done.stderr, done.stderr
     done = resolve_elsewhere("org/bert", hub, tmp_path, "v9", code=BUNDLE_AT)
     assert done.stderr.strip().endswith(
         "'org/bert' on the hub has no revision 'v9': give a branch, a tag or a commit of it."

@@ -1,5 +1,7 @@
 """The loud words about data and results: when they come, and what they say."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +9,7 @@ import vocabularies
 
 from ejax.data.sources import Example
 from ejax.data.tokenizer import Tokenizer, load_tokenizer
+from ejax.tasks import Regression, SeveralLabels, Task
 from ejax.training.checks import (
     no_better_than_chance,
     still_rising,
@@ -94,7 +97,7 @@ def test_train_warns_of_another_language(tmp_path):
     ],
 )
 def test_still_rising(history, rows, rising):
-    sentence = still_rising(history, rows)
+    sentence = still_rising(history, rows, Task(2))
     assert bool(sentence) == rising
     if (len(history), rows) == (2, 100) and rising:
         assert sentence == (
@@ -103,11 +106,47 @@ def test_still_rising(history, rows, rising):
         )
 
 
-def test_exits_at_chance_are_named():
-    labels = np.array([0, 1, 1, 2])
-    assert no_better_than_chance((1, 3), (0.75, 1.0), labels) == ""
-    sentence = no_better_than_chance((0, 2, 3), (0.5, 0.75, 0.25), labels)
-    assert "commonest label (0.500). Got layer 0: 0.500; layer 3: 0.250: train longer" in sentence
+@pytest.mark.parametrize(
+    ("task", "value", "rows", "error"),
+    [
+        (SeveralLabels(3), 0.8, 100, 0.04),  # as of accuracy
+        (Regression(1), 0.8, 103, 0.36 * 1.32**0.5 / 10),  # (1 - r^2) sqrt((1 + r^2 / 2) / (N - 3))
+    ],
+)
+def test_still_rising_is_said_in_the_tasks_metric(task, value, rows, error):
+    assert still_rising([value - 0.99 * error, value], rows, task) == ""
+    sentence = still_rising([value - 1.01 * error, value], rows, task)
+    assert sentence.startswith(f"dev-A {task.metric_name} was still rising at the last")
+    assert f"the standard error is {error:.3f}: train longer" in sentence
+
+
+# The same answer for each row: the commonest label; both of the two commonest labels, which has 5
+# of 5 + 1 + 2 right (2 * 5 / (6 + 8)); any number, which orders nothing.
+SETS = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1]], float)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "chance"),
+    [
+        (Task(3), np.array([0, 1, 1, 2]), 0.5),
+        (SeveralLabels(3), SETS, 10 / 14),
+        (SeveralLabels(3), np.zeros((4, 3)), 1.0),
+        (Regression(1), np.array([0.5, 2.0, 3.0, 7.0]), 0.0),
+    ],
+)
+def test_exits_at_chance_are_named(task, labels, chance):
+    if chance < 1:
+        assert no_better_than_chance((1, 3), (chance + 1e-6, 1.0), labels, task) == ""
+    sentence = no_better_than_chance((0, 2, 3), (chance, 1.1, chance - 0.2), labels, task)
+    assert sentence.startswith(f"{task.metric_name} of every exit must be above that of one answer")
+    assert (
+        f"({chance:.3f}). Got layer 0: {chance:.3f}; layer 3: {chance - 0.2:.3f}: train longer"
+        in sentence
+    )
+    # No answer that is the same for all rows does better.
+    if task.answer_ndim == 2:
+        every = [np.tile(answer, (4, 1)) for answer in itertools.product([False, True], repeat=3)]
+        assert chance == max(task.measure(answer, labels) for answer in every)
 
 
 def test_nothing_is_said_where_all_is_well(recwarn):

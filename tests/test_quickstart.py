@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from ejax.evaluation.quickstart import check_exits, quickstart, read_articles, write_splits
+from ejax.tasks import Task
 
 
 def test_articles_are_read_once_each_with_their_class(tmp_path: Path) -> None:
@@ -42,9 +43,9 @@ def test_the_split_is_fixed_and_loses_no_row(tmp_path: Path) -> None:
 
 def test_an_exit_at_chance_fails_loudly() -> None:
     labels = np.array([0, 1, 1, 0])
-    check_exits({"layers": [1, 3], "exit_accuracy": [0.75, 1.0]}, labels)
-    with pytest.raises(ValueError, match=r"commonest label \(0.500\). Got layer 1: 0.500:"):
-        check_exits({"layers": [1, 3], "exit_accuracy": [0.5, 0.75]}, labels)
+    check_exits({"layers": [1, 3], "exit_accuracy": [0.75, 1.0]}, labels, Task(2))
+    with pytest.raises(ValueError, match=r"for every text \(0.500\). Got layer 1: 0.500:"):
+        check_exits({"layers": [1, 3], "exit_accuracy": [0.5, 0.75]}, labels, Task(2))
 
 
 def test_the_whole_of_it_on_own_data_and_model(tmp_path: Path, capsys, monkeypatch) -> None:

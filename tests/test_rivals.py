@@ -26,7 +26,7 @@ from ejax.rivals import (
     regression,
     terms,
 )  # fmt: skip
-from ejax.tasks import Task
+from ejax.tasks import Regression, SeveralLabels, Task
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec6"
 
@@ -186,15 +186,29 @@ def test_training_below_the_frozen_encoder_is_told(train, test):
 
     labels, truth = (np.array([row.label for row in rows]) for rows in (train, test))
 
-    def said(right, labels=labels):
-        return below_rival(
-            tokens(train), labels, tokens(test), truth, right, cfg=cfg, bert=bert, max_length=16
-        )
+    two = Task(2)
 
-    warning = said(np.arange(30) < 8)
-    assert warning.startswith("full depth is right on 0.267 of 30 held-out rows, and logistic")
-    assert said(np.ones(30, bool)) == ""
-    assert said(np.zeros(30, bool), labels=np.zeros_like(labels)) == ""  # one label
+    def said(answers, labels=labels, truth=truth, task=two):
+        return below_rival(
+            tokens(train), labels, tokens(test), truth, answers, task,
+            cfg=cfg, bert=bert, max_length=16,
+        )  # fmt: skip
+
+    warning = said(np.where(np.arange(30) < 8, truth, 1 - truth))
+    assert warning.startswith("accuracy of full depth is 0.267 on 30 held-out rows, and of logist")
+    assert said(truth) == ""
+    assert said(1 - truth, labels=np.zeros_like(labels)) == ""  # one label
+
+    sets = np.eye(2)[labels], np.eye(2)[truth]
+    warning = said(sets[1][:, ::-1] > 0, *sets, SeveralLabels(2))
+    assert warning.startswith("micro-F1 of full depth is 0.000 on 30 held-out rows, and of logist")
+    assert said(sets[1] > 0, *sets, SeveralLabels(2)) == ""
+
+    numbers = labels.astype(np.float32), truth.astype(np.float32)
+    warning = said(-numbers[1], *numbers, Regression(1))
+    assert warning.startswith("Spearman's correlation of full depth is -1.000 on 30 held-out rows,")
+    assert "and of ridge regression on the frozen encoder" in warning
+    assert said(numbers[1], *numbers, Regression(1)) == ""
 
 
 @pytest.mark.skipif(not TREC.exists(), reason=f"no {TREC}")

@@ -22,17 +22,18 @@ from rich.table import Table as Shown
 from rich.text import Text
 from scipy.stats import binomtest
 
-from ejax.calibration.risk import Refused, promised_drop, risk_thresholds
+from ejax.calibration.risk import Refused, promised_drop, risk_policy
 from ejax.calibration.thresholds import ROUNDING, Table, check_loss, policies, totals
 from ejax.classifier import EarlyExitClassifier
-from ejax.cli.options import Bundle, Data, check_json, check_split
+from ejax.cli.options import Bundle, Data, check_json, check_split, optional
 from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
-from ejax.evaluation.targets import table_of
+from ejax.evaluation.targets import table_of, with_tolerance
 from ejax.hardware import environment
+from ejax.tasks import Regression
 from ejax.training.loop import progress_bar
 from ejax.training.outcome import short_path
 
@@ -54,6 +55,9 @@ def main(
         typer.Option(help="RISK,DELTA,ROWS, or POINTS,DELTA,ROWS of a drop; repeatable."),
     ] = None,
     loss: Annotated[str, typer.Option(help="disagreement, error, wrong or drop.")] = "disagreement",
+    tolerance: Annotated[
+        float | None, optional("Of a number per text: how far apart answers are the same.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=1)] = 10_000,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("guarantee.json"),
 ) -> None:
@@ -65,12 +69,13 @@ def main(
     cases = [parse_case(text, loss) for text in case or CASES.get(loss, RISKS)]
     clf = EarlyExitClassifier.from_pretrained(bundle)
     rows = labelled_rows(clf.bundle, data, split)
-    table = table_of(clf, encode(rows, clf.bundle.encode))
+    table = with_tolerance(table_of(clf, encode(rows, clf.bundle.encode)), tolerance)
     found: list[dict[str, Any]] = []
-    name = short_path(str(bundle))
+    name = short_path(bundle)
     result = {
         "command": f"python -m train.guarantee {name} --data {short_path(data)} "
         f"--split {split} --loss {loss} --draws {draws}"
+        + ("" if tolerance is None else f" --tolerance {tolerance:g}")
         + "".join(f" --case {text}" for text in case or ()),
         "date": time.strftime("%Y-%m-%d"),
         "bundle": name,
@@ -78,6 +83,7 @@ def main(
         "rows": len(rows),
         "layers": list(clf.bundle.exits.layers),
         "loss": loss,
+        **({"tolerance": table.task.tolerance} if isinstance(table.task, Regression) else {}),
         "draws": draws,
         "cases": found,
         **environment(),
@@ -127,17 +133,22 @@ def broken(
     """
     every = np.arange(table.tokens.size)
     if loss == "drop":
-        choose = partial(promised_drop, max_drop=bound, delta=delta)
         lost = 100.0 * (table.correct[-1].astype(float) - table.correct)
     else:
-        choose = partial(risk_thresholds, risk=bound, delta=delta, loss=check_loss(loss))
         lost = table.lost(check_loss(loss)).astype(float)
+
+    def choose(drawn: Table, seed: int) -> list[float]:
+        if loss == "drop":
+            found: list[float] = promised_drop(drawn, bound, delta, seed=seed)["threshold"]
+            return found
+        return risk_policy(drawn, bound, delta, loss=check_loss(loss), seed=seed)[0]
+
     rng = np.random.default_rng(0)
     chosen: Counter[tuple[float, ...]] = Counter()
     for draw in range(draws):
         drawn = table.take(rng.integers(every.size, size=count))
         with suppress(Refused):
-            chosen[tuple(choose(drawn, seed=draw)["threshold"])] += 1
+            chosen[tuple(choose(drawn, draw))] += 1
         advance()
     taken = [table.leave(policy) for policy in chosen]
     true = np.array([lost[exits, every].mean() for exits in taken])

@@ -72,7 +72,7 @@ def main(
         given["dev"] = rows(dev, "dev")
     with Console(stderr=True).status("") as status:
         found = probe(clf, given, progress=status.update)
-    name = short_path(str(bundle))
+    name = short_path(bundle)
     found |= {
         "command": " ".join(["python -m train.probe", *map(short_path, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),

@@ -100,7 +100,7 @@ def main(
     decided, decided_other = clf.decide_encoded(task.encoded), clf.decide_encoded(other)
     known, others = scores(clf, task.encoded, decided), scores(clf, other, decided_other)
     layers = np.array(clf.bundle.exits.layers)
-    name = short_path(str(bundle))
+    name = short_path(bundle)
     result = {
         "command": f"python -m train.unknown {name} --data {short_path(data)} --split {split} "
         f"--unknown {short_path(unknown)}",

@@ -1,6 +1,6 @@
-"""The two fits behind thresholds per exit: chances along a score, chances by two classifiers.
+"""The fits behind thresholds per exit: chances along a score, chances by two classifiers.
 
-Axes: N rows, C classes, G scores of a grid.
+Axes: N rows, C classes, G scores of a grid, K weights.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,38 @@ def curve(grid: Float, scores: Float, share: Float) -> Float:
     A weak prior, a slope of -1 and an intercept of 0, keeps it finite where nothing is lost.
     """
     x = np.stack([np.ones_like(scores, np.float64), _logit(scores)], axis=1)
-    middle, precision = np.array([0.0, -1.0]), np.array([1e-3, 1.0])
-
-    def at(weights: Float) -> tuple[float, Float, Float]:
-        z, off = x @ weights, weights - middle
-        p = expit(z)
-        value = (np.logaddexp(0, z) - share * z).sum() + (precision * off**2).sum() / 2
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(precision)
-        return float(value), x.T @ (p - share) + precision * off, curvature
-
-    intercept, slope = _minimum(at, np.array([-2.0, -0.5]))
+    intercept, slope = _logistic(
+        x, share, np.array([0.0, -1.0]), np.array([1e-3, 1.0]), np.array([-2.0, -0.5])
+    )
     return np.asarray(expit(intercept + slope * _logit(grid)))
+
+
+def pooled_labels(full: Float, own: Float, true: Any) -> Float:
+    """Of several labels at once, as `pooled`: probabilities [N, C] from the log-odds of each.
+
+    One logistic regression for all labels on both log-odds and a constant, its prior that of
+    `pooled`.
+
+    Args:
+      true: bool [N, C].
+    """
+    x = np.stack([full.ravel(), own.ravel(), np.ones(full.size)], axis=1).astype(np.float64)
+    middle = np.array([1.0, 0.0, 0.0])
+    weights = _logistic(x, true.ravel().astype(float), middle, np.full(3, PRIOR), middle)
+    return np.asarray(expit(x @ weights).reshape(full.shape))
+
+
+def pooled_numbers(full: Float, own: Float, numbers: Float) -> Float:
+    """Of numbers, what they are expected to be [N] by full depth and an exit together.
+
+    Least squares on both. The prior, worth `PRIOR` rows, is that full depth alone knows.
+
+    Args:
+      full, own, numbers: [N], of mean 0 and variance 1.
+    """
+    x = np.stack([full, own])
+    alone = np.array([np.mean(full * numbers), 0.0])
+    return np.asarray(np.linalg.solve(x @ x.T + PRIOR * np.eye(2), x @ numbers + PRIOR * alone) @ x)
 
 
 def pooled(full: Float, own: Float, labels: Int) -> Float:
@@ -63,6 +84,19 @@ def pooled(full: Float, own: Float, labels: Int) -> Float:
         return float(value), gradient, curvature + PRIOR * np.eye(2)
 
     return probs_at(_minimum(at, middle)).T
+
+
+def _logistic(x: Float, share: Float, middle: Float, precision: Float, start: Float) -> Float:
+    """Weights [K] of a logistic regression of `share` [N] on `x` [N, K], under a normal prior."""
+
+    def at(weights: Float) -> tuple[float, Float, Float]:
+        z, off = x @ weights, weights - middle
+        p = expit(z)
+        value = (np.logaddexp(0, z) - share * z).sum() + (precision * off**2).sum() / 2
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(precision)
+        return float(value), x.T @ (p - share) + precision * off, curvature
+
+    return _minimum(at, start)
 
 
 def _minimum(at: Callable[[Float], tuple[float, Float, Float]], start: Float) -> Float:

@@ -77,6 +77,14 @@ def risk_thresholds(
       ValueError: on a risk or a delta outside (0, 1).
       Refused: for "wrong", where nothing can be shown.
     """
+    chosen, tested, facts = risk_policy(table, risk, delta, loss=loss, family=family, seed=seed)
+    return operating_point(tested, chosen) | facts
+
+
+def risk_policy(
+    table: Table, risk: float, delta: float, *, loss: Loss, family: Family = "per exit", seed: int
+) -> tuple[list[float], Table, dict[str, Any]]:
+    """Of `risk_thresholds` the thresholds, the tested rows, and what else it returns of them."""
     check_share("risk", risk)
     check_share("delta", delta)
     check_loss(loss)
@@ -113,7 +121,7 @@ def risk_thresholds(
                 f"not be shown with probability {1 - delta:g}, {least:g} % could. Ask for more, "
                 f"on other rows, or train a better model."
             )
-    return operating_point(tested, chosen) | {
+    return chosen, tested, {
         "risk": float(risk),
         "delta": float(delta),
         "loss": loss,
@@ -122,7 +130,7 @@ def risk_thresholds(
         "p_value": p_value,
         "upper": 0.0 if p_value is None else float(_at_most(losses, rest.size, delta)),
         "rows_needed": _with_order(needed),
-    }
+    }  # fmt: skip
 
 
 def promised_drop(

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ejax import storage
 from ejax.cli.options import (
     Bundle,
     LabelColumn,
@@ -95,10 +94,11 @@ def info(
     """Show what a bundle, or a model to start from, is."""
     from ejax.bundle import load_bundle
     from ejax.evaluation.describe import exit_tables, facts, model_facts, show
+    from ejax.hub import bundle_at, is_bundle
     from ejax.models.weights import load_bert
 
-    if storage.is_remote(name) or (Path(name) / "exits.json").exists():
-        bundle = load_bundle(name)
+    if is_bundle(name):
+        bundle = load_bundle(bundle_at(name))
         show(facts(bundle), *exit_tables(bundle))
     else:
         show(model_facts(*load_bert(name)))
@@ -132,6 +132,7 @@ def export(
     without ejax, on CPUs, CUDA GPUs and TPUs.
     """
     from ejax.bundle import load_bundle
+    from ejax.hub import bundle_at
 
     if format not in ("hf", "onnx", "jax"):
         raise UserError(f"--format must be hf, onnx or jax. Got {format!r}.")
@@ -144,7 +145,7 @@ def export(
     if format == "onnx":
         _export_onnx(bundle, output, operators, (data, split, text_column, label_column))
         return
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle_at(bundle))
     if format == "jax":
         from ejax.export.jax import export_jax
 
@@ -165,9 +166,10 @@ def _export_onnx(bundle: Path, output: Path, operators: Any, rows: tuple[Any, ..
     from ejax.bundle import load_bundle
     from ejax.evaluation.labelled import labelled_rows
     from ejax.export.onnx import export_onnx
+    from ejax.hub import bundle_at
     from ejax.provenance import promises_risk
 
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle_at(bundle))
     data, split, text, label = rows
     given = None
     if data:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ejax.cli.options import (
-    Bundle,
     Changed,
+    ChangedBundle,
     Data,
     LabelColumn,
     NewSplit,
@@ -31,7 +31,7 @@ app = typer.Typer()
     epilog="Example: `ejax calibrate sentiment --data new_domain.tsv --output sentiment-news`"
 )
 def calibrate(
-    bundle: Bundle,
+    bundle: ChangedBundle,
     data: Data,
     split: NewSplit = "dev",
     max_drop: Annotated[
@@ -70,7 +70,7 @@ def calibrate(
 
 @app.command(epilog="Example: `ejax thresholds sentiment --data dev.tsv --risk 0.01 --delta 0.05`")
 def thresholds(
-    bundle: Bundle,
+    bundle: ChangedBundle,
     data: Data,
     split: NewSplit = "dev",
     max_drop: Annotated[
@@ -156,7 +156,7 @@ def thresholds(
 
 @app.command(epilog="Example: `ejax place sentiment --data dev.tsv --exits 3 --output sentiment-3`")
 def place(
-    bundle: Bundle,
+    bundle: ChangedBundle,
     data: Data,
     exits: Annotated[int, typer.Option(help="At most so many, the last counted.", min=1)],
     output: Annotated[Path, typer.Option(help="The new bundle.", parser=path_of)],

@@ -232,13 +232,14 @@ def profile(
     from ejax.classifier import EarlyExitClassifier
     from ejax.evaluation.describe import show
     from ejax.evaluation.profile import compare, measure, measure_graph, profile_table
+    from ejax.hub import bundle_at
     from ejax.inference.cost import load_profile, profile_path, save_profile
     from ejax.onnx import OnnxClassifier
 
     if output:
         check_json(output)
     exported = {str(path): OnnxClassifier.from_pretrained(path) for path in onnx or ()}
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle_at(bundle))
     with Console(stderr=True).status("") as status:
         if loaded.graph:
             graph = OnnxClassifier(loaded)

@@ -24,6 +24,12 @@ def optional(help: str, *names: str, parser: Any = None) -> Any:
 
 
 Bundle = Annotated[
+    str,
+    typer.Argument(
+        help="A folder that `ejax train` wrote, or a bundle's hub id, user/name.", metavar="BUNDLE"
+    ),
+]
+ChangedBundle = Annotated[
     Path, typer.Argument(help="A folder that `ejax train` wrote.", metavar="BUNDLE", parser=path_of)
 ]
 Data = Annotated[
@@ -167,9 +173,9 @@ def check_output_file(output: Path, suffix: str) -> None:
         raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
 
 
-def name_of(bundle: Path) -> str:
+def name_of(bundle: str) -> str:
     """The folder's own name, of "." too."""
-    return (bundle if storage.is_remote(bundle) else bundle.resolve()).name
+    return path_of(bundle).name if storage.is_remote(bundle) else Path(bundle).resolve().name
 
 
 def load_beside(paths: Sequence[Path]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ejax.evaluation.describe import show
 from ejax.evaluation.evaluate import evaluate, save
 from ejax.provenance import CHOSEN
 from ejax.rivals import fit_rivals
+from ejax.tasks import Task
 from ejax.training.checks import no_better_than_chance
 from ejax.training.finetune import finetune
 
@@ -53,7 +54,7 @@ def quickstart(
 
     Raises:
       ValueError: on bad input; and, all written and shown, when an exit does not beat always
-        saying the commonest label.
+        giving the same answer.
     """
     console = console or Console(stderr=True)
     started = time.time()
@@ -90,7 +91,7 @@ def quickstart(
         f"{time.time() - started:.0f} s; bundle in {folder}, numbers in "
         f"{workdir / 'evaluation.json'}, plot in {workdir / 'evaluation.png'}",
     )
-    check_exits(result, task.labels)
+    check_exits(result, task.labels, clf.bundle.task)
     return result
 
 
@@ -172,9 +173,10 @@ def write_splits(rows: list[dict[str, str]], folder: Path) -> None:
         storage.write_text(folder / f"{name}.jsonl", lines)
 
 
-def check_exits(result: dict[str, Any], labels: np.ndarray) -> None:
-    """Raises ValueError naming each exit that does no better than the commonest label."""
-    if failed := no_better_than_chance(result["layers"], result["exit_accuracy"], labels):
+def check_exits(result: dict[str, Any], labels: np.ndarray, task: Task) -> None:
+    """Raises ValueError naming each exit that does no better than one answer for every text."""
+    reached = result[f"exit_{task.metric}"]
+    if failed := no_better_than_chance(result["layers"], reached, labels, task):
         raise UserError(failed)
 
 

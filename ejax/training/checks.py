@@ -5,13 +5,13 @@ Axes: N rows, E exits.
 
 import warnings
 from collections.abc import Sequence
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from ejax.data.sources import Example
 from ejax.data.tokenizer import Encoded, Tokenizer
+from ejax.tasks import Task
 
 UNKNOWN_SHARE = 0.03  # of the words; English sets have 0, emoji in chats 0.0014, Korean 0.25
 SHOWN = 30  # characters of a word
@@ -53,41 +53,42 @@ def unknown_words(tokenizer: Tokenizer, encoded: Encoded, rows: Sequence[Example
     )
 
 
-def still_rising(history: Sequence[float], rows: int) -> str:
+def still_rising(history: Sequence[float], rows: int, task: Task) -> str:
     """Whether the last evaluation is the best, by more than chance.
 
     Args:
-      history: mean accuracy over the exits at each evaluation, in [0, 1], in order.
-      rows: N, on which it was counted; its standard error is at most that of one exit,
-        sqrt(p (1 - p) / N).
+      history: the task's metric, its mean over the exits, at each evaluation, in order.
+      rows: N, on which it was measured; its standard error is at most that of one exit.
     """
     if len(history) < 2:
         return ""
     *before, last = history
-    error = sqrt(last * (1 - last) / rows)
+    error = task.standard_error(last, rows)
     if last < max(before) or last - before[-1] <= error:
         return ""
     return (
-        f"dev-A accuracy was still rising at the last evaluation, from {before[-1]:.3f} to "
-        f"{last:.3f}, and the standard error is {error:.3f}: train longer (--epochs)."
+        f"dev-A {task.metric_name} was still rising at the last evaluation, from {before[-1]:.3f} "
+        f"to {last:.3f}, and the standard error is {error:.3f}: train longer (--epochs)."
     )
 
 
-def no_better_than_chance(layers: Sequence[int], accuracies: Sequence[float], labels: Any) -> str:
-    """Which of the E exits are not right more often than who always says the commonest label.
+def no_better_than_chance(
+    layers: Sequence[int], reached: Sequence[float], labels: Any, task: Task
+) -> str:
+    """Which of the E exits are not better than who gives every row the same, best answer.
 
     Args:
       layers: after which the exits are, [E].
-      accuracies: of each exit on these rows, in [0, 1], [E].
-      labels: of the rows, int [N].
+      reached: the task's metric of each exit on these rows, [E].
+      labels: of the rows, [N, ...].
     """
-    chance = np.bincount(labels).max() / len(labels)
-    reached = zip(layers, accuracies, strict=True)
-    failed = [f"layer {layer}: {share:.3f}" for layer, share in reached if share <= chance]
+    chance = task.chance(labels)
+    each = zip(layers, reached, strict=True)
+    failed = [f"layer {layer}: {value:.3f}" for layer, value in each if value <= chance]
     if not failed:
         return ""
     return (
-        f"every exit must be right more often than the commonest label ({chance:.3f}). Got "
-        f"{'; '.join(failed)}: train longer (epochs=), or on more rows of the other labels; "
-        f"the losses are in metrics.jsonl."
+        f"{task.metric_name} of every exit must be above that of one answer for every text "
+        f"({chance:.3f}). Got {'; '.join(failed)}: train longer (epochs=), or on more rows of "
+        f"rare labels; the losses are in metrics.jsonl."
     )

@@ -101,7 +101,7 @@ def finetune(
         zero |= {"evidence": evidence}
         save_bundle(bundle_of(setup, exits, zero, trained, chosen), output)
         with console.status("compared with a linear model on the frozen encoder"):
-            warn_of_doubts(setup, parts["dev_a"], exits.layers, workdir)
+            warn_of_doubts(setup, parts["dev_a"], exits, chosen, workdir)
         write_result(setup, trained, chosen, workdir, started)
     barrier("the bundle is saved")
     return output

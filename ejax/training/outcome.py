@@ -18,7 +18,6 @@ from ejax.bundle import Bundle
 from ejax.calibration.calibrate import Answers, calibrate
 from ejax.calibration.drift import depth_of
 from ejax.calibration.evidence import fit_evidence, with_evidence
-from ejax.calibration.metrics import accuracy
 from ejax.config import ExitConfig, TrainConfig, to_json
 from ejax.data.rows import TokenizedSplit
 from ejax.hardware import environment
@@ -169,23 +168,27 @@ def write_result(
     storage.write_text(path, json.dumps(result, indent=2) + "\n")
 
 
-def warn_of_doubts(setup: Setup, dev_a: Answers, layers: tuple[int, ...], workdir: Any) -> None:
-    """Says what a result with one label per text may be worth less for, one sentence each."""
-    if setup.exits.problem_type != "single_label_classification":
-        return
-    accuracies = [accuracy(logits.argmax(axis=-1), dev_a.labels) for logits in dev_a.logits]
+def warn_of_doubts(
+    setup: Setup, dev_a: Answers, exits: ExitConfig, chosen: dict[str, Any], workdir: Any
+) -> None:
+    """Says what a result may be worth less for, one sentence each."""
+    task = task_of(exits)
+    answers = [
+        task.answers(logits, np.array(calibration, np.float32))
+        for logits, calibration in zip(dev_a.logits, chosen["temperatures"], strict=True)
+    ]
+    reached = [task.measure(of_exit, dev_a.labels) for of_exit in answers]
     path = workdir / "metrics.jsonl"
     with storage.reaching(path):
         lines = path.read_text().splitlines() if path.exists() else []
     evaluated = [line for line in map(json.loads, lines) if line["kind"] == "dev_a"]
     labelled = setup.train.take(setup.train.labelled)
     for sentence in (
-        still_rising([line[METRIC] for line in evaluated], len(dev_a.labels)),
-        no_better_than_chance(layers, accuracies, dev_a.labels),
+        still_rising([line[METRIC] for line in evaluated], len(dev_a.labels), task),
+        no_better_than_chance(exits.layers, reached, dev_a.labels, task),
         below_rival(
             labelled.encoded, labelled.labels,
-            setup.held_out["dev_a"].encoded, dev_a.labels,
-            dev_a.logits[-1].argmax(axis=-1) == dev_a.labels,
+            setup.held_out["dev_a"].encoded, dev_a.labels, answers[-1], task,
             cfg=setup.whole_cfg, bert=setup.bert, max_length=setup.max_length,
         ),
     ):  # fmt: skip
