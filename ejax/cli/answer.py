@@ -160,7 +160,7 @@ def export(
         note("What exit 0 adds to the last exit is left out, so answers may differ.")
 
 
-def _export_onnx(bundle: Path, output: Path, operators: Any, rows: tuple[Any, ...]) -> None:
+def _export_onnx(bundle: str, output: Path, operators: Any, rows: tuple[Any, ...]) -> None:
     from rich.console import Console
 
     from ejax.bundle import load_bundle
