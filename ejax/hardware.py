@@ -3,6 +3,7 @@
 jax is imported late: a command reads `cpu_type` before jax may start.
 """
 
+import importlib
 import math
 import os
 import platform
@@ -135,17 +136,21 @@ def describe() -> str:
     )
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to know about where a number came from."""
+def environment(*, onnx: bool = False) -> dict[str, Any]:
+    """What a reader needs to know about where a number came from.
+
+    Args:
+      onnx: whether ONNX Runtime had a part in it.
+    """
     from ejax import __version__
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint")
-    onnx = sys.modules.get("onnxruntime")  # which has packages of several names
+    runtime = importlib.import_module("onnxruntime") if onnx else None  # of several packages
     return {
         "hardware": describe(),
         "versions": {"python": platform.python_version(), "ejax": __version__}
         | {name: metadata.version(name) for name in packages}
-        | ({"onnxruntime": onnx.__version__} if onnx else {}),
+        | ({"onnxruntime": runtime.__version__} if runtime else {}),
     }
 
 

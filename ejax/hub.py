@@ -10,14 +10,15 @@ from ejax.errors import UserError
 from ejax.saving import save_bundle
 
 
-def bundle_at(name: str | Path, revision: str | None = None) -> str | Path:
+def bundle_at(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a bundle; a string "user/name" that is none here is fetched from the hub.
 
     Args:
       revision: on the hub, a branch, a tag or a commit; None is main.
 
     Raises:
-      ValueError: where it cannot be fetched, or a folder here is given a revision.
+      ValueError: where it cannot be fetched, a folder here is given a revision, or the storage is
+        not known.
     """
     if _is_elsewhere(name):
         return assets.hub_folder(str(name), OWNED, revision=revision, what="bundle")
@@ -26,7 +27,7 @@ def bundle_at(name: str | Path, revision: str | None = None) -> str | Path:
             f"revision is for a bundle on the hub, such as 'user/name', that is no folder here. "
             f"Got {revision!r} for {str(name)!r}."
         )
-    return name
+    return storage.path_of(name)
 
 
 def is_bundle(name: str) -> bool:

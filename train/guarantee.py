@@ -86,7 +86,7 @@ def main(
         **({"tolerance": table.task.tolerance} if isinstance(table.task, Regression) else {}),
         "draws": draws,
         "cases": found,
-        **environment(),
+        **environment(onnx=bool(clf.bundle.graph)),
     }
     with progress_bar(Console(stderr=True)) as bar:
         for bound, delta, count in cases:

@@ -163,7 +163,7 @@ def bench(
             full == truth, {one.name: one.answers == truth for one in field if one.rival}
         ),
         "date": time.strftime("%Y-%m-%d"),
-        **environment(),
+        **environment(onnx=bool(clf.bundle.graph)),
         "libraries": {
             name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules
         },
@@ -212,15 +212,15 @@ def line_up(
     installed = []
     ranged = clf.encode(ranges) if ranges else None
     for name in against:
+        if clf.bundle.graph:
+            left_out[name] = "an exported folder holds no weights to run in it"
+            continue
         if name in RANGED and ranged is None:
             left_out[name] = "needs training rows (--train) for the ranges of its activations"
             continue
         missing = [lib for lib in AGAINST[name][0] if importlib.util.find_spec(lib) is None]
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
-            continue
-        if clf.bundle.graph:
-            left_out[name] = "an exported folder holds no weights to run in it"
             continue
         installed.append(name)
         enter(name, partial(build, name, clf.bundle, levels, ranged), encoded, settings_of(name))

@@ -136,7 +136,7 @@ def evaluate(
             {rival.name: rows / statistics.median(seconds[rival.name]) for rival in rivals},
         ),
         "date": time.strftime("%Y-%m-%d"),
-        **environment(),
+        **environment(onnx=bool(clf.bundle.graph)),
     }  # fmt: skip
 
 

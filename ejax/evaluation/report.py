@@ -137,7 +137,7 @@ def make_report(
         "notes": notes,
         "inference_seconds": inference,
         "date": time.strftime("%Y-%m-%d"),
-        **environment(),
+        **environment(onnx=bool(clf.bundle.graph)),
     }
 
 
