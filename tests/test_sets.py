@@ -58,3 +58,13 @@ def test_the_gain_is_over_the_best_linear_model_on_the_same_text() -> None:
         "better_than": {name: {"2": [gain, -1.0, 9.0]} for name, gain in better.items()},
     }
     assert sets.least_gain(of) == "4.0 (-1.0 to 9.0)"
+
+
+def test_the_page_of_results_holds_what_was_measured(capsys) -> None:
+    """Accuracies of every committed cell, as `--show` prints them."""
+    page = (sets.Path(__file__).parents[1] / "configs/results/README.md").read_text()
+    assert run(sets.app, "train.sets", ["--data", "never", "--show"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
+    assert len(lines) >= 5
+    for line in lines:
+        assert line in page or line.startswith("| stsb")  # told in a section of its own
