@@ -128,6 +128,7 @@ class OnnxClassifier(TextClassifier):
             self._session.version,
             graph.precision,
             graph.operators,
+            *map(str, self.bundle.provenance.get("int8", {}).get("layers_in_float32", [])),
             str(self.threads),
         )
 
@@ -225,7 +226,7 @@ class _Session:
         except ModuleNotFoundError:
             raise UserError(
                 "an exported ONNX folder needs onnxruntime, which is not installed: "
-                "pip install 'ejax[onnx]'."
+                "pip install '.[onnx]' in ejax's folder."
             ) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1

@@ -17,7 +17,7 @@ from ejax.errors import UserError
 
 TRAINED = ("train",)  # the weights
 PICKED = ("dev_a", "placed", "picked")  # which weights and exits are kept
-# Those, temperatures, and the ranges of INT8: they choose no thresholds.
+# Those, temperatures, and the ranges of INT8: `ejax thresholds` leaves them out.
 FITTED = (*TRAINED, *PICKED, "calibration", "ranges")
 CHOSEN = (*FITTED, "thresholds")  # those, and thresholds: no report on them
 UNKNOWN = (

@@ -374,7 +374,7 @@ def test_export_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: Any) -> N
         ["--format", "onnx", "--data", dev],
     ):  # fmt: skip
         assert "--int8 goes with" in said(*options)
-    assert "operators must be one of onnxruntime, standard" in said(
+    assert "--operators must be onnxruntime or standard" in said(
         "--format", "onnx", "--operators", "all"
     )
     for name in ("onnx", "onnxruntime"):
@@ -382,9 +382,26 @@ def test_export_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: Any) -> N
             without.delitem(sys.modules, "ejax.export.onnx")
             without.setitem(sys.modules, name, None)
             sentence = said("--format", "onnx")
-            assert f"need {name}, which is not installed: `pip install 'ejax[onnx]'`" in sentence
+            assert f"need {name}, which is not installed: `pip install '.[onnx]'`" in sentence
     assert not never.exists()
     weights = (saved() / "model.safetensors").read_bytes()
     sentence = tiny.refused("export", saved(), "--format", "onnx", "--output", saved())
     assert "a graph would replace" in sentence
     assert (saved() / "model.safetensors").read_bytes() == weights
+
+
+def test_the_program_of_the_guide_answers_as_the_bundle_does(tmp_path: Path, monkeypatch) -> None:
+    """Plain ONNX Runtime; and the folder says that its thresholds were chosen elsewhere."""
+    guide = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    code = guide[guide.index("```python\n") + 10 :]
+    bundle = load_bundle(tiny.trained()[0])
+    export_onnx(bundle, tmp_path / "sentiment-onnx")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code[: code.index("\n```\n")], found)
+    cfg = dataclasses.replace(bundle.cfg, dtype="float32")
+    wanted = EarlyExitClassifier(dataclasses.replace(bundle, cfg=cfg)).decide(found["texts"])
+    assert found["exits"].tolist() == wanted.exit.tolist()
+    np.testing.assert_allclose(found["logits"], wanted.logits, atol=1e-5)
+    chosen = load_bundle(tmp_path / "sentiment-onnx").provenance["thresholds_from"]
+    assert chosen.endswith(f"That was in {bundle.numerics}, before the export.")

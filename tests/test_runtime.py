@@ -183,7 +183,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"model\.onnx must have the inputs"):
         OnnxClassifier(other)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'ejax\[onnx\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[onnx\]'"):
         OnnxClassifier.from_pretrained(folder_of("one label"))
 
 

@@ -141,6 +141,10 @@ def export(
             "--int8 goes with --format onnx and --data, the rows that its ranges come from, and "
             "--data with --int8."
         )
+    if operators not in ("onnxruntime", "standard"):
+        raise UserError(f"--operators must be onnxruntime or standard. Got {operators!r}.")
+    if format != "onnx" and operators != "onnxruntime":
+        raise UserError("--operators goes with --format onnx.")
     check_split(split)
     if format == "onnx":
         _export_onnx(bundle, output, operators, (data, split, text_column, label_column))
@@ -152,6 +156,7 @@ def export(
         note(f"written: {export_jax(loaded, output)}")
         if loaded.exits.has_zero:
             note("Exit 0 reads the tokens that the program is given, not the whole text.")
+        _note_promise(loaded)
         return
     from ejax.export.hf import export_hf
 
@@ -167,7 +172,6 @@ def _export_onnx(bundle: str, output: Path, operators: Any, rows: tuple[Any, ...
     from ejax.evaluation.labelled import labelled_rows
     from ejax.export.onnx import export_onnx
     from ejax.hub import bundle_at
-    from ejax.provenance import promises_risk
 
     loaded = load_bundle(bundle_at(bundle))
     data, split, text, label = rows
@@ -187,8 +191,14 @@ def _export_onnx(bundle: str, output: Path, operators: Any, rows: tuple[Any, ...
     if report.get("layers_in_float32"):
         layers = ", ".join(map(str, report["layers_in_float32"]))
         note(f"Layers that do not stand INT8, and stay float32: {layers}.")
+    _note_promise(loaded)
+
+
+def _note_promise(loaded: Any) -> None:
+    from ejax.provenance import promises_risk
+
     if promises_risk(loaded.provenance):
         note(
-            "What its thresholds promise was shown for another runtime: `ejax thresholds` shows it "
-            "for this one."
+            "What its thresholds promise was shown for another runtime, and holds for that one: "
+            "`ejax thresholds` shows it for an ONNX folder."
         )

@@ -195,7 +195,8 @@ def bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
-            beside=others, rivals=rivals, ranges=[row.inputs for row in training],
+            beside=others, rivals=rivals,
+            ranges=[row.inputs for row in training if row_hash(row) not in set(hashes)],
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     result |= {"bundle": name_of(bundle), "data": rows.origin, "notes": notes}

@@ -22,6 +22,7 @@ from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
 from ejax.evaluation import contenders, engines
 from ejax.evaluation.contenders import CORES, Run, Setting, Texts
+from ejax.evaluation.engines import RANGE_ROWS
 from ejax.evaluation.evaluate import (
     LADDER,
     best_full_depth,
@@ -31,7 +32,14 @@ from ejax.evaluation.evaluate import (
     timing,
 )
 from ejax.evaluation.labelled import check_beside, check_single
-from ejax.evaluation.scenarios import BATCHES, Contender, entered, requests, single_stream
+from ejax.evaluation.scenarios import (
+    BATCHES,
+    Contender,
+    entered,
+    requests,
+    single_stream,
+    spread,
+)
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup
 from ejax.rivals import Rival, enough
@@ -210,7 +218,9 @@ def line_up(
     enter("ejax full depth", lambda: full_run(clf, encoded), encoded, all_cores)
     enter("ejax early exit", partial(early_run, clf, levels), encoded, all_cores)
     installed = []
-    ranged = clf.encode(ranges) if ranges else None
+    ranged = None
+    if ranges and not clf.bundle.graph and not set(against).isdisjoint(RANGED):
+        ranged = clf.encode([ranges[i] for i in spread(len(ranges), RANGE_ROWS)])
     for name in against:
         if clf.bundle.graph:
             left_out[name] = "an exported folder holds no weights to run in it"

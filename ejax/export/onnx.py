@@ -1,7 +1,7 @@
 """A bundle as a folder with one ONNX graph, in float32 or in INT8 with fixed ranges.
 
 INT8's ranges come from some rows, and so does which layers stay float32. Those rows are recorded
-in the ledger as "ranges", and choose no thresholds.
+in the ledger as "ranges": `ejax thresholds` leaves them out.
 
 Axes: B batch, T tokens, L layers, E exits, N rows, O outputs of a head.
 """
@@ -21,7 +21,8 @@ try:
     import onnxruntime
 except ModuleNotFoundError as error:
     raise UserError(
-        f"ONNX graphs need {error.name}, which is not installed: `pip install 'ejax[onnx]'`."
+        f"ONNX graphs need {error.name}, which is not installed: `pip install '.[onnx]'` in ejax's "
+        f"folder."
     ) from None
 
 from ejax import storage
@@ -36,7 +37,7 @@ from ejax.export.graph import early_exit_graph, every_exit_graph
 from ejax.export.operators import OPERATORS, Operators
 from ejax.inference.policy import select_exit
 from ejax.models.ngrams import ragged_logits
-from ejax.provenance import FITTED, TRAINED
+from ejax.provenance import FITTED, TRAINED, promises_risk
 from ejax.saving import check_output, save_bundle
 
 RANGE_ROWS = 100
@@ -116,7 +117,15 @@ def export_onnx(
 
 def _with_graph(bundle: Bundle, graph: Graph) -> Bundle:
     zero = {k: v for k, v in bundle.variables["params"].items() if k == "ngrams"}
-    return dataclasses.replace(bundle, graph=graph, variables={"params": zero})
+    provenance = dict(bundle.provenance)
+    if chosen := provenance.get("thresholds_from"):
+        after = ", and no promise for this folder" if promises_risk(provenance) else ""
+        provenance["thresholds_from"] = (
+            f"{chosen} That was in {bundle.numerics}, before the export{after}."
+        )
+    return dataclasses.replace(
+        bundle, graph=graph, variables={"params": zero}, provenance=provenance
+    )
 
 
 def rows_for_ranges(bundle: Bundle, split: Split) -> TokenizedSplit:

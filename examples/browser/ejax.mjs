@@ -26,6 +26,8 @@ export class Classifier {
       throw new Error(`This page shows one label per text. The folder is of ${made.meta.problem_type}.`);
     if (made.meta.runtime?.operators !== "standard")
       throw new Error("The folder must come from `ejax export --format onnx --operators standard`.");
+    if (made.meta.provenance?.text_columns?.length === 2)
+      throw new Error("This page reads single texts. The folder is of pairs.");
     made.labels = Object.values((await json("config.json")).id2label);
     made.tokenizer = new Tokenizer(await json("tokenizer.json"), {});
     made.zero = made.meta.layers[0] === 0 ? new Ngrams(tensors(await read("ngrams.safetensors")), made) : null;
@@ -36,9 +38,14 @@ export class Classifier {
   /**
    * @param texts strings
    * @param threshold a number, null for the folder's own, above 1 for full depth
-   * @returns per text {label, score, exit_layer}
+   * @returns per text {label, score, exit_layer}; the label is null below the folder's `abstain`
    */
   async classify(texts, threshold = null) {
+    const abstain = this.meta.abstain ?? 0;
+    return (await this.decide(texts, threshold)).map((found) => (found.score < abstain ? { ...found, label: null } : found));
+  }
+
+  async decide(texts, threshold) {
     const { layers, temperatures, thresholds, max_length } = this.meta;
     const levels = layers.map((_, e) => threshold ?? thresholds[e]);
     const ids = texts.map((text) => this.tokenizer.encode(text).ids);
