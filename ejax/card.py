@@ -58,6 +58,11 @@ def model_card(bundle: Bundle) -> str:
         f"{p.get('thresholds_from', '')}".rstrip(),
         *([f"- {p['abstain']['sentence']}"] if "abstain" in p else []),
         *([f"- Runtime: ONNX Runtime, {bundle.graph.precision}"] if bundle.graph else []),
+        *(
+            [f"- Tables below: measured in {p['measured_before_export']}, before the export"]
+            if "measured_before_export" in p
+            else []
+        ),
         f"- Pooling {bundle.exits.pooling}, mix {bundle.exits.mix}, at most "
         f"{bundle.max_length} tokens.",
         "",

@@ -405,3 +405,5 @@ def test_the_program_of_the_guide_answers_as_the_bundle_does(tmp_path: Path, mon
     np.testing.assert_allclose(found["logits"], wanted.logits, atol=1e-5)
     chosen = load_bundle(tmp_path / "sentiment-onnx").provenance["thresholds_from"]
     assert chosen.endswith(f"That was in {bundle.numerics}, before the export.")
+    card = (tmp_path / "sentiment-onnx/README.md").read_text()
+    assert f"Tables below: measured in {bundle.numerics}, before the export" in card

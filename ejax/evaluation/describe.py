@@ -87,6 +87,8 @@ def exit_tables(bundle: Bundle) -> list[Table]:
     for name, title in PARTS.items():
         if name not in metrics:
             continue
+        if "measured_before_export" in bundle.provenance:
+            title += ", before the export"
         point = bundle.provenance.get("operating_points", {}).get(name)
         table = Table(title=f"{title}, {point['rows']} rows" if point else title)
         columns = bundle.task.measures

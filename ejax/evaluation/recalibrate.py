@@ -85,7 +85,7 @@ def recalibrate(
     # Temperatures of earlier rows had their part in which exits were kept.
     free = {"thresholds"} if "placed" in bundle.ledger.names() else {"thresholds", "calibration"}
     ledger = bundle.ledger.with_rows("calibration", [task.hashes[i] for i in fit], free=free)
-    gone = ("target", "abstain")
+    gone = ("target", "abstain", "measured_before_export")
     kept_on = {name: what for name, what in bundle.provenance.items() if name not in gone}
     return dataclasses.replace(
         bundle,

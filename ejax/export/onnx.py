@@ -117,7 +117,8 @@ def export_onnx(
 
 def _with_graph(bundle: Bundle, graph: Graph) -> Bundle:
     zero = {k: v for k, v in bundle.variables["params"].items() if k == "ngrams"}
-    provenance = dict(bundle.provenance)
+    # Until `ejax calibrate` on the folder, its metrics are those of before.
+    provenance = bundle.provenance | {"measured_before_export": bundle.numerics}
     if chosen := provenance.get("thresholds_from"):
         after = ", and no promise for this folder" if promises_risk(provenance) else ""
         provenance["thresholds_from"] = (

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +66,9 @@ def main(
         for name in names:
             left = SECONDS - (time.monotonic() - start)
             status.update(name)
-            say = lambda keys, name=name: status.update(f"{name}: {keys}")  # noqa: E731
-            found["parts"][name] = run_part(PARTS[name], min(PARTS[name].limit, left), small, say)
+            found["parts"][name] = run_part(
+                PARTS[name], min(PARTS[name].limit, left), small, partial(said, status, name)
+            )
             found["seconds"] = time.monotonic() - start
             write_json(found, output)
             console.print(f"{name}: {told(found['parts'][name])}", highlight=False, markup=False)
@@ -74,6 +76,10 @@ def main(
     console.print(f"written: {output}", highlight=False, markup=False)
     if any("error" in part for part in (found, *found["parts"].values())):
         raise typer.Exit(1)
+
+
+def said(status: Any, name: str, keys: str) -> None:
+    status.update(f"{name}: {keys}")
 
 
 def run_part(part: Part, limit: float, small: bool, say: Callable[[str], None]) -> dict[str, Any]:
