@@ -440,7 +440,10 @@ def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
     params = load_bundle(folder).variables["params"]
     with Checkpoints(tmp_path) as checkpoints:
         _, best = checkpoints.restore_best(place(first_state(params, optimizer, config)))
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(best.average))
+    kept = jax.device_get(best.average)
+    for tree in (params, kept):  # fitted again afterwards
+        del tree["heads"]["exits"]["classifier"]
+    jax.tree.map(np.testing.assert_array_equal, params, kept)
     first, second = (jax.tree.leaves(tree)[0] for tree in (best.average, best.params))
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 0
     # Exits without weight do not pick the checkpoint.

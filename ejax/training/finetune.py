@@ -29,6 +29,7 @@ from ejax.training.outcome import (
     write_result,
 )
 from ejax.training.processes import barrier
+from ejax.training.refit import with_refitted_heads
 from ejax.training.setup import places, set_up
 
 
@@ -79,6 +80,8 @@ def finetune(
     # The exits after layers and the encoder, together; of all checkpoints the best on dev-A.
     logits_of = make_logits(setup)
     trained = fit(setup, logits_of, workdir, console, callbacks)
+    params = with_refitted_heads(setup, trained.params, workdir, console)
+    trained = trained._replace(params=params)
 
     # From dev-A what exit 0 adds to later exits, temperatures and default thresholds; what they
     # give on dev-A, dev-B and test.

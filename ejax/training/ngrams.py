@@ -3,13 +3,13 @@
 Axes: N rows, V n-grams that are kept, R rank, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from scipy.optimize import minimize
-from scipy.sparse import csr_array, diags_array
+from scipy.sparse import csr_array, diags_array, issparse
 from scipy.special import expit, log_softmax
 
 from ejax.config import ExitConfig, TrainConfig
@@ -87,7 +87,10 @@ def fit_ngrams(
     norm = np.sqrt(np.maximum(counts @ weight**2, TINY))
     x = diags_array(1 / norm) @ counts @ diags_array(weight)  # [N, V]
     several = exits.problem_type == "multi_label_classification"
-    solution = _fit(x, targets * np.asarray(class_weights or np.ones(c)), r, seed, several)
+    solution = fit_linear(
+        x, targets * np.asarray(class_weights or np.ones(c)), PENALTY,
+        rank=r, seed=seed, several=several,
+    )  # fmt: skip
     table = np.zeros((exits.buckets, r + 1), np.float32)
     table[known, :-1] = solution["table"] * weight[:, None]
     table[known, -1] = weight**2
@@ -95,21 +98,40 @@ def fit_ngrams(
     return {"table": table, "evidence": np.zeros(exits_after(exits), np.float32)} | kept
 
 
-def _fit(
-    x: Any, targets: np.ndarray, r: int, seed: int, several: bool = False
+def fit_linear(
+    x: Any,
+    targets: np.ndarray,
+    penalty: float,
+    *,
+    rank: int,
+    several: bool,
+    seed: int = 0,
+    start: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`table` [V, R], `kernel` [R, C] where R is not C, and `bias` [C], float64."""
-    (n, v), c = x.shape, targets.shape[1]
-    turned = x.T.tocsr()
+    """A linear classifier by L-BFGS: mean cross-entropy and `penalty` / 2N of squared weights.
+
+    Args:
+      x: [N, V], sparse or not.
+      targets: [N, C], see `fit_ngrams`, times the weights of the classes.
+      rank: R; C makes the problem convex.
+      several: whether each label is a logistic regression of its own.
+      start: what an earlier call gave; nothing means zeros.
+
+    Returns:
+      `table` [V, R], `kernel` [R, C] where R is not C, and `bias` [C], float64.
+    """
+    (n, v), c, r = x.shape, targets.shape[1], rank
+    turned = x.T.tocsr() if issparse(x) else x.T
     shapes = {"table": (v, r), "bias": (c,)} | ({"kernel": (r, c)} if r != c else {})
     rng = np.random.default_rng(seed)
     first = {name: np.zeros(shape) for name, shape in shapes.items()}
     if r != c:  # at zero both factors would stay there
         first |= {name: rng.normal(0, 0.1, shapes[name]) for name in ("table", "kernel")}
+    first |= start or {}
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
     targets = targets / (n if several else targets.sum())
     each = targets.sum(axis=1, keepdims=True)
-    penalty = PENALTY / n
+    penalty = penalty / n
 
     def parts(flat: np.ndarray) -> dict[str, np.ndarray]:
         pieces = np.split(flat, ends[:-1])
@@ -117,7 +139,7 @@ def _fit(
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         p = parts(flat)
-        vectors = x @ p["table"]
+        vectors = x @ p["table"].astype(x.dtype, copy=False)
         logits = (vectors @ p["kernel"] if r != c else vectors) + p["bias"]
         if several:  # each label by itself
             loss = np.logaddexp(0, logits).sum() / n - (targets * logits).sum()
@@ -126,7 +148,8 @@ def _fit(
             log_probs = log_softmax(logits, axis=1)
             loss = -(targets * log_probs).sum()
             off = each * np.exp(log_probs) - targets
-        grad = {"table": turned @ (off @ p["kernel"].T if r != c else off), "bias": off.sum(axis=0)}
+        back = (off @ p["kernel"].T if r != c else off).astype(x.dtype, copy=False)
+        grad = {"table": turned @ back, "bias": off.sum(axis=0)}
         if r != c:
             grad["kernel"] = vectors.T @ off
         for name in shapes:
@@ -135,9 +158,9 @@ def _fit(
                 grad[name] = grad[name] + penalty * p[name]
         return float(loss), np.concatenate([grad[name].ravel() for name in shapes])
 
-    start = np.concatenate([first[name].ravel() for name in shapes])
+    begin = np.concatenate([first[name].ravel() for name in shapes])
     found = minimize(
-        objective, start, jac=True, method="L-BFGS-B",
+        objective, begin, jac=True, method="L-BFGS-B",
         options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "ftol": 1e-7, "maxcor": 5},
     )  # fmt: skip
     return parts(found.x)

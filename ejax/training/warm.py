@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ejax.config import TrainConfig
 from ejax.data.batches import eval_plan
+from ejax.data.rows import TokenizedSplit
 from ejax.models.early_exit import EarlyExitBert
 from ejax.tasks import task_of
 from ejax.training.losses import joint_loss
@@ -48,25 +49,30 @@ def warm_start(setup: Setup, console: Console) -> Any:
     Each host's first device runs batches of one size, so that the vectors have the same bits
     however many devices there are: heads are trained far enough to tell.
     """
-    model, config, split = setup.model, setup.config, setup.train.teaching()
+    model, config = setup.model, setup.config
     params = initial_params(model, setup.bert, config)
-    order = np.random.default_rng([config.seed, 2]).permutation(len(split.labels))
-    some = split.take(np.sort(order[:WARM_ROWS]))
-    plan = eval_plan(
-        some.encoded.lengths,
-        buckets=setup.buckets,
-        max_length=setup.max_length,
-        batch_size=EMBEDDED_ROWS,
-    )
     with console.status("the heads, on the encoder as it is"):
-        vectors = make_all_logits(model, jax.local_devices()[:1], method="layer_vectors")(
-            {"params": params}, some.encoded, plan
-        )
+        rows = setup.train.teaching()
+        order = np.random.default_rng([config.seed, 2]).permutation(len(rows.labels))
+        some = rows.take(np.sort(order[:WARM_ROWS]))
+        vectors = vectors_of(setup, params, some)
         heads = warm_heads(model, params["heads"], vectors, some.labels, config, some.teacher)
         if jax.process_count() > 1:
             barrier("warmed")
             heads = multihost_utils.broadcast_one_to_all(heads)
     return params | {"heads": jax.tree.map(np.asarray, heads)}
+
+
+def vectors_of(setup: Setup, params: Any, rows: TokenizedSplit) -> np.ndarray:
+    """What the exits mix of these rows, float32 [L, N, D], see `EarlyExitBert.layer_vectors`."""
+    plan = eval_plan(
+        rows.encoded.lengths,
+        buckets=setup.buckets,
+        max_length=setup.max_length,
+        batch_size=EMBEDDED_ROWS,
+    )
+    embed = make_all_logits(setup.model, jax.local_devices()[:1], method="layer_vectors")
+    return embed({"params": params}, rows.encoded, plan)
 
 
 def warm_heads(
