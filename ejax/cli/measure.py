@@ -259,6 +259,7 @@ def profile(
     show(profile_table(found))
     if exported:
         clf = EarlyExitClassifier.from_pretrained(bundle)
-        table, sentence = compare({str(bundle): clf, **exported})
+        table, sentences = compare({str(bundle): clf, **exported})
         show(table)
-        note(sentence)
+        for sentence in sentences:
+            note(sentence)
