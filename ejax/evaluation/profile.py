@@ -171,10 +171,10 @@ def compare(clfs: Mapping[str, TextClassifier]) -> tuple[Table, list[str]]:
         if len(share):
             of_exits = [share[exit] * taken[name, exit, 1] for exit in np.flatnonzero(share)]
             taken[name, "early", 1] = sum(of_exits) / share.sum()
-    table = Table(title=f"texts of {length} tokens", caption=f"many: {MANY} texts")
+    table = Table(title=f"one text, and {MANY}, of {length} tokens")
     for heading in (
-        "", "numerics", "full depth: one, ms", "many, texts/s",
-        "early exit: mean layer", "one, ms", "many, texts/s",
+        "", "numerics", "full depth\none, ms", "full depth\nmany, texts/s",
+        "early exit\nmean layer", "early exit\none, ms", "early exit\nmany, texts/s",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, clf in clfs.items():
