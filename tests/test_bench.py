@@ -4,12 +4,16 @@ import collections
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from test_runtime import bundle_of, folder_of, runtime
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier, Shapes
@@ -70,6 +74,57 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
     save_bench(result, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == 30
     assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_early_exit_runs_without_exit_0_too(monkeypatch) -> None:
+    """Of the bundle, and of an exported folder; where nobody leaves there, once is enough."""
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
+    ours = EarlyExitClassifier(bundle_of("exit 0"))
+    result = bench(ours, TEXTS, LABELS, beside={"g": runtime("exit 0")}, against=(), repeats=1)
+    assert [one["name"] for one in result["contenders"]] == [
+        "ejax full depth", "ejax early exit", "ejax early exit without exit 0",
+        "ejax, g", "ejax early exit, g", "ejax early exit without exit 0, g",
+    ]  # fmt: skip
+    shares = [result[key]["exit_share"] for key in ("early_exit", "without_exit_0")]
+    assert shares[0][0] > 0 == shares[1][0]
+    wanted = ours.predict(TEXTS, threshold=(2.0, *ours.bundle.thresholds[1:]))
+    right = np.mean(np.array([ours.bundle.labels.index(name) for name in wanted]) == LABELS)
+    for one in (result["contenders"][2], result["contenders"][5]):
+        assert one["accuracy"] == pytest.approx(right)
+    assert bench_module.without_zero(ours, (1.5, 0.7, 0.7)) is None
+    assert bench_module.without_zero(clf(), (0.7, 0.7)) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux")
+@pytest.mark.slow
+def test_one_core_is_one_for_all_contenders(tmp_path: Path) -> None:
+    """Every thread of the process is kept there, whichever runtime started it."""
+    output = tmp_path / "b.json"
+    code = """
+import os, sys
+import numpy as np
+np.ones((500, 500)) @ np.ones((500, 500))  # its threads start before the command
+from ejax.cli.app import app
+from ejax.cli.run import run
+print(run(app, "ejax", sys.argv[1:]))
+threads = os.listdir("/proc/self/task")
+print({len(os.sched_getaffinity(int(thread))) for thread in threads}, os.sched_getaffinity(0))
+"""
+    args = (
+        "bench", tiny.trained()[0], "--data", tiny.file("test"), "--limit", 8, "--repeats", 1,
+        "--beside", folder_of("one label"), "--against", "onnx-int8", "--output", output,
+    )  # fmt: skip
+    argv = [sys.executable, "-c", code, *map(str, args), "--cores", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines()[-2:] == ["0", f"{{1}} {{{min(os.sched_getaffinity(0))}}}"], done
+    assert "on 1 core," in done.stdout
+    result = json.loads(output.read_text())
+    assert result["cores"] == 1
+    assert {one["setting"]["threads"] for one in result["contenders"] if one["setting"]} <= {1}
+    assert "ONNX Runtime, onnx-float32, on 1 thread" in done.stderr
+    most = len(os.sched_getaffinity(0))
+    assert f"--cores must be from 1 to {most} here. Got 0" in tiny.refused(*args, "--cores", 0)
+    assert f"Got {most + 1}" in tiny.refused(*args, "--cores", most + 1)
 
 
 def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> None:
