@@ -32,6 +32,7 @@ from ejax.export.onnx import activation_ranges, choose_layers, export_onnx, nois
 from ejax.inference.policy import select_exit
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.onnx import OnnxClassifier
 from ejax.provenance import FITTED, Ledger
 from ejax.saving import save_bundle
 
@@ -256,6 +257,27 @@ def test_a_layer_that_does_not_stand_int8_stays_float32() -> None:
     spoilt = spoil(of.bundle, [0, 1, 2])
     with pytest.raises(UserError, match="no layer of this encoder stands INT8"):
         choose_layers(spoilt, of.rows, *activation_ranges(spoilt, of.rows))
+
+
+def test_export_says_which_layers_stay_float32(tmp_path: Path) -> None:
+    """On these texts INT8's noise in so small a model may be too much for another one too."""
+    spoilt = spoil(made("each layer").bundle, [1])
+    save_bundle(dataclasses.replace(spoilt, ledger=Ledger(complete=True)), tmp_path / "spoilt")
+    result = tiny.ejax(
+        "export", tmp_path / "spoilt", "--format", "onnx", "--int8", "--data", tiny.file("test"),
+        "--output", tmp_path / "int8",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    said = re.search(r"Layers that do not stand INT8, and stay float32: (.+)\.", result.err)
+    assert said, result.err
+    layers = list(map(int, said[1].split(", ")))
+    assert 2 in layers
+    assert len(layers) < 3
+    clf = OnnxClassifier.from_pretrained(tmp_path / "int8", threads=1)
+    assert clf.bundle.provenance["int8"]["layers_in_float32"] == layers
+    assert "2" in clf.runtime  # whose times are not those of all layers in INT8
+    kinds = [node.op_type for node in nodes(onnx.load_from_string(clf.bundle.graph.content).graph)]
+    assert kinds.count("Attention") == len(layers) == 3 - kinds.count("QAttention")
 
 
 def spoil(bundle: Bundle, layers: list[int]) -> Bundle:
