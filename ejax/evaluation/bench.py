@@ -136,15 +136,21 @@ def bench(
     exact = None
     if isinstance(clf, EarlyExitClassifier):  # an exported graph has no weights to compare with
         exact = in_float32(clf).full_logits(first)
-    full = field[0].answers
+    runs_its_weights = {field[0].name, *against} - {"torch-exit"}
+
+    def from_exact(one: Contender) -> float | None:
+        if exact is None or one.name not in runs_its_weights:
+            return None
+        return float(np.abs(one.logits[: len(first)] - exact).max())
+
+    full, without = field[0].answers, without_zero(clf, levels)
     return {
         "rows": len(encoded),
         "tokens": int(encoded.lengths.sum()),
         "layers": list(clf.bundle.exits.layers),
         "thresholds": list(levels),
         "early_exit": early_facts(clf, encoded, levels, full, truth),
-        "without_exit_0": (without := without_zero(clf, levels))
-        and early_facts(clf, encoded, without, full, truth),
+        "without_exit_0": without and early_facts(clf, encoded, without, full, truth),
         "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.numerics,
@@ -156,11 +162,7 @@ def bench(
             {
                 "name": one.name,
                 **compared_with_full(clf.bundle.task, one.answers, full, truth),
-                "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
-                if exact is not None
-                and one.name != "torch-exit"
-                and one.name in (field[0].name, *against)
-                else None,
+                "logit_difference": from_exact(one),
                 "setting": one.setting._asdict() if one.setting.batch else None,
                 "peak_bytes": one.peak_bytes,
                 **speed(one, seconds[one.name], tokenising_seconds),

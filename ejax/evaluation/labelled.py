@@ -99,11 +99,11 @@ def unlabelled_rows(
     Raises:
       ValueError: one sentence; for a row it names the file and the line.
     """
-    path: Path | None = storage.path_of(data)
-    if not path or not path.is_file():
-        folder = path and path.is_dir()
-        path = find_files(DataConfig(path=data)).get(split) if folder else None
-    if path is None:
+    path = storage.path_of(data)
+    file = path if path.is_file() else None
+    if path.is_dir():
+        file = find_files(DataConfig(path=data)).get(split)
+    if file is None:
         rows = labelled_rows(
             bundle, data, split, text_columns=text_columns, label_column=label_column
         )
@@ -112,8 +112,8 @@ def unlabelled_rows(
         text_columns, label_column, text_columns_of(bundle), label_column_of(bundle),
         bundle.exits.problem_type, bundle.labels,
     )  # fmt: skip
-    found, columns, _ = read_texts(path, asked)
-    origin = "/".join(path.parts[-2:])
+    found, columns, _ = read_texts(file, asked)
+    origin = "/".join(file.parts[-2:])
     if not text_columns:
         check_columns(bundle, columns, origin)
     return found, origin
