@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +105,27 @@ def usable_cores() -> int:
     """Those that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)  # of Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def use_cores(count: int) -> None:
+    """Keeps this process, and the threads that it starts, on so many of its cores.
+
+    To be called before a runtime starts, since each takes as many threads as it finds cores.
+
+    Raises:
+      ValueError: where there are fewer cores, or the system does not let a process choose.
+    """
+    from threadpoolctl import threadpool_limits
+
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--cores needs Linux: here a process cannot choose its cores.")
+    if not 1 <= count <= usable_cores():
+        raise UserError(f"--cores must be from 1 to {usable_cores()} here. Got {count}.")
+    kept = sorted(os.sched_getaffinity(0))[:count]
+    for thread in Path("/proc/self/task").iterdir():  # numpy has started some
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), kept)
+    threadpool_limits(count)
 
 
 def processor() -> str:

@@ -3,22 +3,27 @@
 import collections
 import dataclasses
 import importlib.util
+import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from test_runtime import bundle_of, folder_of, runtime
 
 from ejax.bundle import load_bundle
 from ejax.classifier import EarlyExitClassifier, Shapes
 from ejax.data.tokenizer import Encoded
 from ejax.evaluation import bench as bench_module
-from ejax.evaluation import scenarios
+from ejax.evaluation import engines, scenarios
 from ejax.evaluation.bench import AGAINST, bench, build, settings_of
 from ejax.evaluation.bench_page import save_bench
-from ejax.evaluation.contenders import Setting
+from ejax.evaluation.contenders import Setting, run_batches
 from ejax.evaluation.evaluate import best_full_depth
 from ejax.export.hf import export_hf
 from ejax.inference.cost import Profile
@@ -72,18 +77,74 @@ def test_it_measures_what_runs_and_names_what_is_missing(monkeypatch, tmp_path: 
     assert (tmp_path / "bench.png").stat().st_size > 0
 
 
+def test_early_exit_runs_without_exit_0_too(monkeypatch) -> None:
+    """Of the bundle, and of an exported folder; where nobody leaves there, once is enough."""
+    monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
+    ours = EarlyExitClassifier(bundle_of("exit 0"))
+    result = bench(ours, TEXTS, LABELS, beside={"g": runtime("exit 0")}, against=(), repeats=1)
+    assert [one["name"] for one in result["contenders"]] == [
+        "ejax full depth", "ejax early exit", "ejax early exit without exit 0",
+        "ejax, g", "ejax early exit, g", "ejax early exit without exit 0, g",
+    ]  # fmt: skip
+    shares = [result[key]["exit_share"] for key in ("early_exit", "without_exit_0")]
+    assert shares[0][0] > 0 == shares[1][0]
+    wanted = ours.predict(TEXTS, threshold=(2.0, *ours.bundle.thresholds[1:]))
+    right = np.mean(np.array([ours.bundle.labels.index(name) for name in wanted]) == LABELS)
+    for one in (result["contenders"][2], result["contenders"][5]):
+        assert one["accuracy"] == pytest.approx(right)
+    assert bench_module.without_zero(ours, (1.5, 0.7, 0.7)) is None
+    assert bench_module.without_zero(clf(), (0.7, 0.7)) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux")
+@pytest.mark.slow
+def test_one_core_is_one_for_all_contenders(tmp_path: Path) -> None:
+    """Every thread of the process is kept there, whichever runtime started it."""
+    output = tmp_path / "b.json"
+    code = """
+import os, sys
+import numpy as np
+np.ones((500, 500)) @ np.ones((500, 500))  # its threads start before the command
+from ejax.cli.app import app
+from ejax.cli.run import run
+print(run(app, "ejax", sys.argv[1:]))
+threads = os.listdir("/proc/self/task")
+print({len(os.sched_getaffinity(int(thread))) for thread in threads}, os.sched_getaffinity(0))
+"""
+    args = (
+        "bench", tiny.trained()[0], "--data", tiny.file("test"), "--limit", 8, "--repeats", 1,
+        "--beside", folder_of("one label"), "--against", "onnx-int8", "--output", output,
+    )  # fmt: skip
+    argv = [sys.executable, "-c", code, *map(str, args), "--cores", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines()[-2:] == ["0", f"{{1}} {{{min(os.sched_getaffinity(0))}}}"], done
+    assert "on 1 core," in done.stdout
+    result = json.loads(output.read_text())
+    assert result["cores"] == 1
+    assert {one["setting"]["threads"] for one in result["contenders"] if one["setting"]} <= {1}
+    assert "ONNX Runtime, onnx-float32, on 1 thread" in done.stderr
+    most = len(os.sched_getaffinity(0))
+    assert f"--cores must be from 1 to {most} here. Got 0" in tiny.refused(*args, "--cores", 0)
+    assert f"Got {most + 1}" in tiny.refused(*args, "--cores", most + 1)
+
+
 def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_module, "AGAINST", {})
+    ranged = watched_ranges(monkeypatch)
+    train = tmp_path / "train.tsv"  # and some rows of the test, which have no part in anything
+    train.write_text(
+        tiny.file("train").read_text() + tiny.file("test").read_text().partition("\n")[2]
+    )
     monkeypatch.setattr(scenarios, "STREAM_ROWS", 2)
     output = tmp_path / "b.json"
     args = ("bench", tiny.trained()[0], "--data", tiny.file("test"), "--output", output)
     assert "--encoder needs --train" in tiny.refused(*args, "--encoder", tiny.model())
     done = tiny.ejax(
-        *args, "--repeats", 1, "--train", tiny.file("train"), "--encoder", tiny.model()
-    )
+        *args, "--repeats", 1, "--train", train, "--encoder", tiny.model(),
+        "--against", "onnx-int8-static",
+    )  # fmt: skip
     assert done.code == 0, done.err
     result = json.loads(output.read_text())
-    full, _, *linear = result["contenders"]
+    full, _, _, *linear = result["contenders"]
     assert [one["name"] for one in linear] == ["TF-IDF, linear", "frozen encoder, linear"]
     for one in linear:
         assert one["rival"]["fitted_rows"] == 96
@@ -96,6 +157,26 @@ def test_linear_rivals_stand_among_the_others(monkeypatch, tmp_path: Path) -> No
     assert linear[0]["accuracy"] == pytest.approx(26 / 30, abs=0.04)
     assert result["enough"].startswith("TF-IDF with logistic regression is right on 0.8")
     assert result["enough"] in done.err
+    tested = {text for _, text in tiny.rows(30, 2)}
+    others = [text for _, text in tiny.rows(96, 0) if text not in tested]
+    assert len(others) > 80
+    np.testing.assert_array_equal(ranged[0].ids, clf().encode(others).ids)
+
+
+def watched_ranges(monkeypatch) -> list[Encoded]:
+    """What contenders get to fix their ranges; they need no library, and answer 0."""
+    found: list[Encoded] = []
+
+    def build(name, bundle, thresholds, ranges):
+        found.append(ranges)
+        return lambda rows, setting: np.zeros((len(rows), 2), np.float32)
+
+    monkeypatch.setattr(bench_module, "build", build)
+    find, needed = importlib.util.find_spec, AGAINST["onnx-int8-static"][0]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name in needed else find(name)
+    )
+    return found
 
 
 def test_rows_trained_on_are_counted(monkeypatch, tmp_path: Path) -> None:
@@ -270,6 +351,30 @@ def test_a_quantised_contender_answers_as_the_model_does(name: str) -> None:
     found = build(name, clf().bundle, (0.7, 0.7), encoded)(encoded, Setting(8, 1))
     assert 0 < np.abs(found - wanted).max() < 0.3 * np.abs(wanted).max()
     assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() >= 0.9
+
+
+def test_batches_of_a_contender_are_its_rows() -> None:
+    """Each once and in its place, padded to the longest; and what exit 0 adds is added."""
+    encoded = clf().encode([*TEXTS, ""])
+    sums = np.zeros((len(encoded), 2), np.float32)
+    for row, (start, end) in enumerate(itertools.pairwise(encoded.offsets)):
+        sums[row] = encoded.ids[start:end].sum(), end - start
+
+    def forward(batch) -> np.ndarray:
+        feeds = engines._feeds(batch)
+        assert list(feeds) == ["ids", "mask", "types"]
+        assert all(array.dtype == np.int64 for array in feeds.values())
+        assert feeds["mask"].sum(axis=1).max() == feeds["ids"].shape[1] <= encoded.lengths.max()
+        return np.stack([(feeds["ids"] * feeds["mask"]).sum(1), feeds["mask"].sum(1)], axis=1)
+
+    for size in (1, 8, 64):
+        np.testing.assert_array_equal(run_batches(forward, encoded, size, clf().bundle), sums)
+    bundle = bundle_of("exit 0")
+    whole = bundle.encode([*TEXTS, ""])
+    added = run_batches(forward, whole, 8, bundle) - sums
+    zero = EarlyExitClassifier(bundle).exit_logits(whole)[0]
+    evidence = bundle.variables["params"]["ngrams"]["evidence"][-1]
+    np.testing.assert_allclose(added, evidence * zero, atol=1e-4)  # sums of up to 300
 
 
 def test_without_texts_for_their_ranges_some_are_left_out(monkeypatch) -> None:

@@ -4,7 +4,9 @@ Axes: B batch, T tokens, D width, E exits, N rows, O outputs.
 """
 
 import dataclasses
+import json
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,12 +26,13 @@ from ejax.data.batches import pad
 from ejax.data.sources import row_hash
 from ejax.data.tokenizer import Encoded, load_tokenizer
 from ejax.errors import UserError
-from ejax.evaluation.labelled import labelled_rows
+from ejax.evaluation.labelled import labelled_rows, unlabelled_rows
 from ejax.export.graph import early_exit_graph, every_exit_graph
 from ejax.export.onnx import activation_ranges, choose_layers, export_onnx, noise_of
 from ejax.inference.policy import select_exit
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
+from ejax.onnx import OnnxClassifier
 from ejax.provenance import FITTED, Ledger
 from ejax.saving import save_bundle
 
@@ -256,6 +259,27 @@ def test_a_layer_that_does_not_stand_int8_stays_float32() -> None:
         choose_layers(spoilt, of.rows, *activation_ranges(spoilt, of.rows))
 
 
+def test_export_says_which_layers_stay_float32(tmp_path: Path) -> None:
+    """On these texts INT8's noise in so small a model may be too much for another one too."""
+    spoilt = spoil(made("each layer").bundle, [1])
+    save_bundle(dataclasses.replace(spoilt, ledger=Ledger(complete=True)), tmp_path / "spoilt")
+    result = tiny.ejax(
+        "export", tmp_path / "spoilt", "--format", "onnx", "--int8", "--data", tiny.file("test"),
+        "--output", tmp_path / "int8",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    said = re.search(r"Layers that do not stand INT8, and stay float32: (.+)\.", result.err)
+    assert said, result.err
+    layers = list(map(int, said[1].split(", ")))
+    assert 2 in layers
+    assert len(layers) < 3
+    clf = OnnxClassifier.from_pretrained(tmp_path / "int8", threads=1)
+    assert clf.bundle.provenance["int8"]["layers_in_float32"] == layers
+    assert "2" in clf.runtime  # whose times are not those of all layers in INT8
+    kinds = [node.op_type for node in nodes(onnx.load_from_string(clf.bundle.graph.content).graph)]
+    assert kinds.count("Attention") == len(layers) == 3 - kinds.count("QAttention")
+
+
 def spoil(bundle: Bundle, layers: list[int]) -> Bundle:
     variables = jax.tree.map(np.array, bundle.variables)
     params = variables["params"]["bert"]["layers"]
@@ -338,15 +362,57 @@ def test_export_writes_a_bundle_in_int8(tmp_path: Path) -> None:
 
 def test_ranges_are_spent_and_leave_out_what_is_kept_for_reports(tmp_path: Path) -> None:
     bundle = load_bundle(saved())
-    export_onnx(bundle, tmp_path / "dev", split=labelled_rows(bundle, tiny.file("dev")))
+    export_onnx(bundle, tmp_path / "dev", rows=labelled_rows(bundle, tiny.file("dev")))
     rows = tiny.rows_of(load_bundle(tmp_path / "dev"))
     assert rows["ranges"] == rows["dev_a"]
-    export_onnx(bundle, tmp_path / "test", split=labelled_rows(bundle, tiny.file("test")))
+    export_onnx(bundle, tmp_path / "test", rows=labelled_rows(bundle, tiny.file("test")))
     ledger = load_bundle(tmp_path / "test").ledger
     test = hashes_of(bundle, "test")
     assert ledger.among(test, FITTED) == set(test)  # which choose no thresholds
     with pytest.raises(UserError, match="INT8 needs at least 20 rows for its ranges"):
-        export_onnx(bundle, tmp_path / "no", split=labelled_rows(bundle, tiny.file("train")))
+        export_onnx(bundle, tmp_path / "no", rows=labelled_rows(bundle, tiny.file("train")))
+
+
+def test_ranges_need_texts_alone(tmp_path: Path) -> None:
+    """Files without labels, with other labels, and folders; the rows are those with labels."""
+    bundle = load_bundle(saved())
+    wanted = [(row.text, row.pair) for row in labelled_rows(bundle, tiny.file("test"))]
+    texts = [text for text, _ in wanted]
+    alone, other = tmp_path / "text.csv", tmp_path / "other.jsonl"
+    alone.write_text("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(texts)))
+    other.write_text("".join(json.dumps({"label": "new", "text": text}) + "\n" for text in texts))
+    (tmp_path / "plain.txt").write_text("\n".join(texts) + "\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(alone, folder / "dev.csv")
+    for data in (alone, other, tmp_path / "plain.txt", folder):
+        rows, origin = unlabelled_rows(bundle, str(data))
+        assert [(row.text, row.pair) for row in rows] == wanted
+        assert origin.endswith(data.name if data.is_file() else "folder/dev.csv")
+    # A folder without a dev file: the dev rows that are drawn from train.
+    carved = tmp_path / "carved"
+    carved.mkdir()
+    shutil.copy(tiny.file("train"), carved / "train.tsv")
+    drawn = labelled_rows(bundle, str(carved), "dev")
+    assert unlabelled_rows(bundle, str(carved)) == (list(drawn), "10 % of train, seed 0")
+
+    result = tiny.ejax(
+        "export", saved(), "--format", "onnx", "--int8", "--data", alone, "--output", tmp_path / "o"
+    )
+    assert result.code == 0, result.err
+    exported = load_bundle(tmp_path / "o")
+    assert exported.ledger.among(hashes_of(bundle, "test"), ("ranges",)) == set(
+        hashes_of(bundle, "test")
+    )
+    assert exported.provenance["int8"]["data"].endswith("/text.csv")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("premise,hypothesis\n" + "a,b\n" * 30)
+    trained_on = bundle.provenance | {"text_columns": ["text"]}
+    single = dataclasses.replace(bundle, provenance=trained_on)
+    with pytest.raises(UserError, match="has 2 text columns"):
+        unlabelled_rows(single, str(pairs))
+    with pytest.raises(UserError, match="No such file or folder"):
+        unlabelled_rows(bundle, str(tmp_path / "none.csv"))
 
 
 def test_export_keeps_exit_0_and_no_weights(tmp_path: Path) -> None:

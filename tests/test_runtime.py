@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ejax.bundle import Bundle, load_bundle
 from ejax.bundle_files import Graph
 from ejax.classifier import EarlyExitClassifier
 from ejax.errors import UserError
+from ejax.evaluation import profile as profile_module
+from ejax.evaluation.profile import compare, exits_by, leaving, random_rows
 from ejax.export.onnx import export_onnx
 from ejax.inference.shapes import Shapes
 from ejax.onnx import OnnxClassifier
@@ -217,6 +220,39 @@ def test_promises_are_for_these_numerics(tmp_path: Path) -> None:
         EarlyExitClassifier.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_sent_to_exits(kind: str) -> None:
+    """By thresholds: so early exit is timed where texts left, though random ones have no scores."""
+    bundle = bundle_of(kind)
+    layers = np.array(bundle.exits.layers)
+    exits = exits_by(np.linspace(1, 2, len(layers)), 12)
+    assert set(exits) == set(range(len(layers)))
+    for clf in (EarlyExitClassifier(bundle), runtime(kind)):
+        rows = random_rows(bundle, 12, 8)
+        assert leaving(clf, rows, exits)().exit.tolist() == exits.tolist()
+
+
+def test_runtimes_are_compared_as_their_texts_leave(monkeypatch) -> None:
+    monkeypatch.setattr(profile_module, "TURNS", 1)
+    monkeypatch.setattr(profile_module, "TURN_SECONDS", 0.0)
+    known = runtime("one label")
+    thresholds = known.bundle.thresholds
+    depth = {"rows": 4, "exit_share": [0.75, 0.25], "thresholds": list(thresholds)}
+    provenance = known.bundle.provenance | {"depth": depth}
+    known = OnnxClassifier(dataclasses.replace(known.bundle, provenance=provenance), threads=1)
+    table, sentences = compare({"a": known, "b": known})
+    assert list(table.columns[4].cells) == ["1.50", "1.50"]  # layers 1 and 3
+    assert all(float(cell) > 0 for column in table.columns[2:] for cell in column.cells)
+    (fastest,) = sentences
+    assert re.fullmatch(
+        r"Fastest here with early exit: for one text [ab], for many [ab]\.", fastest
+    )
+    table, sentences = compare({"a": known, "b": runtime("exit 0")})
+    assert list(table.columns[6].cells)[1] == ""
+    assert sentences[0].startswith("b does not know where texts leave at its thresholds")
+    assert sentences[1].startswith("Fastest here at full depth: for one text ")
+
+
 def test_every_command_takes_such_a_folder(tmp_path: Path) -> None:
     folder, out = tmp_path / "onnx", tmp_path / "out.json"
     shutil.copytree(folder_of("one label"), folder)
@@ -226,7 +262,7 @@ def test_every_command_takes_such_a_folder(tmp_path: Path) -> None:
     )
     profiled = tiny.ejax("profile", folder, "--onnx", folder_of("one label"))
     assert profiled.code == 0, profiled.err
-    assert "Fastest here: for one text " in profiled.err
+    assert "Fastest here with early exit: for one text " in profiled.err
     for args in (
         ("info", folder),
         ("evaluate", folder, *test, "--repeats", 1, "--output", out, "--thresholds", "default"),

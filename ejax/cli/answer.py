@@ -115,7 +115,7 @@ def export(
     format: Annotated[str, typer.Option(help="hf, onnx or jax.")] = "hf",
     int8: Annotated[bool, typer.Option("--int8", help="Of onnx: products in INT8.")] = False,
     data: Annotated[
-        str, optional("Rows for the ranges of --int8: a file, a folder with dev and test files.")
+        str, optional("Texts for the ranges of --int8: a file, a folder with dev and test files.")
     ] = "",
     split: NewSplit = "dev",
     operators: Annotated[
@@ -138,7 +138,7 @@ def export(
         raise UserError(f"--format must be hf, onnx or jax. Got {format!r}.")
     if int8 != bool(data) or (format != "onnx" and int8):
         raise UserError(
-            "--int8 goes with --format onnx and --data, the rows that its ranges come from, and "
+            "--int8 goes with --format onnx and --data, the texts that its ranges come from, and "
             "--data with --int8."
         )
     if operators not in ("onnxruntime", "standard"):
@@ -169,19 +169,23 @@ def _export_onnx(bundle: str, output: Path, operators: Any, rows: tuple[Any, ...
     from rich.console import Console
 
     from ejax.bundle import load_bundle
-    from ejax.evaluation.labelled import labelled_rows
+    from ejax.evaluation.labelled import unlabelled_rows
     from ejax.export.onnx import export_onnx
     from ejax.hub import bundle_at
 
     loaded = load_bundle(bundle_at(bundle))
     data, split, text, label = rows
-    given = None
+    given: Any = None
+    origin = ""
     if data:
-        given = labelled_rows(loaded, data, split, text_columns=text or (), label_column=label)
+        given, origin = unlabelled_rows(
+            loaded, data, split, text_columns=text or (), label_column=label
+        )
     with Console(stderr=True).status("writing the graph") as status:
         report = export_onnx(
-            loaded, output, split=given, operators=operators, progress=status.update
-        )
+            loaded, output, rows=given, origin=origin, operators=operators,
+            progress=status.update,
+        )  # fmt: skip
     note(f"written: {output}")
     if report:
         note(

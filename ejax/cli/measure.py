@@ -1,5 +1,6 @@
 """Measure a bundle: `ejax evaluate`, `ejax report`, `ejax bench`, `ejax profile`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -154,6 +155,10 @@ def bench(
     limit: Annotated[
         int, typer.Option(help="At most so many rows, evenly over all; 0 is all.", min=0)
     ] = 0,
+    cores: Annotated[
+        int | None,
+        optional("Run all contenders on so many cores, with as many threads; else on all."),
+    ] = None,
     repeats: Repeats = 3,
     output: Annotated[Path, typer.Option(help="JSON; a PNG goes beside it.")] = Path("bench.json"),
     text_column: TextColumns = None,
@@ -169,6 +174,13 @@ def bench(
     """
     from rich.console import Console
 
+    from ejax.hardware import use_cores
+
+    check_json(output)
+    if cores is not None:
+        use_cores(cores)
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # kept programs are for all cores
+    # What counts the cores is imported after that.
     from ejax.classifier import EarlyExitClassifier
     from ejax.data.sources import row_hash
     from ejax.evaluation.bench import AGAINST, bench
@@ -178,7 +190,6 @@ def bench(
     from ejax.evaluation.scenarios import spread
     from ejax.rivals import fit_rivals
 
-    check_json(output)
     clf = EarlyExitClassifier.from_pretrained(bundle)
     check_single(clf.bundle, "bench")
     others = load_beside(beside or ())
@@ -187,16 +198,17 @@ def bench(
     chosen = [every[i] for i in spread(len(every), limit or len(every))]
     texts, hashes = [row.inputs for row in chosen], [row_hash(row) for row in chosen]
     training = train_rows_of(clf, train, encoder, text_column, label_column)
+    tested = set(hashes)
     with Console(stderr=True).status("") as status:
         rivals, notes = fit_rivals(
-            clf.bundle, training, set(hashes), encoder=encoder, progress=status.update
+            clf.bundle, training, tested, encoder=encoder, progress=status.update
         )
         result = bench(
             clf, texts, [row.label for row in chosen],
             threshold=parse_threshold(threshold) if threshold else None,
             against=against.split(",") if against else tuple(AGAINST),
             beside=others, rivals=rivals,
-            ranges=[row.inputs for row in training if row_hash(row) not in set(hashes)],
+            ranges=[row.inputs for row in training if row_hash(row) not in tested],
             repeats=repeats, progress=status.update,
         )  # fmt: skip
     result |= {"bundle": name_of(bundle), "data": rows.origin, "notes": notes}
@@ -259,6 +271,7 @@ def profile(
     show(profile_table(found))
     if exported:
         clf = EarlyExitClassifier.from_pretrained(bundle)
-        table, sentence = compare({str(bundle): clf, **exported})
+        table, sentences = compare({str(bundle): clf, **exported})
         show(table)
-        note(sentence)
+        for sentence in sentences:
+            note(sentence)

@@ -159,7 +159,7 @@ def load(
     root = assets.cache_dir(config.cache_dir) / "data"
     if given and (config.path or config.train or config.dev or config.test or config.name):
         raise UserError("rows were given in Python: data must name no files and no set. Got both.")
-    paths: Mapping[str, Path | Table] = given or _find_files(config)
+    paths: Mapping[str, Path | Table] = given or find_files(config)
     if paths:
         asked = Columns(
             config.text_columns, config.label_column, preferred, preferred_label,
@@ -355,7 +355,7 @@ def _local_example(index: dict[str, int], problem: Problem, row: dict[str, bytes
     return Example(row["text"].decode(), pair, label)
 
 
-def _find_files(config: DataConfig) -> dict[str, Path]:
+def find_files(config: DataConfig) -> dict[str, Path]:
     """The file of each split that has one; a file named by itself wins over the folder."""
     paths: dict[str, Path] = {}
     if config.path:

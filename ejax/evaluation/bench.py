@@ -1,4 +1,4 @@
-"""This bundle beside what a user would run instead, on the same rows, in one run.
+"""This bundle compared with what a user would run instead, on the same rows, in one run.
 
 Each contender is built, compiled and warmed up, and a small sweep finds its best batch size
 and number of threads; then every repeat of a scenario runs each of them in turn.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ejax.base import TextClassifier
+from ejax.base import FULL, TextClassifier
 from ejax.bundle import Bundle
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.tokenizer import Encoded
@@ -87,7 +87,8 @@ def bench(
       against: names in `AGAINST`.
       beside: other models for the same labels, by name, such as smaller ones: each runs at
         full depth here and, where that is among `against`, in ONNX Runtime INT8. Of an exported
-        folder also its early exit, at its own thresholds.
+        folder also its early exit, at its own thresholds. Where exit 0 is one of the exits,
+        early exit also runs without it.
       rivals: linear models for the same labels. They take texts: all their times are from there.
       ranges: texts, such as those of the training, that fix the ranges of INT8 activations;
         contenders that need them are left out where there are none.
@@ -102,8 +103,9 @@ def bench(
       and `requests` (texts per second by texts per request, medians of the passes); for full
       depth and those that run its weights also `logit_difference`, to this model in float32
       (null for an exported graph, which holds no weights).
-      `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`. `exit_accuracy`: of every
-      exit on all rows. `curve`: accuracy and speed at other thresholds. `left_out`: who did
+      `early_exit`: `mean_depth`, `exit_share`, `ideal_speedup`; `without_exit_0`: the same of this
+      bundle without it, or null. `exit_accuracy`: of every exit on all rows. `cores`: that this
+      process may use. `curve`: accuracy and speed at other thresholds. `left_out`: who did
       not run, and why. `enough`: a sentence where a rival does as well as full depth, or "".
 
     Raises:
@@ -134,13 +136,21 @@ def bench(
     exact = None
     if isinstance(clf, EarlyExitClassifier):  # an exported graph has no weights to compare with
         exact = in_float32(clf).full_logits(first)
-    full = field[0].answers
+    runs_its_weights = {field[0].name, *against} - {"torch-exit"}
+
+    def from_exact(one: Contender) -> float | None:
+        if exact is None or one.name not in runs_its_weights:
+            return None
+        return float(np.abs(one.logits[: len(first)] - exact).max())
+
+    full, without = field[0].answers, without_zero(clf, levels)
     return {
         "rows": len(encoded),
         "tokens": int(encoded.lengths.sum()),
         "layers": list(clf.bundle.exits.layers),
         "thresholds": list(levels),
         "early_exit": early_facts(clf, encoded, levels, full, truth),
+        "without_exit_0": without and early_facts(clf, encoded, without, full, truth),
         "exit_accuracy": exit_measures(clf.bundle, clf.exit_logits(encoded), truth),
         "curve": curve(clf, encoded, truth, progress),
         "dtype": clf.bundle.numerics,
@@ -152,11 +162,7 @@ def bench(
             {
                 "name": one.name,
                 **compared_with_full(clf.bundle.task, one.answers, full, truth),
-                "logit_difference": float(np.abs(one.logits[: len(first)] - exact).max())
-                if exact is not None
-                and one.name != "torch-exit"
-                and one.name in (field[0].name, *against)
-                else None,
+                "logit_difference": from_exact(one),
                 "setting": one.setting._asdict() if one.setting.batch else None,
                 "peak_bytes": one.peak_bytes,
                 **speed(one, seconds[one.name], tokenising_seconds),
@@ -215,8 +221,14 @@ def line_up(
     def early_run(model: TextClassifier, levels: Sequence[float]) -> Run:
         return lambda rows, _: model.decide_encoded(rows, threshold=levels).logits
 
+    def enter_early(model: TextClassifier, levels: Sequence[float], rows: Encoded, of: str) -> None:
+        enter(f"ejax early exit{of}", partial(early_run, model, levels), rows, all_cores)
+        if without := without_zero(model, levels):
+            name = f"ejax early exit without exit 0{of}"
+            enter(name, partial(early_run, model, without), rows, all_cores)
+
     enter("ejax full depth", lambda: full_run(clf, encoded), encoded, all_cores)
-    enter("ejax early exit", partial(early_run, clf, levels), encoded, all_cores)
+    enter_early(clf, levels, encoded, "")
     installed = []
     ranged = None
     if ranges and not clf.bundle.graph and not set(against).isdisjoint(RANGED):
@@ -238,8 +250,7 @@ def line_up(
         other, rows = model.on_one_device(), model.encode(texts)
         enter(f"ejax, {name}", partial(full_run, other, rows), rows, all_cores)
         if other.bundle.graph:
-            early = partial(early_run, other, other.bundle.thresholds)
-            enter(f"ejax early exit, {name}", early, rows, all_cores)
+            enter_early(other, other.bundle.thresholds, rows, f", {name}")
         elif "onnx-int8" in installed:
             make = partial(build, "onnx-int8", other.bundle, levels, None)
             enter(f"onnx-int8, {name}", make, rows, settings_of("onnx-int8"))
@@ -247,6 +258,12 @@ def line_up(
         enter(rival.name, partial(rival_run, rival), Texts(texts), all_cores)
         field[-1].rival, field[-1].peak_bytes = rival, None  # its memory went to fitting
     return field, left_out
+
+
+def without_zero(clf: TextClassifier, levels: Sequence[float]) -> tuple[float, ...] | None:
+    """The same thresholds with nobody leaving at exit 0; None where nobody does."""
+    reached = clf.bundle.exits.has_zero and levels[0] <= 1
+    return (FULL, *levels[1:]) if reached else None
 
 
 def early_facts(

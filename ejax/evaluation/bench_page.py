@@ -13,7 +13,7 @@ from ejax.evaluation.scenarios import REQUESTS
 def bench_table(result: dict[str, Any]) -> Table:
     """The result as people read it."""
     made = Table(
-        title=f"{result['rows']} texts, {result['layers'][-1]} layers, {result['hardware']}, "
+        title=f"{result['rows']} texts, {result['layers'][-1]} layers, {machine(result)}, "
         f"{result['date']}",
         caption="accuracy per exit: "
         + ", ".join(
@@ -44,6 +44,11 @@ def bench_table(result: dict[str, Any]) -> Table:
     return made
 
 
+def machine(result: dict[str, Any]) -> str:
+    """What it ran on, and how many of its cores took part."""
+    return f"{result['hardware']}, on {result['cores']} core{'s' * (result['cores'] > 1)}"
+
+
 def save_bench(result: dict[str, Any], path: Path) -> None:
     """The JSON at `path`, and next to it a PNG of accuracy against offline throughput."""
     write_json(result, path)
@@ -66,5 +71,5 @@ def draw(result: dict[str, Any], axes: Any) -> None:
         axes.set_xscale("log")
     else:
         axes.set_xlim(0, None)
-    axes.set_title(f"{result['rows']} texts, {result['date']}\n{result['hardware']}", fontsize=9)
+    axes.set_title(f"{result['rows']} texts, {result['date']}\n{machine(result)}", fontsize=9)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)

@@ -1,4 +1,4 @@
-"""Labelled rows for a trained bundle: to evaluate it, or to calibrate it again."""
+"""Rows for a trained bundle: to evaluate it, to calibrate it again, or for the ranges of INT8."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,9 +7,11 @@ from typing import Any
 from ejax import storage
 from ejax.bundle import Bundle, check_alike, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
+from ejax.data.columns import Columns
 from ejax.data.frames import as_rows, as_splits
 from ejax.data.named import TFDS
-from ejax.data.sources import SPLITS, Split, load
+from ejax.data.sources import SPLITS, Example, Split, find_files, load
+from ejax.data.unlabelled import read_texts
 from ejax.errors import UserError
 
 
@@ -77,6 +79,44 @@ def labelled_rows(
     if not text_columns or data in TFDS:  # of a named set none are chosen
         check_columns(bundle, found[split].text_columns, found[split].origin)
     return found[split]
+
+
+def unlabelled_rows(
+    bundle: Bundle,
+    data: str,
+    split: str = "dev",
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str = "",
+) -> tuple[list[Example], str]:
+    """The rows of one split without their labels, which need not be there; and their origin.
+
+    They are in the order of `labelled_rows`. A txt has one text per line. Where a folder has no
+    file of the split, and of a named data set, they are those of `labelled_rows`.
+
+    Args: as of `labelled_rows`.
+
+    Raises:
+      ValueError: one sentence; for a row it names the file and the line.
+    """
+    path = storage.path_of(data)
+    file = path if path.is_file() else None
+    if path.is_dir():
+        file = find_files(DataConfig(path=data)).get(split)
+    if file is None:
+        rows = labelled_rows(
+            bundle, data, split, text_columns=text_columns, label_column=label_column
+        )
+        return list(rows), rows.origin
+    asked = Columns(
+        text_columns, label_column, text_columns_of(bundle), label_column_of(bundle),
+        bundle.exits.problem_type, bundle.labels,
+    )  # fmt: skip
+    found, columns, _ = read_texts(file, asked)
+    origin = "/".join(file.parts[-2:])
+    if not text_columns:
+        check_columns(bundle, columns, origin)
+    return found, origin
 
 
 def check_single(bundle: Bundle, what: str) -> None:

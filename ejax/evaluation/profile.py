@@ -16,7 +16,7 @@ from jax import lax
 from rich.table import Table
 from scipy.optimize import nnls
 
-from ejax.base import TextClassifier
+from ejax.base import FULL, TextClassifier
 from ejax.bundle import Bundle
 from ejax.config import Dtype
 from ejax.data.batches import bucket_of
@@ -146,29 +146,74 @@ def random_rows(bundle: Bundle, rows: int, length: int) -> Encoded:
     return dataclasses.replace(texts, whole=texts)
 
 
-def compare(clfs: Mapping[str, TextClassifier]) -> tuple[Table, str]:
-    """Runtimes of one model at full depth, on one text and on many of one length, in turns.
+def compare(clfs: Mapping[str, TextClassifier]) -> tuple[Table, list[str]]:
+    """Runtimes of one model, on one text and on many of one length, in turns.
+
+    At full depth, and with early exit: random tokens have no scores to go by, so they leave in the
+    shares that each bundle recorded with its own thresholds.
 
     Returns:
-      A table, and a sentence that names the fastest for each.
+      A table, and sentences: whose shares are not known, and which is fastest for each.
     """
-    longest = min(clf.bundle.max_length for clf in clfs.values())
-    length, counts = min(MANY_TOKENS, longest), (1, MANY)
-    runs = {
-        (name, rows): partial(clf.full_logits, random_rows(clf.bundle, rows, length))
-        for rows in counts
-        for name, clf in clfs.items()
-    }
+    length = min(MANY_TOKENS, *(clf.bundle.max_length for clf in clfs.values()))
+    shares = {name: np.array(clf.depth_record.get("exit_share", ())) for name, clf in clfs.items()}
+    runs: dict[Any, Run] = {}
+    for name, clf in clfs.items():
+        one, many = (random_rows(clf.bundle, rows, length) for rows in (1, MANY))
+        runs[name, "full", 1] = partial(clf.full_logits, one)
+        runs[name, "full", MANY] = partial(clf.full_logits, many)
+        if len(share := shares[name]):
+            runs[name, "early", MANY] = leaving(clf, many, exits_by(share, MANY))
+            for exit in np.flatnonzero(share):
+                runs[name, exit, 1] = leaving(clf, one, np.array([exit]))
     taken = median_seconds(runs)
-    table = Table(title=f"full depth, texts of {length} tokens")
-    for heading in ("", "numerics", "one text, ms", "many, texts/s"):
+    for name, share in shares.items():
+        if len(share):
+            of_exits = [share[exit] * taken[name, exit, 1] for exit in np.flatnonzero(share)]
+            taken[name, "early", 1] = sum(of_exits) / share.sum()
+    table = Table(title=f"one text, and {MANY}, of {length} tokens")
+    for heading in (
+        "", "numerics", "full depth\none, ms", "full depth\nmany, texts/s",
+        "early exit\nmean layer", "early exit\none, ms", "early exit\nmany, texts/s",
+    ):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, clf in clfs.items():
-        one, many = (taken[name, rows] for rows in counts)
-        cells = f"{1000 * one:.2f}", f"{MANY / many:.0f}"
-        table.add_row(name, clf.bundle.numerics, *cells)
-    first, most = (min(clfs, key=lambda name: taken[name, rows]) for rows in counts)
-    return table, f"Fastest here: for one text {first}, for many {most}."
+        cells = [name, clf.bundle.numerics]
+        for kind in ("full", "early") if len(shares[name]) else ("full",):
+            if kind == "early":
+                mean = shares[name] @ clf.bundle.exits.layers / shares[name].sum()
+                cells.append(f"{mean:.2f}")
+            cells.append(f"{1000 * taken[name, kind, 1]:.2f}")
+            cells.append(f"{MANY / taken[name, kind, MANY]:.0f}")
+        table.add_row(*cells)
+    unknown = [name for name, share in shares.items() if not len(share)]
+    sentences = [
+        f"{name} does not know where texts leave at its thresholds: `ejax thresholds` or `ejax "
+        f"calibrate` records it."
+        for name in unknown
+    ]
+    kind, how = ("full", "at full depth") if unknown else ("early", "with early exit")
+    first, most = (min(clfs, key=lambda name: taken[name, kind, rows]) for rows in (1, MANY))
+    return table, [*sentences, f"Fastest here {how}: for one text {first}, for many {most}."]
+
+
+def exits_by(share: np.ndarray, count: int) -> np.ndarray:
+    """Exits of so many texts in shares [E], in an order drawn by a fixed seed: int [count].
+
+    >>> np.bincount(exits_by(np.array([0.5, 0.3, 0.2]), 10)).tolist()
+    [5, 3, 2]
+    """
+    upto = share.cumsum() / share.sum()
+    exits = np.searchsorted(upto, (np.arange(count) + 0.5) / count)
+    return np.random.default_rng(0).permutation(exits)
+
+
+def leaving(clf: TextClassifier, rows: Encoded, exits: np.ndarray) -> Run:
+    """Early exit on rows that are sent to exits, int [N]: each at a threshold of 0 leaves there."""
+    thresholds = np.where(np.arange(len(clf.bundle.thresholds)) == exits[:, None], 0.0, FULL)
+    if clf.bundle.exits.has_zero and clf.bundle.thresholds[0] <= 1:
+        thresholds[exits > 0, 0] = 1  # exit 0 is computed for all, as at the bundle's own
+    return partial(clf.decide_encoded, rows, threshold=thresholds)
 
 
 def zero_run(bundle: Bundle) -> Run:

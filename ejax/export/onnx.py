@@ -8,7 +8,7 @@ Axes: B batch, T tokens, L layers, E exits, N rows, O outputs of a head.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from ejax.bundle import Bundle
 from ejax.bundle_files import WEIGHTS, Graph
 from ejax.calibration.evidence import with_evidence
 from ejax.data.batches import pad
-from ejax.data.rows import TokenizedSplit, encode
-from ejax.data.sources import Split
+from ejax.data.sources import Example, row_hash
 from ejax.data.tokenizer import Encoded
 from ejax.export.graph import early_exit_graph, every_exit_graph
 from ejax.export.operators import OPERATORS, Operators
@@ -52,7 +51,8 @@ def export_onnx(
     bundle: Bundle,
     folder: str | Path,
     *,
-    split: Split | None = None,
+    rows: Sequence[Example] | None = None,
+    origin: str = "",
     operators: Operators = "onnxruntime",
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
@@ -60,9 +60,10 @@ def export_onnx(
 
     Args:
       bundle: with the encoder's weights.
-      split: rows for INT8, `RANGE_ROWS` of which are drawn, without labels; None means float32.
-        Rows that were trained on, or are in the bundle's dev-B, are left out; those that fitted
-        the bundle already come first, so that few others are spent.
+      rows: for INT8, `RANGE_ROWS` of which are drawn; their labels are not read. None means
+        float32. Rows that were trained on, or are in the bundle's dev-B, are left out; those that
+        fitted the bundle already come first, so that few others are spent.
+      origin: where the rows come from, in words.
       operators: see `ejax.export.operators`.
 
     Returns:
@@ -84,22 +85,23 @@ def export_onnx(
                 f"{folder} is a bundle with weights, which a graph would replace: choose another "
                 f"output folder."
             )
-    if split is None:
+    if rows is None:
         content = early_exit_graph(bundle, operators=operators)
         save_bundle(_with_graph(bundle, Graph(content, "float32", operators)), folder)
         return {}
-    task = rows_for_ranges(bundle, split)
+    drawn = rows_for_ranges(bundle, rows, origin)
+    encoded = bundle.encode([row.inputs for row in drawn])
     progress("the ranges of every product")
-    logits, ranges = activation_ranges(bundle, task.encoded)
-    ranges, quantised = choose_layers(bundle, task.encoded, logits, ranges, progress=progress)
-    before, after = (decided(bundle, task.encoded, each) for each in (logits, quantised))
+    logits, ranges = activation_ranges(bundle, encoded)
+    ranges, quantised = choose_layers(bundle, encoded, logits, ranges, progress=progress)
+    before, after = (decided(bundle, encoded, each) for each in (logits, quantised))
     answers, others = (
         bundle.task.answers(one.logits, bundle.calibration[one.exit]) for one in (before, after)
     )
     report = {
-        "data": split.origin,
+        "data": origin,
         "date": time.strftime("%Y-%m-%d"),
-        "rows": len(task.hashes),
+        "rows": len(drawn),
         "answers_as_before": int((~bundle.task.differ(others, answers)).sum()),
         "at_another_exit": int((before.exit != after.exit).sum()),
         "layers_in_float32": (1 + np.flatnonzero(np.isnan(ranges[:, 0, 0]))).tolist(),
@@ -109,7 +111,7 @@ def export_onnx(
     recorded = dataclasses.replace(
         bundle,
         provenance=bundle.provenance | {"int8": report},
-        ledger=bundle.ledger.with_rows("ranges", task.hashes),
+        ledger=bundle.ledger.with_rows("ranges", list(map(row_hash, drawn))),
     )
     save_bundle(_with_graph(recorded, Graph(content, "int8", operators)), folder)
     return report
@@ -129,28 +131,28 @@ def _with_graph(bundle: Bundle, graph: Graph) -> Bundle:
     )
 
 
-def rows_for_ranges(bundle: Bundle, split: Split) -> TokenizedSplit:
+def rows_for_ranges(bundle: Bundle, rows: Sequence[Example], origin: str) -> list[Example]:
     """At most `RANGE_ROWS` of the rows, drawn by a fixed seed as `export_onnx` says.
 
     Raises:
       ValueError: where fewer than `FEWEST_ROWS` are left.
     """
-    task = encode(split, bundle.encode)
+    every = list(rows)
+    hashes = list(map(row_hash, every))
     trained, dev_b, placed, fitted = (
-        bundle.ledger.among(task.hashes, names)
-        for names in (TRAINED, ("dev_b",), ("placed",), FITTED)
+        bundle.ledger.among(hashes, names) for names in (TRAINED, ("dev_b",), ("placed",), FITTED)
     )
     kept_apart = trained | (dev_b - placed)
-    order = np.random.default_rng(0).permutation(len(task.hashes))
-    left = [row for row in order if task.hashes[row] not in kept_apart]
+    order = np.random.default_rng(0).permutation(len(every))
+    left = [row for row in order if hashes[row] not in kept_apart]
     if len(left) < FEWEST_ROWS:
         raise UserError(
-            f"INT8 needs at least {FEWEST_ROWS} rows for its ranges, and {split.origin} has "
+            f"INT8 needs at least {FEWEST_ROWS} rows for its ranges, and {origin} has "
             f"{len(left)} that were neither trained on nor are in the dev-B of this bundle, which "
             f"is kept for reports: give other rows."
         )
-    left.sort(key=lambda row: task.hashes[row] not in fitted)
-    return task.take(np.sort(left[:RANGE_ROWS]))
+    left.sort(key=lambda row: hashes[row] not in fitted)
+    return [every[row] for row in np.sort(left[:RANGE_ROWS])]
 
 
 def activation_ranges(bundle: Bundle, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
