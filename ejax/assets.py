@@ -7,7 +7,6 @@ folder of it is unpacked into the cache. Nothing of it is installed or imported.
 
 import atexit
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -267,8 +266,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
 
 
 def _check_sha256(wheel: Path, package: Package) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = storage.sha256_of(wheel)
     if found != package.sha256:
         raise UserError(
             f"{package.requirement} has changed: its wheel must have sha256 {package.sha256}. "

@@ -29,7 +29,6 @@ from ejax.bundle_files import (
     ZERO,
     Graph,
     digest_of,
-    sha256_of,
 )
 from ejax.card import model_card
 from ejax.config import ExitConfig, to_json
@@ -37,6 +36,7 @@ from ejax.ending import partial, whole
 from ejax.errors import UserError
 from ejax.models.ngrams import packed_table
 from ejax.models.weights import to_hf
+from ejax.storage import sha256_of
 
 WRITTEN = (*OWNED, "README.md")
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
