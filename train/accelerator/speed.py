@@ -15,7 +15,7 @@ from jax import lax
 
 from ejax.bundle import Bundle
 from ejax.config import BertConfig, ExitConfig, TrainConfig
-from ejax.inference.cost import full_flops, head_flops, ideal_speedup, layer_flops
+from ejax.inference.cost import full_flops, ideal_speedup, layer_flops
 from ejax.inference.engine import early_exit, full_depth
 from ejax.inference.prepared import Prepared, prepare
 from ejax.models.early_exit import EarlyExitBert
@@ -23,6 +23,7 @@ from ejax.training.optim import make_optimizer
 from ejax.training.parallel import mapped_step
 from ejax.training.step import Rows, TrainState, first_state, make_train_step
 from train.accelerator import common
+from train.aot_programs import last_exit_flops
 
 SHARES = (0.4, 0.25, 0.2, 0.15)  # of the rows at each exit: a third of the layers on average
 
@@ -186,8 +187,7 @@ def training(given: common.Sizes) -> common.Found:
     for name, layers in (("joint", given.base_exits), ("last", given.base_exits[-1:])):
         model = EarlyExitBert(cfg, ExitConfig(layers, 2))
         runs[name] = Steps(model, config, learnt, device)
-        of_row = layers[-1] * layer_flops(cfg, length) + len(layers) * head_flops(cfg, 2)
-        flops[name] = 3 * rows * of_row
+        flops[name] = 3 * rows * last_exit_flops(cfg, model.exits, length)
     seconds = common.timings(given, runs)
     peak = common.matmul_flops(given)
     shares = {name: flops[name] / seconds[name]["median"] / peak for name in runs}
