@@ -29,6 +29,7 @@ from ejax.cli.options import Bundle, Data, check_json, check_split, optional
 from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of, with_tolerance
@@ -175,13 +176,12 @@ def broken(
 
 def table_of_cases(result: dict[str, Any]) -> Shown:
     title = f"{result['draws']:,} draws from {result['rows']} rows of {result['data']}"
-    made = Shown(title=Text(f"{title}: {result['loss']}", "italic"))
-    for heading in (
+    made = numbers(
+        Text(f"{title}: {result['loss']}", "italic"),
         "at most", "delta", "rows", "broken (95 %)", "refused", "full depth", "mean loss",
         f"depth of {result['layers'][-1]}", "in hindsight",
         f"leave at {', '.join(map(str, result['layers']))}",
-    ):  # fmt: skip
-        made.add_column(heading, justify="right")
+    )  # fmt: skip
     for c in result["cases"]:
         made.add_row(
             f"{c['bound']:g}", f"{c['delta']:g}", str(c["rows"]),

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ejax.cli.options import check_json
 from ejax.cli.run import run
@@ -23,6 +22,7 @@ from ejax.data import sources
 from ejax.data.batches import take, train_plan
 from ejax.data.rows import encode
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.scenarios import spread
 from ejax.hardware import environment
@@ -53,9 +53,7 @@ def main(
     found = measure(chosen, steps, repeats, Console(stderr=True))
     command = " ".join(["python -m train.joint", *sys.argv[1:]])
     write_json(found | {"command": command, "date": time.strftime("%Y-%m-%d")}, output)
-    table = Table(title=f"training step, {found['hardware']}")
-    for column in ("exits", "ms (spread)"):
-        table.add_column(column, justify="right")
+    table = numbers(f"training step, {found['hardware']}", "exits", "ms (spread)")
     for name in ("joint", "last"):
         times = found[name]["milliseconds"]
         spread = f"{np.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"

@@ -27,6 +27,7 @@ from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import predicted
 from ejax.evaluation.scenarios import spread
 from ejax.hardware import describe as machine
@@ -384,13 +385,13 @@ def in_words(chosen: dict[str, Any], origin: str, task: Task, in_ms: bool = Fals
 def targets_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
     task = task_with(report["full"])
-    made = Shown(title=Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"))
     alone = "ms_alone" in report["full"]
-    for heading in (
+    made = numbers(
+        Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"),
         "", "thresholds", task.metric_name, "drop, points (95 %)", "other answers", "depth", "cost",
         *(["ms alone"] if alone else []), "ms together",
-    ):  # fmt: skip
-        made.add_column(heading, justify="left" if not heading else "right")
+    )  # fmt: skip
+    made.columns[0].justify = "left"
     for key in ("chosen", "one_number", "oracle", "full"):
         if key not in report:
             continue
