@@ -250,6 +250,7 @@ def test_the_picture_sets_thresholds_per_exit_apart():
     assert seconds == {"one number": [1, 3], "per exit": [2], "full model": [4]}
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_a_profile_is_what_evaluate_predicts_from(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     result = tiny.ejax("profile", tiny.trained()[0], "--output", tmp_path / "profile.json")
@@ -566,6 +567,7 @@ def test_wrong_answers_are_promised_or_refused(tmp_path):
     assert load_bundle(folder).provenance["target"]["chosen"]["loss"] == "wrong"
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     folder = tiny.copy_of_bundle(tmp_path)

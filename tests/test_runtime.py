@@ -217,6 +217,7 @@ def test_promises_are_for_these_numerics(tmp_path: Path) -> None:
         EarlyExitClassifier.from_pretrained(folder)
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_every_command_takes_such_a_folder(tmp_path: Path) -> None:
     folder, out = tmp_path / "onnx", tmp_path / "out.json"
     shutil.copytree(folder_of("one label"), folder)
