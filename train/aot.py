@@ -32,7 +32,7 @@ from rich.console import Console
 from ejax.cli.options import check_json
 from ejax.cli.run import run
 from ejax.config import TrainConfig, override, to_json
-from ejax.data.batches import bucket_of
+from ejax.data.tokenizer import bucket_of
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import compiling_for, environment

@@ -22,10 +22,9 @@ from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.card import describe_threshold
-from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
-from ejax.data.tokenizer import Encoded
+from ejax.data.tokenizer import Encoded, bucket_of
 from ejax.errors import UserError
 from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import predicted
