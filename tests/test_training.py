@@ -415,16 +415,13 @@ def test_a_run_follows_its_config(tmp_path: Path, monkeypatch) -> None:
     The batches of an evaluation are in proportion to the rows that a device trains on at once.
     """
     plans, models, planned, made = loop.train_plan, setup.EarlyExitBert, [], []
-    eval_plans, evaluated = loop.eval_plan, []
+    eval_plans, evaluated = setup.eval_plan, []
     monkeypatch.setattr(
         loop, "train_plan", lambda *a, **k: planned.append(k["epoch"]) or plans(*a, **k)
     )
-    for module in (loop, warm):
-        monkeypatch.setattr(
-            module,
-            "eval_plan",
-            lambda *a, **k: evaluated.append(k["batch_size"]) or eval_plans(*a, **k),
-        )
+    monkeypatch.setattr(
+        setup, "eval_plan", lambda *a, **k: evaluated.append(k["batch_size"]) or eval_plans(*a, **k)
+    )
     monkeypatch.setattr(setup, "EarlyExitBert", lambda *a: made.append(models(*a)) or made[-1])
     config = tiny_config(
         epochs=3, gradient_stop=0.5, average_decay=0.9, exit_weights=(0.0, 1.0),

@@ -106,11 +106,9 @@ def parse_case(text: str, loss: str) -> tuple[float, float, int]:
         found = 0.0, 0.0, 0
     most = 100 if loss == "drop" else 1
     if not (0 < found[0] < most and 0 < found[1] < 1 and found[2] > 1):
-        what = (
-            "POINTS,DELTA,ROWS, such as 1,0.05,2000"
-            if loss == "drop"
-            else ("RISK,DELTA,ROWS, such as 0.02,0.05,2000")
-        )
+        what = "RISK,DELTA,ROWS, such as 0.02,0.05,2000"
+        if loss == "drop":
+            what = "POINTS,DELTA,ROWS, such as 1,0.05,2000"
         raise UserError(f"--case must be {what}. Got {text!r}.")
     return found
 
@@ -140,8 +138,7 @@ def broken(
 
     def choose(drawn: Table, seed: int) -> list[float]:
         if loss == "drop":
-            found: list[float] = promised_drop(drawn, bound, delta, seed=seed)["threshold"]
-            return found
+            return promised_drop(drawn, bound, delta, seed=seed)["threshold"]
         return risk_policy(drawn, bound, delta, loss=check_loss(loss), seed=seed)[0]
 
     rng = np.random.default_rng(0)

@@ -210,11 +210,11 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> TokenizedSplit:
     return task.take(task.without(bundle.ledger.among(task.hashes, FITTED), refusal))
 
 
-def table_of(clf: TextClassifier, task: TokenizedSplit) -> Table:
-    """Every exit's answers, as the engine gives them."""
+def table_of(clf: TextClassifier, task: TokenizedSplit, logits: np.ndarray | None = None) -> Table:
+    """Every exit's answers, as the engine gives them, or gave them: `logits` [E, N, O]."""
     return thresholds.make_table(
-        clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
-        clf.bundle.exits.layers, task.encoded.lengths,
+        clf.exit_logits(task.encoded) if logits is None else logits, task.labels,
+        clf.bundle.temperatures, clf.bundle.exits.layers, task.encoded.lengths,
         task=clf.bundle.task, exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
 

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ejax.config import TrainConfig
-from ejax.data.batches import eval_plan
 from ejax.models.early_exit import EarlyExitBert
 from ejax.tasks import task_of
 from ejax.training.losses import joint_loss
@@ -52,12 +51,7 @@ def warm_start(setup: Setup, console: Console) -> Any:
     params = initial_params(model, setup.bert, config)
     order = np.random.default_rng([config.seed, 2]).permutation(len(split.labels))
     some = split.take(np.sort(order[:WARM_ROWS]))
-    plan = eval_plan(
-        some.encoded.lengths,
-        buckets=setup.buckets,
-        max_length=setup.max_length,
-        batch_size=EMBEDDED_ROWS,
-    )
+    plan = setup.eval_plan(some.encoded, EMBEDDED_ROWS)
     with console.status("the heads, on the encoder as it is"):
         vectors = make_all_logits(model, jax.local_devices()[:1], method="layer_vectors")(
             {"params": params}, some.encoded, plan
