@@ -29,7 +29,7 @@ import typer
 from jax.experimental import topologies
 from rich.console import Console
 
-from ejax.cli.options import check_json
+from ejax.cli.options import Overrides, check_json
 from ejax.cli.run import run
 from ejax.config import TrainConfig, override, to_json
 from ejax.data.tokenizer import bucket_of
@@ -66,9 +66,7 @@ def main(
     output: Annotated[
         Path, typer.Option(help="JSON; slices that it holds already are not compiled again.")
     ] = Path("aot.json"),
-    fields: Annotated[
-        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
-    ] = None,
+    fields: Overrides = None,
 ) -> None:
     """Compile a config for TPU chips that are not there; memory, roofline, collectives."""
     check_json(output)

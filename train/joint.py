@@ -15,7 +15,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from ejax.cli.options import check_json
+from ejax.cli.options import Overrides, check_json
 from ejax.cli.run import run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
@@ -43,9 +43,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Batches, spread over an epoch.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes over them.")] = 5,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("joint.json"),
-    fields: Annotated[
-        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
-    ] = None,
+    fields: Overrides = None,
 ) -> None:
     """Measure the training step with all exits, and the one with the last exit alone."""
     check_json(output)
