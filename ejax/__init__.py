@@ -20,30 +20,23 @@ if TYPE_CHECKING:
     from ejax.sklearn import EarlyExitTextClassifier
     from ejax.training.finetune import finetune
 
-# Where each public name lives; a module is imported when its name is first used.
-_HOME = {
-    "Batch": "models.bert",
-    "BertConfig": "config",
-    "BertModel": "models.bert",
-    "Bundle": "bundle",
-    "DataConfig": "config",
-    "EarlyExitBert": "models.early_exit",
-    "EarlyExitClassifier": "classifier",
-    "EarlyExitTextClassifier": "sklearn",
-    "EncoderLayer": "models.bert",
-    "ExitConfig": "config",
-    "ExitHeads": "models.heads",
-    "TrainConfig": "config",
-    "early_exit": "inference.engine",
-    "finetune": "training.finetune",
-    "fit_temperatures": "calibration.temperature",
-    "full_depth": "inference.engine",
-    "load_bert": "models.weights",
-    "load_bundle": "bundle",
-    "save_bundle": "saving",
-    "select_exit": "inference.policy",
-    "with_pretrained": "models.weights",
+# The public names by the module that has them, imported when one is first used.
+_NAMES = {
+    "bundle": ("Bundle", "load_bundle"),
+    "calibration.temperature": ("fit_temperatures",),
+    "classifier": ("EarlyExitClassifier",),
+    "config": ("BertConfig", "DataConfig", "ExitConfig", "TrainConfig"),
+    "inference.engine": ("early_exit", "full_depth"),
+    "inference.policy": ("select_exit",),
+    "models.bert": ("Batch", "BertModel", "EncoderLayer"),
+    "models.early_exit": ("EarlyExitBert",),
+    "models.heads": ("ExitHeads",),
+    "models.weights": ("load_bert", "with_pretrained"),
+    "saving": ("save_bundle",),
+    "sklearn": ("EarlyExitTextClassifier",),
+    "training.finetune": ("finetune",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "Batch",
     "BertConfig",

@@ -7,7 +7,6 @@ folder of it is unpacked into the cache. Nothing of it is installed or imported.
 
 import atexit
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -92,13 +91,12 @@ def _cache_of_process() -> Path:
     return folder
 
 
-def resolve(name: str, *, cache_dir: str = "") -> Path:
+def resolve(name: str) -> Path:
     """The local folder that `name` stands for, downloaded first where needed.
 
     Args:
-      name: an existing folder, else a name in `PACKAGES`, else a hub id "org/name".
-      cache_dir: where to keep downloads. "" means the user's cache folder, and for
-        hub ids the hub's own cache, which other libraries share.
+      name: an existing folder, else a name in `PACKAGES`, which is kept in `cache_dir`, else a hub
+        id "org/name", which is kept in the hub's own cache, as other libraries do.
 
     Raises:
       ValueError: when there is no such thing, or it cannot be fetched.
@@ -109,9 +107,9 @@ def resolve(name: str, *, cache_dir: str = "") -> Path:
             return folder
         raise UserError(f"{name} is a file: give the folder that holds it.")
     if name in PACKAGES:
-        return _package_folder(name, PACKAGES[name], cache_dir)
+        return _package_folder(name, PACKAGES[name])
     if is_hub_id(name):
-        return hub_folder(name, cache=cache_dir)
+        return hub_folder(name)
     old = f" On the hub it may be 'google-bert/{name}'." if name.startswith("bert-") else ""
     raise UserError(
         f"{name!r} is neither a folder here, nor a hub id such as 'org/name', nor one of "
@@ -174,7 +172,6 @@ def hub_folder(
     files: Sequence[str] = HUB_FILES,
     *,
     revision: str | None = None,
-    cache: str = "",
     what: str = "model",
 ) -> Path:
     """The local copy of those files of a hub id.
@@ -182,7 +179,6 @@ def hub_folder(
     Args:
       files: patterns.
       revision: a branch, a tag or a commit; None is main.
-      cache: as of `resolve`.
       what: the hub id should be, for the sentence.
 
     Raises:
@@ -192,11 +188,7 @@ def hub_folder(
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(files), cache_dir=cache or None
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{name!r} is neither a folder here nor a public {what} on the hub: check the name; "
@@ -214,9 +206,9 @@ def hub_folder(
         ) from error
 
 
-def _package_folder(name: str, package: Package, cache: str) -> Path:
+def _package_folder(name: str, package: Package) -> Path:
     """The unpacked folder. It appears under its name complete, or not at all."""
-    root = cache_dir(cache) / "packages"
+    root = cache_dir() / "packages"
     final = root / f"{name}-{package.sha256[:12]}"
     if final.is_dir():
         return final
@@ -267,8 +259,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
 
 
 def _check_sha256(wheel: Path, package: Package) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = storage.sha256_of(wheel)
     if found != package.sha256:
         raise UserError(
             f"{package.requirement} has changed: its wheel must have sha256 {package.sha256}. "

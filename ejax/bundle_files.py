@@ -30,7 +30,7 @@ from ejax import assets, storage
 from ejax.errors import UserError, clipped, shown
 from ejax.provenance import Ledger
 from ejax.records import Whole, misfit, read_json
-from ejax.storage import Held
+from ejax.storage import Held, sha256_of
 from ejax.tasks import TASKS, Task
 
 FORMAT_VERSION = 4
@@ -263,8 +263,3 @@ def digest_of(meta: Mapping[str, Any]) -> str:
     """The sha256 of what exits.json holds besides it."""
     values = {name: value for name, value in meta.items() if name != "values"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any, Literal, get_args, get_origin
 
@@ -38,6 +38,23 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 def _check(ok: bool, sentence: str) -> None:
     if not ok:
         raise UserError(sentence)
+
+
+# The ranges of numbers, by the words of a sentence.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "0 or above": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def _check_ranges(config: Any, names_of: Mapping[str, Sequence[str]], before: str = "") -> None:
+    """Every field lies in the range that it is named under."""
+    for words, names in names_of.items():
+        for name in names:
+            value = getattr(config, name)
+            _check(RANGES[words](value), f"{before}{name} must be {words}. Got {value}.")
 
 
 def _check_types(config: Any) -> None:
@@ -116,20 +133,17 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in (
+        sizes = (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "intermediate_size", "max_position_embeddings", "type_vocab_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            _check(value >= 1, f"BertConfig.{name} must be at least 1. Got {value}.")
+        )  # fmt: skip
+        rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        _check_ranges(self, {"at least 1": sizes, "in [0, 1)": rates}, "BertConfig.")
         _check(
             self.hidden_size % self.num_attention_heads == 0,
             f"BertConfig.hidden_size must be a multiple of num_attention_heads "
             f"({self.num_attention_heads}). Got {self.hidden_size}.",
         )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"BertConfig.{name} must be in [0, 1). Got {value}.")
         eps = self.layer_norm_eps
         _check(0 < eps < 1, f"BertConfig.layer_norm_eps must be in (0, 1). Got {eps}.")
 
@@ -176,17 +190,14 @@ class ExitConfig:
                 f"ExitConfig.num_labels must be at least 2: a classifier needs two classes. "
                 f"Got {self.num_labels}.",
             )
-        _check(
-            self.num_labels >= 1,
-            f"ExitConfig.num_labels must be at least 1. Got {self.num_labels}.",
-        )
+        _check_ranges(self, {"at least 1": ("num_labels",)}, "ExitConfig.")
         if self.problem_type == "regression":
             _check(
                 self.num_labels == 1 and not self.has_zero,
                 f"a regression has one label, and no exit before the first layer. Got "
                 f"{self.num_labels} labels and exits {self.layers}.",
             )
-            _check(self.spread > 0, f"ExitConfig.spread must be above 0. Got {self.spread}.")
+            _check_ranges(self, {"above 0": ("spread",)}, "ExitConfig.")
 
     @property
     def num_layers(self) -> int:
@@ -309,27 +320,19 @@ class TrainConfig:
         _check_types(self)
         if self.layers:
             check_layers(self.layers)
-        for name in ("batch_size", "accumulate", "evals", "checkpoint_steps"):
-            value = getattr(self, name)
-            _check(value >= 1, f"{name} must be at least 1. Got {value}.")
-        for name in ("epochs", "patience"):
-            value = getattr(self, name)
-            _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
-        for name in ("learning_rate", "head_learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            _check(value > 0, f"{name} must be above 0. Got {value}.")
-        for name in ("warmup_fraction", "dropout", "average_decay"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"{name} must be in [0, 1). Got {value}.")
+        names_of = {
+            "at least 1": ("batch_size", "accumulate", "evals", "checkpoint_steps"),
+            "0 or above": ("epochs", "patience", "weight_decay", "max_drop", "distillation"),
+            "above 0": ("learning_rate", "head_learning_rate", "clip_norm"),
+            "in [0, 1)": ("warmup_fraction", "dropout", "average_decay"),
+        }
+        _check_ranges(self, names_of)
         _check(
             0 <= self.gradient_stop <= 1,
             f"gradient_stop must be between 0 (none is held back) and 1 (all). Got "
             f"{self.gradient_stop}.",
         )
         _check(0 <= self.seed < 2**32, f"seed must be 0 or above, below 2^32. Got {self.seed}.")
-        for name in ("weight_decay", "max_drop", "distillation"):
-            value = getattr(self, name)
-            _check(value >= 0, f"{name} must be 0 or above. Got {value}.")
         for name in ("exit_weights", "class_weights"):
             value = getattr(self, name)
             _check(

@@ -48,13 +48,8 @@ class Training:
 
     def salted(self, hashes: Iterable[str]) -> list[str]:
         """12 hex digits of the sha256 over the salt and each `row_hash`."""
-        start = hashlib.sha256(self.salt.encode())
-        found = []
-        for row in hashes:
-            one = start.copy()
-            one.update(row.encode())
-            found.append(one.hexdigest()[:12])
-        return found
+        salted = (hashlib.sha256((self.salt + row).encode()) for row in hashes)
+        return [one.hexdigest()[:12] for one in salted]
 
     def held(self, names: Iterable[str]) -> frozenset[str]:
         return frozenset().union(*(self.rows.get(name, ()) for name in names))

@@ -27,16 +27,15 @@ from ejax.bundle_files import (
     SUMMED,
     WEIGHTS,
     ZERO,
-    Graph,
     digest_of,
-    sha256_of,
 )
 from ejax.card import model_card
-from ejax.config import ExitConfig, to_json
+from ejax.config import to_json
 from ejax.ending import partial, whole
 from ejax.errors import UserError
 from ejax.models.ngrams import packed_table
 from ejax.models.weights import to_hf
+from ejax.storage import sha256_of
 
 WRITTEN = (*OWNED, "README.md")
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -202,40 +201,32 @@ def hf_config(bundle: Bundle) -> dict[str, Any]:
 
 
 def _exits(bundle: Bundle) -> dict[str, Any]:
+    exits, graph = bundle.exits, bundle.graph
+    optional: dict[str, Any] = {}
+    if exits.problem_type != "single_label_classification":
+        optional["problem_type"] = exits.problem_type
+    if exits.problem_type == "regression":
+        optional |= {"center": exits.center, "spread": exits.spread}
+    if bundle.abstain:
+        optional["abstain"] = bundle.abstain
+    if exits.has_zero:
+        optional["ngram_buckets"] = exits.buckets
+    if graph:
+        named = {"precision": graph.precision, "operators": graph.operators}
+        optional["runtime"] = {"name": "onnx"} | named
     return {
         "format_version": FORMAT_VERSION,
-        "layers": list(bundle.exits.layers),
-        "pooling": bundle.exits.pooling,
-        "mix": bundle.exits.mix,
-        **_task_fields(bundle.exits),
+        "layers": list(exits.layers),
+        "pooling": exits.pooling,
+        "mix": exits.mix,
         "temperatures": list(bundle.temperatures),
         "thresholds": list(bundle.thresholds),
-        **({"abstain": bundle.abstain} if bundle.abstain else {}),
         "max_length": bundle.max_length,
         "buckets": list(bundle.buckets),
-        **({"ngram_buckets": bundle.exits.buckets} if bundle.exits.has_zero else {}),
         "dtype": bundle.cfg.dtype,
         "residual_dtype": bundle.cfg.residual_dtype,
-        **_runtime(bundle.graph),
         "provenance": bundle.provenance,
-    }
-
-
-def _runtime(graph: Graph | None) -> dict[str, Any]:
-    """Of an exported bundle."""
-    if graph is None:
-        return {}
-    return {"runtime": {"name": "onnx", "precision": graph.precision, "operators": graph.operators}}
-
-
-def _task_fields(exits: ExitConfig) -> dict[str, Any]:
-    """Of other tasks than one label."""
-    if exits.problem_type == "single_label_classification":
-        return {}
-    scores = {"center": exits.center, "spread": exits.spread}
-    return {"problem_type": exits.problem_type} | (
-        scores if exits.problem_type == "regression" else {}
-    )
+    } | optional
 
 
 def _text(values: Any) -> bytes:

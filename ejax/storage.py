@@ -3,6 +3,7 @@
 A rename is not atomic there: a folder is copied, and the file that makes it whole comes last.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -270,13 +271,15 @@ def upload(
                 raise
 
 
+def sha256_of(path: str | Path) -> str:
+    """Of a file of this machine."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_text(path: Any, text: str) -> None:
-    """All of it or nothing; an object on gs:// is never half of one."""
-    if is_remote(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    with becoming(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+    """All of it or nothing, as UTF-8; an object on gs:// is never half of one."""
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Any, content: bytes) -> None:

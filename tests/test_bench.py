@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -399,10 +400,17 @@ def test_export_says_why_it_cannot() -> None:
     assert not (tiny.HOME / "never").exists()
 
 
-def test_export_does_not_replace_a_bundle(tmp_path: Path) -> None:
-    output = tmp_path / "bundle"
+@functools.cache
+def standard() -> Path:
+    """A bundle whose last exit is a plain BERT classifier, not to be changed."""
+    output = tiny.HOME / "standard"
     fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals=4"]
     assert tiny.ejax(*fields).code == 0
+    return output
+
+
+def test_export_does_not_replace_a_bundle() -> None:
+    output = standard()
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     assert f"{output} is a bundle" in tiny.refused("export", output, "--output", output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
@@ -410,10 +418,7 @@ def test_export_does_not_replace_a_bundle(tmp_path: Path) -> None:
 
 def test_export_is_a_plain_classifier(tmp_path: Path) -> None:
     """Its names and shapes are transformers' own; where torch is at hand, so are its logits."""
-    output = tmp_path / "bundle"
-    fields = [*tiny.train_args(output), "pooling=cls", "mix=last", "evals=4"]
-    assert tiny.ejax(*fields).code == 0
-    bundle = load_bundle(output)
+    bundle = load_bundle(standard())
     folder = export_hf(bundle, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]

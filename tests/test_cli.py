@@ -47,13 +47,14 @@ def answers(text: str) -> list[dict]:
 
 
 def test_help_and_version_are_quick_and_load_no_jax():
-    code = "import sys; from ejax.cli.app import app; from ejax.cli.run import run; "
-    code += "code = run(app, 'ejax', {args}); sys.exit(code or ('jax' in sys.modules))"
-    for args in (["--help"], ["--version"], ["predict", "--help"], ["train", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(args=args)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    asked = [["--help"], ["--version"], ["predict", "--help"], ["train", "--help"]]
+    code = (
+        "import sys; from ejax.cli.app import app; from ejax.cli.run import run\n"
+        f"for args in {asked}: sys.exit('failed') if run(app, 'ejax', args) else None\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert tiny.ejax("--version").out == f"ejax {metadata.version('ejax')}\n"
     assert tiny.ejax().out == tiny.ejax("--help").out
 
@@ -250,6 +251,7 @@ def test_the_picture_sets_thresholds_per_exit_apart():
     assert seconds == {"one number": [1, 3], "per exit": [2], "full model": [4]}
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_a_profile_is_what_evaluate_predicts_from(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     result = tiny.ejax("profile", tiny.trained()[0], "--output", tmp_path / "profile.json")
@@ -566,6 +568,7 @@ def test_wrong_answers_are_promised_or_refused(tmp_path):
     assert load_bundle(folder).provenance["target"]["chosen"]["loss"] == "wrong"
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_thresholds_for_milliseconds_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     folder = tiny.copy_of_bundle(tmp_path)

@@ -113,6 +113,7 @@ def test_kept_exits_answer_as_before():
         assert small.cfg.num_hidden_layers == (1, 3)[exits[-1]]
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))
     folder, output = tmp_path / "few", tmp_path / "few"
@@ -163,6 +164,7 @@ def test_place_makes_a_bundle_that_runs_as_simulated(tmp_path, monkeypatch):
     assert spent < tiny.rows_of(load_bundle(folder))["calibration"]
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_place_keeps_no_figure_of_rows_that_are_not_known(tmp_path, monkeypatch):
     """They may be the very rows that choose."""
     monkeypatch.setenv("EJAX_CACHE", str(tmp_path / "cache"))

@@ -29,7 +29,7 @@ def write_config(folder: Path, **changes: object) -> Path:
     """Uneven batches of at most 11 rows, with dropout."""
     fields = {
         "data": DataConfig(path=str(tiny.data()), max_length=16, buckets=(16,)),
-        "model": str(tiny.model()), "layers": (1, 3), "epochs": 3, "batch_size": 11,
+        "model": str(tiny.model()), "layers": (0, 1, 3), "epochs": 3, "batch_size": 11,
         "learning_rate": 0.01, "dropout": 0.1, "checkpoint_steps": 2, "evals": 3,
         "head_learning_rate": 0.01,
         "dtype": "float32",

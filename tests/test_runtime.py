@@ -253,6 +253,7 @@ def test_runtimes_are_compared_as_their_texts_leave(monkeypatch) -> None:
     assert sentences[1].startswith("Fastest here at full depth: for one text ")
 
 
+@pytest.mark.usefixtures("quick_profile")
 def test_every_command_takes_such_a_folder(tmp_path: Path) -> None:
     folder, out = tmp_path / "onnx", tmp_path / "out.json"
     shutil.copytree(folder_of("one label"), folder)

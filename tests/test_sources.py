@@ -659,7 +659,7 @@ def stand_in(monkeypatch, cache: Path, name: str, data: bytes) -> None:
     folder = cache / "data" / "downloads" / "manual"
     folder.mkdir(parents=True)
     (folder / spec.archive).write_bytes(data)
-    module = importlib.import_module(spec.module)
+    module = importlib.import_module(f"tensorflow_datasets.{spec.module}")
     builder = getattr(module, "Builder", None) or module.Glue
     for infos in (checksums.get_all_url_infos(), builder.url_infos or {}):
         for url, info in infos.items():

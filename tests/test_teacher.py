@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import re
-import signal
 from pathlib import Path
 
 import jax
@@ -28,13 +27,16 @@ from ejax.data.unlabelled import read_unlabelled
 from ejax.models.ngrams import ragged_logits
 from ejax.provenance import TRAINED
 from ejax.saving import save_bundle
+from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.ngrams import fit_ngrams
 from ejax.training.optim import MIX_RATE
+from ejax.training.processes import Stopped, Terminated
 from ejax.training.setup import with_unlabelled
 from ejax.training.step import Rows
 from ejax.training.teacher import probabilities
 from ejax.training.warm import warm_heads
+from train.__main__ import load_config
 from train.teacher import app, write_files
 
 LOGITS = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.2, 0.8]]]))
@@ -250,27 +252,29 @@ def test_texts_without_labels_are_taught_by_the_last_exit(tmp_path: Path) -> Non
     assert len(trained) == len({*TEXTS, *(text for _, text in FEW)})
 
 
-def test_a_run_that_resumes_asks_no_teacher_again(tmp_path: Path) -> None:
+def test_a_run_that_resumes_asks_no_teacher_again(tmp_path: Path, monkeypatch) -> None:
     """Stopped and repeated, or by two processes: the same run."""
     data = DataConfig(
         path=str(tiny.data()), max_length=16, buckets=(16,),
         unlabelled=str(lines(tmp_path / "more.txt", TEXTS[:41])),
     )  # fmt: skip
-    config = runs.write_config(
+    path = runs.write_config(
         tmp_path, data=data, teacher=str(tiny.trained()[0]), layers=(0, 1, 3), epochs=4
     )
     whole, stopped, two = (tmp_path / name for name in ("whole", "stopped", "two"))
-    runs.finish(runs.start(config, whole))
-    process = runs.start(config, stopped)
-    runs.wait_for(stopped / "checkpoints", process)
-    process.send_signal(signal.SIGTERM)
-    runs.finish(process, 75)
-    said = stopped / "teacher.safetensors"
-    before = said.stat().st_mtime_ns
-    assert "resuming" in runs.finish(runs.start(config, stopped))
-    assert said.stat().st_mtime_ns == before
+    processes, config = runs.start_two(path, two), load_config(path)
+    finetune(config, whole, console=Console(quiet=True))
+    monkeypatch.setattr(Terminated, "at", lambda self, step: step == 4)
+    with pytest.raises(Stopped):
+        finetune(config, stopped, console=Console(quiet=True))
+    monkeypatch.undo()
+    told, said = stopped / "teacher.safetensors", io.StringIO()
+    before = told.stat().st_mtime_ns
+    finetune(config, stopped, console=Console(file=said))
+    assert "resuming" in said.getvalue()
+    assert told.stat().st_mtime_ns == before
     runs.assert_same_run(stopped, whole)
-    for process in runs.start_two(config, two):
+    for process in processes:
         runs.finish(process)
     for key, value in runs.weights(whole).items():
         if not key.endswith("key.bias"):  # softmax cancels it: Adam makes steps of its rounding

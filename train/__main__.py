@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ejax.cli.options import Overrides
 from ejax.cli.run import keep_programs, run
 from ejax.cli.train import train_and_show
 from ejax.config import TrainConfig, override, smoke
@@ -44,9 +45,7 @@ def main(
             "and JAX_PROCESS_ID. All share the workdir.",
         ),
     ] = False,
-    fields: Annotated[
-        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
-    ] = None,
+    fields: Overrides = None,
 ) -> None:
     """Run one experiment; the same command again resumes where it was stopped."""
     chosen = load_config(config)

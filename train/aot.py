@@ -29,10 +29,10 @@ import typer
 from jax.experimental import topologies
 from rich.console import Console
 
-from ejax.cli.options import check_json
+from ejax.cli.options import Overrides, check_json
 from ejax.cli.run import run
 from ejax.config import TrainConfig, override, to_json
-from ejax.data.batches import bucket_of
+from ejax.data.tokenizer import bucket_of
 from ejax.errors import UserError
 from ejax.evaluation.evaluate import write_json
 from ejax.hardware import compiling_for, environment
@@ -66,9 +66,7 @@ def main(
     output: Annotated[
         Path, typer.Option(help="JSON; slices that it holds already are not compiled again.")
     ] = Path("aot.json"),
-    fields: Annotated[
-        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
-    ] = None,
+    fields: Overrides = None,
 ) -> None:
     """Compile a config for TPU chips that are not there; memory, roofline, collectives."""
     check_json(output)

@@ -15,10 +15,10 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from ejax import assets
-from ejax.config import BertConfig, TrainConfig
+from ejax.config import BertConfig, ExitConfig, TrainConfig
 from ejax.data.named import TFDS
 from ejax.errors import UserError
-from ejax.inference.cost import head_flops, layer_flops
+from ejax.inference.cost import exit_flops, layer_flops
 from ejax.inference.engine import prepare, run_head, run_layer, run_pool
 from ejax.models.bert import Batch, BertModel, EncoderLayer
 from ejax.models.early_exit import EarlyExitBert, cut
@@ -113,14 +113,7 @@ def training(
     micro_step = pieces["layer"] * model.exits.num_layers + pieces["ends"]
     total = micro_step * config.accumulate + pieces["optimizer"]
     bound = total.roofline(chip)
-    analytic = (
-        3
-        * rows
-        * (
-            model.exits.num_layers * layer_flops(model.cfg, length)
-            + len(model.exits.layers) * head_flops(model.cfg, model.exits.num_labels)
-        )
-    )
+    analytic = 3 * rows * last_exit_flops(model.cfg, model.exits, length)
     if config.remat:
         analytic += rows * model.exits.num_layers * layer_flops(model.cfg, length)
     return {
@@ -140,6 +133,11 @@ def training(
         | {"least_bytes": least_bytes(model.cfg, micro, length, 3)},
         "collectives": collectives(program.as_text()),
     }
+
+
+def last_exit_flops(cfg: BertConfig, exits: ExitConfig, length: int) -> float:
+    """Of one row that passes all heads."""
+    return float(exit_flops(cfg, exits, [length])[-1, 0])
 
 
 def least_bytes(cfg: BertConfig, rows: int, length: int, passes: int) -> float:
@@ -269,13 +267,7 @@ def inference(
         "full_depth": bound,
         "tokens_per_second": rows * length / bound["seconds"],
         "layer_forward": layer.roofline(chip) | {"least_bytes": least_bytes(cfg, tile, length, 1)},
-        "analytic_flops": float(
-            rows
-            * (
-                exits.num_layers * layer_flops(cfg, length)
-                + count * head_flops(cfg, exits.num_labels)
-            )
-        ),
+        "analytic_flops": float(rows * last_exit_flops(cfg, exits, length)),
     }
 
 

@@ -5,15 +5,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ejax.evaluation.describe import numbers
+
 
 def overview(model: str, slices: list[dict[str, Any]]) -> Table:
     """A row per slice; memory and time of one chip, tokens per second of all."""
-    made = Table(title=Text(f"{model}: compiled, not run", "italic"))
-    for heading in (
+    made = numbers(
+        Text(f"{model}: compiled, not run", "italic"),
         "slice", "rows per chip", "GiB", "step, ms", "of peak", "tokens/s, training",
         "tokens/s, nobody leaves",
-    ):  # fmt: skip
-        made.add_column(heading, justify="right")
+    )  # fmt: skip
     for found in slices:
         step, early = found["training"], found["early_exit"]
         training, inference = ["does not fit", *["–"] * 3], "does not fit"

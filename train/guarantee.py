@@ -29,6 +29,7 @@ from ejax.cli.options import Bundle, Data, check_json, check_split, optional
 from ejax.cli.run import run
 from ejax.data.rows import encode
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.evaluation.targets import table_of, with_tolerance
@@ -105,11 +106,9 @@ def parse_case(text: str, loss: str) -> tuple[float, float, int]:
         found = 0.0, 0.0, 0
     most = 100 if loss == "drop" else 1
     if not (0 < found[0] < most and 0 < found[1] < 1 and found[2] > 1):
-        what = (
-            "POINTS,DELTA,ROWS, such as 1,0.05,2000"
-            if loss == "drop"
-            else ("RISK,DELTA,ROWS, such as 0.02,0.05,2000")
-        )
+        what = "RISK,DELTA,ROWS, such as 0.02,0.05,2000"
+        if loss == "drop":
+            what = "POINTS,DELTA,ROWS, such as 1,0.05,2000"
         raise UserError(f"--case must be {what}. Got {text!r}.")
     return found
 
@@ -139,8 +138,7 @@ def broken(
 
     def choose(drawn: Table, seed: int) -> list[float]:
         if loss == "drop":
-            found: list[float] = promised_drop(drawn, bound, delta, seed=seed)["threshold"]
-            return found
+            return promised_drop(drawn, bound, delta, seed=seed)["threshold"]
         return risk_policy(drawn, bound, delta, loss=check_loss(loss), seed=seed)[0]
 
     rng = np.random.default_rng(0)
@@ -175,13 +173,12 @@ def broken(
 
 def table_of_cases(result: dict[str, Any]) -> Shown:
     title = f"{result['draws']:,} draws from {result['rows']} rows of {result['data']}"
-    made = Shown(title=Text(f"{title}: {result['loss']}", "italic"))
-    for heading in (
+    made = numbers(
+        Text(f"{title}: {result['loss']}", "italic"),
         "at most", "delta", "rows", "broken (95 %)", "refused", "full depth", "mean loss",
         f"depth of {result['layers'][-1]}", "in hindsight",
         f"leave at {', '.join(map(str, result['layers']))}",
-    ):  # fmt: skip
-        made.add_column(heading, justify="right")
+    )  # fmt: skip
     for c in result["cases"]:
         made.add_row(
             f"{c['bound']:g}", f"{c['delta']:g}", str(c["rows"]),

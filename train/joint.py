@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from ejax.cli.options import check_json
+from ejax.cli.options import Overrides, check_json
 from ejax.cli.run import run
 from ejax.config import ExitConfig, TrainConfig, override, to_json
 from ejax.data import sources
 from ejax.data.batches import take, train_plan
 from ejax.data.rows import encode
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.scenarios import spread
 from ejax.hardware import environment
@@ -43,9 +43,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Batches, spread over an epoch.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes over them.")] = 5,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("joint.json"),
-    fields: Annotated[
-        list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")
-    ] = None,
+    fields: Overrides = None,
 ) -> None:
     """Measure the training step with all exits, and the one with the last exit alone."""
     check_json(output)
@@ -53,9 +51,7 @@ def main(
     found = measure(chosen, steps, repeats, Console(stderr=True))
     command = " ".join(["python -m train.joint", *sys.argv[1:]])
     write_json(found | {"command": command, "date": time.strftime("%Y-%m-%d")}, output)
-    table = Table(title=f"training step, {found['hardware']}")
-    for column in ("exits", "ms (spread)"):
-        table.add_column(column, justify="right")
+    table = numbers(f"training step, {found['hardware']}", "exits", "ms (spread)")
     for name in ("joint", "last"):
         times = found[name]["milliseconds"]
         spread = f"{np.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"

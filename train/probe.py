@@ -24,7 +24,7 @@ from ejax.cli.run import run
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
 from ejax.errors import UserError
-from ejax.evaluation.describe import show
+from ejax.evaluation.describe import numbers, show
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.hardware import environment
@@ -171,15 +171,14 @@ def probe(
 
 def probe_table(found: dict[str, Any]) -> Table:
     """The result as people read it."""
-    made = Table(
-        title=Text(f"{found['rows']} rows of {found['data']['test']}", "italic"),
-        caption=Text(
-            f"mean gap {found['mean_gap']:z.2f} points; regressions fitted to "
-            f"{found['fitted_rows']:,} rows, C from {found['c_from']}"
-        ),
+    made = numbers(
+        Text(f"{found['rows']} rows of {found['data']['test']}", "italic"),
+        "layer", "exit", "regression", "gap, points", "95 %", "C",
+    )  # fmt: skip
+    made.caption = Text(
+        f"mean gap {found['mean_gap']:z.2f} points; regressions fitted to "
+        f"{found['fitted_rows']:,} rows, C from {found['c_from']}"
     )
-    for heading in ("layer", "exit", "regression", "gap, points", "95 %", "C"):
-        made.add_column(heading, justify="right")
     for row in found["exits"]:
         made.add_row(
             str(row["layer"]), f"{row['accuracy']:.4f}", f"{row['probe']:.4f}",

@@ -146,15 +146,9 @@ def width(kind: str) -> float:
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
-ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> dict[str, float]:
     """How many collectives a program holds, and the bytes that they give."""
-    count, total = 0, 0
-    for shapes, _ in COLLECTIVE.findall(text):
-        count += 1
-        for kind, sides in ARRAY.findall(shapes):
-            items = math.prod(int(side) for side in sides.split(",") if side)
-            total += items * int(re.sub(r"\D", "", kind)) // 8
-    return {"count": count, "bytes": total}
+    given = [size for shapes, _ in COLLECTIVE.findall(text) for size, _ in arrays(shapes)]
+    return {"count": len(COLLECTIVE.findall(text)), "bytes": int(sum(given))}

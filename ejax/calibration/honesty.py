@@ -7,19 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ejax.calibration.metrics import (
-    Float,
-    Int,
-    accuracy,
-    brier,
-    check_labels,
-    check_probs,
-    check_rows,
-    macro_f1,
-    nll,
-    other_quality,
-    softmax,
-)
+from ejax.calibration import metrics
+from ejax.calibration.metrics import Float, Int
 from ejax.errors import UserError
 from ejax.inference.policy import check_calibration, check_temperatures
 from ejax.tasks import Task
@@ -57,7 +46,7 @@ def ece_floor(
     Args:
       probs: <float>[N, C].
     """
-    confidence = check_probs(probs).max(axis=1)
+    confidence = metrics.check_probs(probs).max(axis=1)
     bin_of = _bin(confidence, bins, binning)
     rng = np.random.default_rng(seed)
     draws = [
@@ -85,13 +74,13 @@ def ece_bounds(logits: Any, labels: Any, temperature: float) -> dict[str, float]
     Where a classifier is far from calibrated, noise adds less to its ECE than the floor takes
     off: then the difference and its interval lie below the true error, which lies below the ECE.
     """
-    values, checked = check_rows(np.asarray(logits)[None], labels)
+    values, checked = metrics.check_rows(np.asarray(logits)[None], labels)
 
     def excess(temperature: float, samples: int) -> float:
-        probs = softmax(values[0], temperature=temperature)
+        probs = metrics.softmax(values[0], temperature=temperature)
         return ece(probs, checked) - ece_floor(probs, samples=samples)
 
-    confidence, correct = _top(softmax(values[0], temperature=temperature), checked)
+    confidence, correct = _top(metrics.softmax(values[0], temperature=temperature), checked)
     rng = np.random.default_rng(0)
     floors = rng.random((20, checked.size)) < confidence
     off = np.concatenate([correct[None], floors]) - confidence  # [1 + floors, N]
@@ -139,8 +128,8 @@ def reliability(
 
 
 def _top(probs: Any, labels: Any) -> tuple[Float, Float]:
-    values = check_probs(probs)
-    checked = check_labels(labels, *values.shape)
+    values = metrics.check_probs(probs)
+    checked = metrics.check_labels(labels, *values.shape)
     return values.max(axis=1), (values.argmax(axis=1) == checked).astype(np.float64)
 
 
@@ -199,10 +188,10 @@ def report(
         calibration = check_calibration(task, temperatures, len(logits))
         each = zip(logits, calibration, strict=True)
         return [
-            {"rows": len(labels), "after": other_quality(task, *of_exit, labels)}
+            {"rows": len(labels), "after": metrics.other_quality(task, *of_exit, labels)}
             for of_exit in each
         ]
-    values, checked = check_rows(logits, labels)
+    values, checked = metrics.check_rows(logits, labels)
     per_exit = check_temperatures(temperatures, len(values))
     return [
         {
@@ -216,14 +205,14 @@ def report(
 
 
 def _quality(logits: Float, labels: Int, temperature: float) -> dict[str, float | None]:
-    probs = softmax(logits, temperature=temperature)
+    probs = metrics.softmax(logits, temperature=temperature)
     predictions = logits.argmax(axis=1)
     width, mass = (ece(probs, labels, binning=binning) for binning in ("width", "mass"))
     return {
-        "accuracy": accuracy(predictions, labels),
-        "macro_f1": macro_f1(predictions, labels),
-        "nll": nll(logits, labels, temperature=temperature),
-        "brier": brier(probs, labels),
+        "accuracy": metrics.accuracy(predictions, labels),
+        "macro_f1": metrics.macro_f1(predictions, labels),
+        "nll": metrics.nll(logits, labels, temperature=temperature),
+        "brier": metrics.brier(probs, labels),
         "failure_auroc": failure_auroc(probs, labels),
         "ece_width": width,
         "ece_width_minus_floor": width - ece_floor(probs, binning="width"),

@@ -10,17 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ejax.calibration import thresholds
 from ejax.calibration.metrics import Float
-from ejax.calibration.thresholds import (
-    FULL,
-    ROUNDING,
-    Table,
-    check_max_drop,
-    describe,
-    policies,
-    totals,
-    within_drop,
-)
 from ejax.errors import UserError
 
 MOST_SUBSETS = 20_000  # some minutes
@@ -35,14 +26,14 @@ class Placement(NamedTuple):
 
     def of_all(self, exits: int) -> np.ndarray:
         """The same as thresholds for all exits, float64 [E]: nobody leaves at another one."""
-        values = np.full(exits, FULL)
+        values = np.full(exits, thresholds.FULL)
         values[list(self.exits)] = self.thresholds
         values[self.exits[-1]] = 0.0
         return values
 
 
 def place(
-    table: Table,
+    table: thresholds.Table,
     count: int,
     layer_cost: Any,
     exit_cost: Any,
@@ -66,10 +57,10 @@ def place(
     Raises:
       ValueError: on a count outside 1..E (2..E), or a `max_drop` below 0.
     """
-    check_max_drop(max_drop)
+    thresholds.check_max_drop(max_drop)
     exits = len(table.layers)
     check_count(count, exits, with_first)
-    ordered = policies(table, "per exit")
+    ordered = thresholds.policies(table, "per exit")
     best: list[Placement] = []
     for size in range(1 + with_first, count + 1):
         tried = (
@@ -89,7 +80,7 @@ def cheapest(placements: Sequence[Placement]) -> Placement:
 
 
 def _first_of_least(costs: Any) -> int:
-    return int(np.argmax(np.asarray(costs) <= np.min(costs) * (1 + ROUNDING)))
+    return int(np.argmax(np.asarray(costs) <= np.min(costs) * (1 + thresholds.ROUNDING)))
 
 
 def check_count(count: int, exits: int, with_first: bool = False) -> None:
@@ -108,7 +99,7 @@ def check_count(count: int, exits: int, with_first: bool = False) -> None:
 
 
 def _cheapest(
-    table: Table,
+    table: thresholds.Table,
     kept: tuple[int, ...],
     ordered: Float,
     layer_cost: Any,
@@ -116,25 +107,27 @@ def _cheapest(
     max_drop: float,
 ) -> Placement | None:
     """The cheapest policy of one subset of exits; None where all lose too much."""
-    some = np.full_like(ordered, FULL)
+    some = np.full_like(ordered, thresholds.FULL)
     some[:, kept] = ordered[:, kept]
     some[:, kept[-1]] = 0.0
     if len(kept) == 1:
         some = some[:1]
     layers = table.layers + table.exit0_cost * (0 in kept)
     passed = np.searchsorted(kept, np.arange(len(table.layers)), side="right")
-    cost = totals(table, some, np.outer(layers, layer_cost) + np.outer(passed, exit_cost))
-    allowed = within_drop(table, some, max_drop)
+    cost = thresholds.totals(
+        table, some, np.outer(layers, layer_cost) + np.outer(passed, exit_cost)
+    )
+    allowed = thresholds.within_drop(table, some, max_drop)
     if not allowed.any():
         return None
     p = _first_of_least(np.where(allowed, cost, np.inf))
     return Placement(kept, tuple(some[p, kept].tolist()), float(cost[p]) / table.tokens.size)
 
 
-def point_of(table: Table, placement: Placement) -> dict[str, Any]:
+def point_of(table: thresholds.Table, placement: Placement) -> dict[str, Any]:
     """`operating_point` against the whole model, with the `layers` kept and the cost as `ms`."""
     taken = table.leave(placement.of_all(len(table.layers)))
-    return describe(table, taken) | {
+    return thresholds.describe(table, taken) | {
         "layers": table.layers[list(placement.exits)].tolist(),
         "threshold": list(placement.thresholds),
         "ms": placement.cost,

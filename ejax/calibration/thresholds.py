@@ -367,10 +367,9 @@ def rounded_up(value: float) -> float:
 
 
 def check_loss(loss: str) -> Loss:
-    for known in get_args(Loss):
-        if loss == known:
-            return cast(Loss, known)
-    raise UserError(f"loss must be one of {', '.join(get_args(Loss))}. Got {loss!r}.")
+    if loss not in get_args(Loss):
+        raise UserError(f"loss must be one of {', '.join(get_args(Loss))}. Got {loss!r}.")
+    return cast(Loss, loss)
 
 
 def policies(table: Table, family: Family, lost: Any = None) -> Float:

@@ -66,6 +66,7 @@ Repeats = Annotated[int, typer.Option(help="Timed passes; the median counts.", m
 Changed = Annotated[
     Path | None, optional("A new bundle; else in place.", "--output", parser=path_of)
 ]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="field=value …", help="Overrides.")]
 LabelColumn = Annotated[
     str, optional("Column of the labels; else that of the training, or a usual name.")
 ]

@@ -19,17 +19,6 @@ from ejax.errors import UserError
 if TYPE_CHECKING:
     from ejax.models.bert import Batch
 
-__all__ = [
-    "Step",
-    "arrays_of",
-    "bucket_of",
-    "eval_plan",
-    "pad",
-    "take",
-    "train_plan",
-    "worth_compiling",
-]
-
 # What one more program to compile is worth, in tokens trained on: 24 s of compiling the step of
 # MiniLM-L6 on 2 CPU cores, where that trains about 2,700 tokens a second.
 PROGRAM_TOKENS = 1 << 16

@@ -23,13 +23,7 @@ from typing import Any
 
 from ejax import assets, storage
 from ejax.data import frames
-from ejax.data.columns import (
-    TEXT_COLUMNS,
-    find_column,
-    names_columns,
-    plain,
-    recognised_texts,
-)
+from ejax.data.columns import TEXT_COLUMNS, find_column, names_columns, plain, recognised_texts
 from ejax.data.labels import INVISIBLE, check_characters, listed, short
 from ejax.errors import UserError
 
@@ -46,6 +40,7 @@ HEADER_AGAIN = "the header stands here again: delete it."
 
 Row = dict[str, Any]
 Skip = Callable[[str], None] | None
+Cells = Iterator[tuple[int, list[str]]]  # of a tsv or csv, by line
 
 
 def read_rows(
@@ -106,18 +101,16 @@ def read_rows(
     elif kind in ("jsonl", "json"):
         yield from _json_rows(lines, path, skip)
     else:
-        cells = _csv_cells(lines, path, skip) if kind == "csv" else _tsv_cells(lines)
+        cells: Cells = ((number, _strip(line).split("\t")) for number, line in lines)
+        if kind == "csv":
+            cells = _csv_cells(lines, path, skip)
         columns, cells = _columns(cells, kind, path, text_columns, label_column, labels)
         header(columns)
         yield from _table_rows(cells, columns, kind, path, skip)
 
 
 def _table_rows(
-    cells: Iterator[tuple[int, list[str]]],
-    columns: tuple[str, ...],
-    kind: str,
-    path: str,
-    skip: Skip,
+    cells: Cells, columns: tuple[str, ...], kind: str, path: str, skip: Skip
 ) -> Iterator[tuple[int, Row]]:
     names = [plain(name) for name in columns]
     opened = 0  # the line of a tsv where a cell began with a quote that it does not end
@@ -252,13 +245,6 @@ def _open(path: str) -> AbstractContextManager[Any]:
     return gzip.open(path) if packed else open(path, "rb")
 
 
-def _check_start(start: bytes, name: str) -> None:
-    """Raises ValueError where a file is told by its first bytes to be of another kind."""
-    assets.check_start(start, name)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name} is UTF-16: save the file as UTF-8.")
-
-
 def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends. Only "\n" ends a line: U+2028 is text."""
     name = "standard input" if path == "-" else path
@@ -268,7 +254,9 @@ def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(iter(read, b""), 1):
                 where = f"{name}, line {number}"
                 if number == 1:
-                    _check_start(line, name)
+                    assets.check_start(line, name)
+                    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                        raise UserError(f"{name} is UTF-16: save the file as UTF-8.")
                 if len(line) > LONGEST:
                     raise UserError(
                         f"{where}: longer than {LONGEST >> 20} MiB: is it a text file, one row a "
@@ -362,13 +350,7 @@ def _json_list(lines: Iterable[tuple[int, str]], path: str) -> Iterator[tuple[in
         yield number, row
 
 
-def _tsv_cells(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
-    return ((number, _strip(line).split("\t")) for number, line in lines)
-
-
-def _csv_cells(
-    lines: Iterable[tuple[int, str]], path: str, skip: Skip
-) -> Iterator[tuple[int, list[str]]]:
+def _csv_cells(lines: Iterable[tuple[int, str]], path: str, skip: Skip) -> Cells:
     csv.field_size_limit(LONGEST)  # for the whole process; the default is 128 KiB
     reader = csv.reader((line for _, line in lines), strict=True)
     while True:
@@ -391,13 +373,13 @@ def _csv_cells(
 
 
 def _columns(
-    cells: Iterator[tuple[int, list[str]]],
+    cells: Cells,
     kind: str,
     path: str,
     text_columns: Sequence[str],
     label_column: str,
     labels: Sequence[str],
-) -> tuple[tuple[str, ...], Iterator[tuple[int, list[str]]]]:
+) -> tuple[tuple[str, ...], Cells]:
     """The column names, and the rows after the header."""
     number, header = next(cells, (1, [""]))
     if (

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import filelock
 import tensorflow_datasets as tfds
 
+from ejax import storage
 from ejax.data import files
 from ejax.data.columns import Columns, check_still, find_label_columns, find_text_columns
 from ejax.data.frames import Table
@@ -115,7 +116,7 @@ def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records
     elif files.format_of(source) == "txt":
         raise UserError(f"{source}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
     else:
-        kind, digest = files.path_format(source), _sha256(source)
+        kind, digest = files.path_format(source), storage.sha256_of(source)
     line, first = next(_read(source, asked), (0, {}))
     if not line:
         raise UserError(f"{source} has no rows.")
@@ -190,7 +191,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+    paths = (path for path in sorted(folder.iterdir()) if path.name != CHECKSUMS)
+    return {path.name: storage.sha256_of(path) for path in paths}
 
 
 @contextlib.contextmanager
@@ -226,8 +228,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,50 +21,30 @@ BLOCK = 4096  # rows read at once
 class TfdsSet(NamedTuple):
     """How a TFDS data set is read; its label is the feature "label" in all of them."""
 
-    module: str  # registers the builder
+    module: str  # registers the builder, in tensorflow_datasets
     archive: str  # what TFDS downloads
     texts: tuple[tuple[str, ...], ...]  # text, pair; several fields are joined by a space
-    splits: dict[str, str]
     classes: int
+    splits: dict[str, str]
 
 
+TRAIN_TEST = {"train": "train", "test": "test"}
+ALL_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+MNLI_SPLITS = {"train": "train", "dev": "validation_matched", "test": "validation_mismatched"}
+PAIR = (("premise",), ("hypothesis",))
 TFDS = {
-    "glue/sst2": TfdsSet(
-        "tensorflow_datasets.text.glue",
-        "SST-2.zip",
-        (("sentence",),),
-        {"train": "train", "dev": "validation", "test": "test"},
-        2,
-    ),
-    "glue/mnli": TfdsSet(
-        "tensorflow_datasets.text.glue",
-        "MNLI.zip",
-        (("premise",), ("hypothesis",)),
-        {"train": "train", "dev": "validation_matched", "test": "validation_mismatched"},
-        3,
-    ),
-    "snli": TfdsSet(
-        "tensorflow_datasets.datasets.snli.snli_dataset_builder",
-        "snli_1.0.zip",
-        (("premise",), ("hypothesis",)),
-        {"train": "train", "dev": "validation", "test": "test"},
-        3,
-    ),
+    "glue/sst2": TfdsSet("text.glue", "SST-2.zip", (("sentence",),), 2, ALL_SPLITS),
+    "glue/mnli": TfdsSet("text.glue", "MNLI.zip", PAIR, 3, MNLI_SPLITS),
+    "snli": TfdsSet("datasets.snli.snli_dataset_builder", "snli_1.0.zip", PAIR, 3, ALL_SPLITS),
     "ag_news_subset": TfdsSet(
-        "tensorflow_datasets.datasets.ag_news_subset.ag_news_subset_dataset_builder",
-        "ag_news_csv.tar.gz",
-        (("title", "description"),),
-        {"train": "train", "test": "test"},
-        4,
+        "datasets.ag_news_subset.ag_news_subset_dataset_builder", "ag_news_csv.tar.gz",
+        (("title", "description"),), 4, TRAIN_TEST,
     ),
     "imdb_reviews": TfdsSet(
-        "tensorflow_datasets.datasets.imdb_reviews.imdb_reviews_dataset_builder",
-        "aclImdb_v1.tar.gz",
-        (("text",),),
-        {"train": "train", "test": "test"},
-        2,
+        "datasets.imdb_reviews.imdb_reviews_dataset_builder", "aclImdb_v1.tar.gz", (("text",),), 2,
+        TRAIN_TEST,
     ),
-}
+}  # fmt: skip
 
 
 class NamedSplit(NamedTuple):
@@ -115,7 +95,7 @@ def _prepare(name: str, root: Path) -> Any:
     import tensorflow_datasets as tfds
 
     archive, downloads = TFDS[name].archive, root / "downloads"
-    importlib.import_module(TFDS[name].module)
+    importlib.import_module(f"tensorflow_datasets.{TFDS[name].module}")
     builder = tfds.builder(name, data_dir=root)
     try:
         with _without_tensorflow():

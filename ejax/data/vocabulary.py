@@ -94,13 +94,8 @@ def frame_of(backend: tokenizers.Tokenizer, source: str | Path) -> Frame:
         text = next((token for token in backend.get_vocab() if _ids(backend, token)), text)
     single, pair = backend.encode(text), backend.encode(text, text)
     one, two = _groups(single), _groups(pair)
-    good = [k for k, _ in one] == [None, 0, None] and [k for k, _ in two] == [
-        None,
-        0,
-        None,
-        1,
-        None,
-    ]
+    kinds = [[kind for kind, _ in runs] for runs in (one, two)]
+    good = kinds == [[None, 0, None], [None, 0, None, 1, None]]
     if good:
         parts = [[pair.ids[i] for i in rows] for _, rows in two]
         types = [[pair.type_ids[i] for i in rows] for _, rows in two]
@@ -146,13 +141,9 @@ def begins_of(backend: tokenizers.Tokenizer, size: int) -> np.ndarray:
     mark = getattr(backend.model, "continuing_subword_prefix", None)
     within = {"▁", "Ġ", *(f"<0x{byte:02X}>" for byte in range(0x80, 0xC0))}
     begins = np.ones(size, bool)
-    begins[
-        [
-            i
-            for token, i in backend.get_vocab().items()
-            if token in within or (mark and token.startswith(mark))
-        ]
-    ] = False
+    for token, i in backend.get_vocab().items():
+        if token in within or (mark and token.startswith(mark)):
+            begins[i] = False
     return begins
 
 

@@ -90,10 +90,9 @@ def exit_tables(bundle: Bundle) -> list[Table]:
         if "measured_before_export" in bundle.provenance:
             title += ", before the export"
         point = bundle.provenance.get("operating_points", {}).get(name)
-        table = Table(title=f"{title}, {point['rows']} rows" if point else title)
         columns = bundle.task.measures
-        for heading in ("layer", *columns.values(), "leave here"):
-            table.add_column(heading, justify="right")
+        title = f"{title}, {point['rows']} rows" if point else title
+        table = numbers(title, "layer", *columns.values(), "leave here")
         shares = (
             [f"{100 * share:.1f} %" for share in point["exit_share"]]
             if point
@@ -118,6 +117,14 @@ def shape(cfg: BertConfig) -> str:
 
 def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def numbers(title: Any, *headings: str) -> Table:
+    """An empty table of numbers, which stand to the right."""
+    made = Table(title=title)
+    for heading in headings:
+        made.add_column(heading, justify="right")
+    return made
 
 
 def grid(rows: dict[str, str]) -> Table:

@@ -24,6 +24,7 @@ from ejax.calibration.abstain import answered, in_words
 from ejax.calibration.metrics import lost_points, macro_f1
 from ejax.data.tokenizer import Encoded, Text
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.hardware import environment
 from ejax.inference.cost import ideal_speedup, tile_rows
 from ejax.inference.policy import Decision
@@ -326,18 +327,11 @@ def table(result: dict[str, Any]) -> Table:
     layers, metric = result["layers"][-1], result["metric"]
     task = task_with([metric])
     macro = ("macro-F1",) if metric == "accuracy" else ()
-    made = Table(title=f"{result['rows']} texts, {result['dtype']}, {result['hardware']}")
-    headings = ("threshold", task.metric_name, *macro, "drop, points (95 %)", f"depth of {layers}")
-    for heading in (
-        *headings,
-        "texts/s",
-        "predicted",
-        "speed-up",
-        "ideal",
-        "efficiency",
-        "rounding",
-    ):
-        made.add_column(heading, justify="right")
+    made = numbers(
+        f"{result['rows']} texts, {result['dtype']}, {result['hardware']}",
+        "threshold", task.metric_name, *macro, "drop, points (95 %)", f"depth of {layers}",
+        "texts/s", "predicted", "speed-up", "ideal", "efficiency", "rounding",
+    )  # fmt: skip
     full = result["full"]
     made.add_row(
         "full model", f"{full[metric]:.4f}", *(f"{full['macro_f1']:.4f}" for _ in macro), "",

@@ -23,7 +23,6 @@ def labelled_rows(
     text_columns: Sequence[str] = (),
     label_column: str = "",
     limit: int = 0,
-    cache_dir: str = "",
 ) -> Split:
     """One split, its labels those of the bundle by name.
 
@@ -48,9 +47,8 @@ def labelled_rows(
         "text_columns": tuple(text_columns),
         "label_column": label_column,
         "problem_type": bundle.exits.problem_type,
-        "dev_fraction": _of(trained, "dev_fraction", 0.1),
+        "dev_fraction": trained.get("data", {}).get("dev_fraction", 0.1),
         "limit": limit,
-        "cache_dir": cache_dir,
     }
     given = None
     path = storage.path_of(data if isinstance(data, str | Path) else "")
@@ -133,7 +131,3 @@ def check_beside(bundle: Bundle, beside: Mapping[str, Any]) -> None:
     for name, other in beside.items():
         check_single(other.bundle, f"--beside {name}")
         check_alike(f"--beside {name}", other.bundle, bundle.labels, text_columns_of(bundle))
-
-
-def _of(trained: dict[str, Any], field: str, default: Any) -> Any:
-    return trained.get("data", {}).get(field, default)

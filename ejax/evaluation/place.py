@@ -20,6 +20,7 @@ from ejax.card import describe_threshold
 from ejax.classifier import EarlyExitClassifier
 from ejax.data.sources import Split
 from ejax.data.tokenizer import Encoded
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.labelled import check_single
 from ejax.evaluation.targets import needed_profile, rows_for_thresholds, table_of
 from ejax.hardware import describe as machine
@@ -184,10 +185,10 @@ def keep(bundle: Bundle, exits: Sequence[int], thresholds: Sequence[float]) -> B
 
 def placements_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
-    made = Shown(title=Text(f"{report['rows']} rows of {report['data']}", "italic"))
-    headings = "exits", "thresholds", "accuracy", "drop, points (95 %)", "depth", "ms predicted"
-    for heading in headings:
-        made.add_column(heading, justify="right")
+    made = numbers(
+        Text(f"{report['rows']} rows of {report['data']}", "italic"),
+        "exits", "thresholds", "accuracy", "drop, points (95 %)", "depth", "ms predicted",
+    )  # fmt: skip
     for p in report["found"]:
         made.add_row(
             ", ".join(map(str, p["layers"])),

@@ -18,7 +18,7 @@ from ejax.config import DataConfig, TrainConfig, override, smoke
 from ejax.data import sources
 from ejax.data.rows import encode
 from ejax.errors import UserError
-from ejax.evaluation.describe import show
+from ejax.evaluation.describe import numbers, show
 from ejax.evaluation.evaluate import evaluate, save
 from ejax.provenance import CHOSEN
 from ejax.rivals import fit_rivals
@@ -110,12 +110,11 @@ def rows_to_report_on(
 def short_table(result: dict[str, Any]) -> Table:
     """The result as newcomers read it, all from text to label; the JSON has the rest."""
     full, depth = result["full"], result["layers"][-1]
-    made = Table(title=f"{result['rows']} texts, {result['hardware']}, from text to label")
-    made.add_column("threshold")
-    for heading in (
+    made = numbers(
+        f"{result['rows']} texts, {result['hardware']}, from text to label", "threshold",
         "accuracy", "points lost", f"layers run, of {depth}", "texts per second", "speed-up",
-    ):  # fmt: skip
-        made.add_column(heading, justify="right")
+    )  # fmt: skip
+    made.columns[0].justify = "left"
 
     def row(name: str, point: dict[str, Any], layers: float) -> None:
         speed = point["from_text"]
@@ -186,9 +185,8 @@ def examples(clf: TextClassifier, rows: list[sources.Example]) -> Table:
     texts = [row.inputs for row in shown]
     found = clf(texts)
     by_depth = sorted(range(len(shown)), key=lambda i: (found[i]["exit_layer"], -found[i]["score"]))
-    made = Table(title="who leaves early, who goes deep")
-    for heading in ("text", "label", "score", "left after layer", "true label"):
-        made.add_column(heading)
+    headings = "text", "label", "score", "left after layer", "true label"
+    made = Table(*headings, title="who leaves early, who goes deep")
     for i in [*by_depth[:3], *by_depth[-3:]]:
         row = found[i]
         text = shown[i].text if len(shown[i].text) < 60 else shown[i].text[:57] + "..."

@@ -19,7 +19,6 @@ from ejax.calibration.thresholds import (
     Family,
     Table,
     describe,
-    make_table,
     operating_point,
     oracle,
     policies,
@@ -30,7 +29,7 @@ from ejax.data.sources import Example, Split
 from ejax.data.tokenizer import Text
 from ejax.evaluation.evaluate import LADDER, best_full_depth, evaluate, timing
 from ejax.evaluation.labelled import check_beside, check_single
-from ejax.evaluation.targets import FAMILIES
+from ejax.evaluation.targets import FAMILIES, table_of
 from ejax.hardware import environment
 from ejax.inference.cost import exit_flops, full_flops
 from ejax.provenance import CHOSEN, FITTED, UNKNOWN
@@ -100,10 +99,7 @@ def make_report(
     started = time.perf_counter()
     progress("every exit's answers")
     logits = clf.exit_logits(task.encoded)
-    table = make_table(
-        logits, task.labels, bundle.temperatures, bundle.exits.layers, task.encoded.lengths,
-        exit0_cost=bundle.exit0_cost(task.encoded),
-    )  # fmt: skip
+    table = table_of(clf, task, logits)
     measured = evaluate(
         clf, task.encoded, task.labels, [*LADDER, None, FULL],
         repeats=repeats, exit_logits=logits, texts=inputs, rivals=rivals, progress=progress,

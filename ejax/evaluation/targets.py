@@ -22,11 +22,11 @@ from ejax.calibration.calibrate import estimated
 from ejax.calibration.drift import depth_of
 from ejax.calibration.thresholds import FULL, Family, Table
 from ejax.card import describe_threshold
-from ejax.data.batches import bucket_of
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.sources import Split
-from ejax.data.tokenizer import Encoded
+from ejax.data.tokenizer import Encoded, bucket_of
 from ejax.errors import UserError
+from ejax.evaluation.describe import numbers
 from ejax.evaluation.evaluate import predicted
 from ejax.evaluation.scenarios import spread
 from ejax.hardware import describe as machine
@@ -210,11 +210,11 @@ def rows_for_thresholds(bundle: Bundle, split: Split) -> TokenizedSplit:
     return task.take(task.without(bundle.ledger.among(task.hashes, FITTED), refusal))
 
 
-def table_of(clf: TextClassifier, task: TokenizedSplit) -> Table:
-    """Every exit's answers, as the engine gives them."""
+def table_of(clf: TextClassifier, task: TokenizedSplit, logits: np.ndarray | None = None) -> Table:
+    """Every exit's answers, as the engine gives them, or gave them: `logits` [E, N, O]."""
     return thresholds.make_table(
-        clf.exit_logits(task.encoded), task.labels, clf.bundle.temperatures,
-        clf.bundle.exits.layers, task.encoded.lengths,
+        clf.exit_logits(task.encoded) if logits is None else logits, task.labels,
+        clf.bundle.temperatures, clf.bundle.exits.layers, task.encoded.lengths,
         task=clf.bundle.task, exit0_cost=clf.bundle.exit0_cost(task.encoded),
     )  # fmt: skip
 
@@ -384,13 +384,13 @@ def in_words(chosen: dict[str, Any], origin: str, task: Task, in_ms: bool = Fals
 def targets_table(report: dict[str, Any]) -> Shown:
     """The report as people read it."""
     task = task_with(report["full"])
-    made = Shown(title=Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"))
     alone = "ms_alone" in report["full"]
-    for heading in (
+    made = numbers(
+        Text(f"{report['chosen']['rows']} rows of {report['data']}", "italic"),
         "", "thresholds", task.metric_name, "drop, points (95 %)", "other answers", "depth", "cost",
         *(["ms alone"] if alone else []), "ms together",
-    ):  # fmt: skip
-        made.add_column(heading, justify="left" if not heading else "right")
+    )  # fmt: skip
+    made.columns[0].justify = "left"
     for key in ("chosen", "one_number", "oracle", "full"):
         if key not in report:
             continue

@@ -16,7 +16,7 @@ import numpy as np
 
 from ejax import storage
 from ejax.assets import cache_dir
-from ejax.config import BertConfig, ExitConfig, to_json
+from ejax.config import BertConfig, ExitConfig
 from ejax.errors import UserError
 from ejax.hardware import cpu_type, describe
 from ejax.inference.schedule import tiles
@@ -159,12 +159,10 @@ def profile_path(cfg: BertConfig, *runtime: str) -> Path:
         import jax
 
         runtime = describe(), jax.__version__
-    shape = to_json(cfg)
     names = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
-    parts = [cpu_type(), *runtime, *(shape[name] for name in names)]
-    return (
-        cache_dir() / "profiles" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
-    )
+    parts = [cpu_type(), *runtime, *(getattr(cfg, name) for name in names)]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return cache_dir() / "profiles" / f"{digest[:16]}.json"
 
 
 def save_profile(profile: Profile, path: Path) -> None:

@@ -79,11 +79,10 @@ def early_exit(
         the device's memory.
     """
     with jax.enable_x64(False):  # float32, whatever else the caller's program computes in
-        decision: Decision = _run(
+        return _run(
             model, variables, batch, thresholds, temperatures, rows, zero_logits, devices,
             tile=tile,
         )  # fmt: skip
-    return decision
 
 
 def exit_logits(
@@ -102,11 +101,10 @@ def exit_logits(
     is padding gets zeros.
     """
     with jax.enable_x64(False):
-        logits: Array = _run(
+        return _run(
             model, variables, batch, NOBODY, None, rows, zero_logits, devices,
             tile=tile, every_exit=True,
         )  # fmt: skip
-    return logits
 
 
 def _run(

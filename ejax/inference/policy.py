@@ -104,11 +104,12 @@ def as_float32(thresholds: Any) -> Any:
 
 
 def check_calibration(task: Task, values: Any, exits: int) -> Any:
-    """float32 [E], or of several labels [E, 2 C]; None means as they come."""
+    """float32 [E], or of several labels [E, 2 C]; None means as they come.
+
+    Traced ones stay so, whatever their values.
+    """
     plain = task.uncalibrated
-    if not plain.ndim:
-        return check_temperatures(values, exits)
-    shape = (exits, len(plain))
+    shape = (exits, *plain.shape)
     if is_traced(values) and values.shape in (plain.shape, shape):
         return values.__array_namespace__().broadcast_to(values.astype(np.float32), shape)
     try:
@@ -116,27 +117,19 @@ def check_calibration(task: Task, values: Any, exits: int) -> Any:
     except (TypeError, ValueError):
         given = np.asarray(np.nan)
     if given.shape not in (plain.shape, shape) or not (np.isfinite(given) & (given > 0)).all():
+        if not plain.ndim:
+            raise UserError(
+                f"temperatures must be {exits} positive numbers, one per exit. Got {values!r}."
+            )
         raise UserError(
             f"temperatures must have shape {shape}: of each exit a positive temperature for each "
             f"label, then a decision threshold for each. Got shape {given.shape}."
         )
-    decisions = given[..., task.labels :]
-    if (decisions >= 1).any():
+    if plain.ndim and (decisions := given[..., task.labels :]).max() >= 1:
         raise UserError(f"decision thresholds must be below 1. Got {decisions.max()}.")
     return np.broadcast_to(given, shape)
 
 
 def check_temperatures(temperatures: Any, exits: int) -> Any:
-    """float32 [E]; None means 1 for every exit. Traced ones stay so, whatever their values."""
-    if is_traced(temperatures) and temperatures.shape in ((), (exits,)):
-        jnp = temperatures.__array_namespace__()
-        return jnp.broadcast_to(temperatures.astype(np.float32), (exits,))
-    try:
-        values = np.asarray(1.0 if temperatures is None else temperatures, np.float32)
-    except (TypeError, ValueError):
-        values = np.asarray(np.nan)
-    if values.shape not in ((), (exits,)) or not (np.isfinite(values) & (values > 0)).all():
-        raise UserError(
-            f"temperatures must be {exits} positive numbers, one per exit. Got {temperatures!r}."
-        )
-    return np.broadcast_to(values, (exits,))
+    """float32 [E], of one label; None means 1 for every exit."""
+    return check_calibration(Task(2), temperatures, exits)

@@ -6,7 +6,7 @@ V vocabulary, P positions.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,9 +227,11 @@ def from_hf(tensors: Mapping[str, np.ndarray], cfg: BertConfig) -> Params:
       ValueError: lists the first tensors that are missing, unexpected, not finite or of a wrong
         shape or type.
     """
+    from flax.traverse_util import unflatten_dict  # which imports jax
+
     found, problems = _encoder_tensors(tensors)
     leaves = _leaves(cfg, pooler=any(name.startswith("pooler.") for name in found))
-    params: Params = {}
+    params: dict[tuple[str, ...], np.ndarray] = {}
     known = set()
     # Of layers that are not there the first is named. Nothing is allocated that no tensor fills.
     layers = min(cfg.num_hidden_layers, len(_layer_numbers(found)) + 1)
@@ -247,11 +249,11 @@ def from_hf(tensors: Mapping[str, np.ndarray], cfg: BertConfig) -> Params:
         if not np.isfinite(out).all():
             bad = [name for name, one in zip(names, out, strict=True) if not np.isfinite(one).all()]
             problems += [f"not finite: {name}" for name in bad]
-        _set(params, leaf.path, out if leaf.stacked else out[0])
+        params[leaf.path] = out if leaf.stacked else out[0]
     problems += [f"unexpected: {clipped(name, 80)}" for name in found if name not in known]
     if problems:
         _raise_misfits(problems, found, cfg)
-    return params
+    return unflatten_dict(params)
 
 
 def _layer_numbers(found: Mapping[str, Any]) -> set[str]:
@@ -306,10 +308,12 @@ def to_hf(params: Params, cfg: BertConfig) -> dict[str, np.ndarray]:
     Raises:
       ValueError: lists every leaf that is missing, unexpected or of a wrong shape.
     """
+    from flax.traverse_util import flatten_dict
+
     leaves = _leaves(cfg, pooler="pooler" in params)
     stack = (cfg.num_hidden_layers,)
     shapes = {leaf.path: (stack if leaf.stacked else ()) + leaf.shape for leaf in leaves}
-    given = dict(_walk(params))
+    given = flatten_dict(params)
     _check_leaves(shapes, {path: x.shape for path, x in given.items()}, "the config")
     tensors = {}
     for leaf in leaves:
@@ -336,13 +340,14 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
     if not isinstance(bert, Mapping) or "layers" not in bert:
         raise UserError("bert must be the parameters, the second value that load_bert returns.")
     import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
     if "bert" not in variables.get("params", {}):
         raise UserError('variables must be {"params": {"bert": …}}, as EarlyExitBert.init gives.')
     params = variables["params"]
-    ours = dict(_walk(params["bert"]))
+    ours = flatten_dict(params["bert"])
     needed = ours["layers", "query", "bias"].shape[0]
-    theirs = {path: x for path, x in _walk(bert) if path[0] != "pooler"}
+    theirs = {path: x for path, x in flatten_dict(bert).items() if path[0] != "pooler"}
     held = next(x.shape[0] for path, x in theirs.items() if path[0] == "layers")
     if held < needed:
         raise UserError(
@@ -360,10 +365,8 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
             given_shapes["pooler", name] = bert["pooler"][name].shape
     _check_leaves(shapes, given_shapes, "the model")
 
-    encoder: Params = {}
-    for path, leaf in ours.items():
-        _set(encoder, path, jnp.array(theirs[path], leaf.dtype))
-    params = {**params, "bert": encoder}
+    encoder = {path: jnp.array(theirs[path], leaf.dtype) for path, leaf in ours.items()}
+    params = {**params, "bert": unflatten_dict(encoder)}
     if copy_pooler:
         dense = {
             name: jnp.array(jnp.broadcast_to(bert["pooler"][name], leaf.shape), leaf.dtype)
@@ -390,18 +393,3 @@ def _check_leaves(
         raise UserError(
             f"{len(problems)} of the parameters do not fit {whose}:\n  " + "\n  ".join(problems)
         )
-
-
-def _walk(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """(path, leaf) of a nested dict."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, (*above, name))
-        else:
-            yield (*above, name), value
-
-
-def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

@@ -172,10 +172,18 @@ class Checkpoints:
         for step in steps:
             state, problem = self._try(step, like)
             if problem is None:
-                self._all_aside(problems)
+                for worse, why in problems.items():
+                    self._set_aside(worse, why)
+                barrier("set aside")
+                if problems:
+                    self.manager.reload()
                 return step, state
             problems[step] = problem
-        raise self._unreadable(problems)
+        step, why = next(iter(problems.items()), (0, "there is none"))
+        raise UserError(
+            f"{self.folder} holds checkpoints that cannot be read (step {step}: {_short(why)}): "
+            f"mend it, or move it away to start anew."
+        )
 
     def _best_first(self) -> list[int]:
         """The steps, those whose score cannot be read first: to be tried, and found damaged."""
@@ -189,20 +197,6 @@ class Checkpoints:
                 return math.inf, step
 
         return _as_the_first(sorted(self.manager.all_steps(), key=score, reverse=True))
-
-    def _all_aside(self, problems: dict[int, Any]) -> None:
-        for step, why in problems.items():
-            self._set_aside(step, why)
-        barrier("set aside")
-        if problems:
-            self.manager.reload()
-
-    def _unreadable(self, problems: dict[int, Any]) -> UserError:
-        step, why = next(iter(problems.items()), (0, "there is none"))
-        return UserError(
-            f"{self.folder} holds checkpoints that cannot be read (step {step}: {_short(why)}): "
-            f"mend it, or move it away to start anew."
-        )
 
     def _try(self, step: int, like: Any) -> tuple[Any, Any]:
         """(state, None), or (None, why some host cannot read it)."""

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ejax.calibration.decisions import fit_decisions
 from ejax.config import TrainConfig, epochs_of
-from ejax.data.batches import Step, eval_plan, take, train_plan
+from ejax.data.batches import Step, take, train_plan
 from ejax.data.rows import TokenizedSplit
 from ejax.tasks import task_of
 from ejax.training.checkpoint import METRIC, Checkpoints, alone_in
@@ -47,12 +47,8 @@ def make_logits(setup: Setup) -> Logits:
     micro_batch = -(-config.batch_size // (jax.device_count() * config.accumulate))
 
     def logits(split: TokenizedSplit, params: Any) -> np.ndarray:
-        plan = eval_plan(
-            split.encoded.lengths,
-            buckets=setup.buckets,
-            max_length=setup.max_length,
-            batch_size=4 * micro_batch * jax.local_device_count(),  # hosts take turns
-        )
+        batch_size = 4 * micro_batch * jax.local_device_count()  # hosts take turns
+        plan = setup.eval_plan(split.encoded, batch_size)
         return all_logits({"params": params}, split.encoded, plan)
 
     return logits

@@ -1,5 +1,6 @@
 """AdamW with warm-up, linear decay and clipping, as BERT is fine-tuned."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,14 @@ def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
     )
 
 
+def by_names(params: Any, say: Callable[[list[str]], Any]) -> Any:
+    """Of each leaf what is said of the names on its path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: say([key.key for key in path]), params)
+
+
 def decayed(params: Any) -> Any:
     """True for kernels and embedding tables; biases, norms and the mix are not decayed."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    return by_names(params, lambda names: names[-1] in ("kernel", "embedding"))
 
 
 MIX_RATE = 100.0
@@ -32,14 +36,12 @@ MIX_RATE = 100.0
 
 def is_mix(params: Any) -> Any:
     """True for the exits' mixing scores."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "mix", params)
+    return by_names(params, lambda names: names[-1] == "mix")
 
 
 def is_head(params: Any) -> Any:
     """True for the dense and linear layers of the exits' heads."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "exits" in {key.key for key in path}, params
-    )
+    return by_names(params, lambda names: "exits" in names)
 
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
@@ -64,8 +66,6 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
         return optimizer
 
     def train_or_still(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "still" if still in {key.key for key in path} else "train", params
-        )
+        return by_names(params, lambda names: "still" if still in names else "train")
 
     return optax.partition({"train": optimizer, "still": optax.set_to_zero()}, train_or_still)

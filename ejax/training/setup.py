@@ -20,7 +20,7 @@ from ejax.bundle_files import ledger_behind
 from ejax.card import exits_in_words
 from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
 from ejax.data import sources
-from ejax.data.batches import worth_compiling
+from ejax.data.batches import Step, eval_plan, worth_compiling
 from ejax.data.frames import Table
 from ejax.data.rows import TokenizedSplit, encode
 from ejax.data.tokenizer import Encoded, Tokenizer, load_tokenizer
@@ -62,6 +62,13 @@ class Setup:
     train: TokenizedSplit
     held_out: dict[str, TokenizedSplit]  # "dev_a", "dev_b", and "test" where there is one
     behind: Ledger  # the rows of the model and the teacher
+
+    def eval_plan(self, encoded: Encoded, batch_size: int) -> list[Step]:
+        """Batches of rows that nothing is learnt from, by the buckets of this training."""
+        return eval_plan(
+            encoded.lengths, buckets=self.buckets, max_length=self.max_length,
+            batch_size=batch_size,
+        )  # fmt: skip
 
 
 def set_up(
@@ -358,13 +365,8 @@ def check_not_changed(bundle: Path) -> None:
     try:
         provenance = json.loads(content)["provenance"]
         since = [name for name in ("calibrated", "target", "abstain") if name in provenance]
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        RecursionError,
-    ):  # damaged: the run writes a new one
-        since = []
+    except (ValueError, LookupError, TypeError, RecursionError):
+        since = []  # damaged: the run writes a new one
     if since:
         raise UserError(
             f"{bundle} has other thresholds since its training ({', '.join(since)} in its "

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ejax.config import TrainConfig
-from ejax.data.batches import eval_plan
 from ejax.data.rows import TokenizedSplit
 from ejax.models.early_exit import EarlyExitBert
 from ejax.tasks import task_of
@@ -65,12 +64,7 @@ def warm_start(setup: Setup, console: Console) -> Any:
 
 def vectors_of(setup: Setup, params: Any, rows: TokenizedSplit) -> np.ndarray:
     """What the exits mix of these rows, float32 [L, N, D], see `EarlyExitBert.layer_vectors`."""
-    plan = eval_plan(
-        rows.encoded.lengths,
-        buckets=setup.buckets,
-        max_length=setup.max_length,
-        batch_size=EMBEDDED_ROWS,
-    )
+    plan = setup.eval_plan(rows.encoded, EMBEDDED_ROWS)
     embed = make_all_logits(setup.model, jax.local_devices()[:1], method="layer_vectors")
     return embed({"params": params}, rows.encoded, plan)
 

@@ -14,17 +14,7 @@ from ejax.config import BertConfig
 from ejax.inference.prepared import Prepared, RunLayer, prepare, run_layer
 from ejax.models.bert import ACTIVATIONS, einsum, layer_norm
 from ejax.models.early_exit import EarlyExitBert
-from train.accelerator.common import (
-    LAYERS,
-    LIMIT,
-    Found,
-    Sizes,
-    bundle_of,
-    layer_runs,
-    random_batch,
-    stream,
-    timings,
-)
+from train.accelerator import common
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -71,7 +61,7 @@ def layer_with(attend: Attend) -> RunLayer:
     return layer
 
 
-def attention(given: Sizes) -> Found:
+def attention(given: common.Sizes) -> common.Found:
     """A layer with our attention, with JAX's and with cuDNN's: time, and how far from float32.
 
     One is equal when its largest error at real tokens is at most `LIMIT` times our own.
@@ -87,38 +77,38 @@ def attention(given: Sizes) -> Found:
         layers["cudnn_lengths"] = layer_with(attend_by("cudnn", lengths=True))
     else:
         left_out["cudnn"] = "needs a CUDA device"
-    bundle = bundle_of(given.base, given.base_exits)
+    bundle = common.bundle_of(given.base, given.base_exits)
     weights = jax.device_put(prepare(bundle.model, bundle.variables))
     exact = dataclasses.replace(bundle.cfg, dtype="float32")
     exact_weights = prepare(EarlyExitBert(exact, bundle.exits), bundle.variables)
     shapes: list[dict[str, Any]] = []
     for rows, length in given.attention:
-        mask = jnp.asarray(random_batch(bundle.cfg, rows, length, ragged=True).mask)
-        x = stream(bundle.cfg, rows, length)
+        mask = jnp.asarray(common.random_batch(bundle.cfg, rows, length, ragged=True).mask)
+        x = common.stream(bundle.cfg, rows, length)
         golden = once(exact, run_layer)(exact_weights, x, mask)
         runs, errors = {}, {}
         for name, layer in layers.items():
             try:
                 apart = jnp.abs(once(bundle.cfg, layer)(weights, x, mask) - golden)
                 errors[name] = float((apart * mask[:, :, None]).max())
-                run = layer_runs(bundle.cfg, weights, x, mask, layer)
+                run = common.layer_runs(bundle.cfg, weights, x, mask, layer)
                 jax.block_until_ready(run())
                 runs[name] = run
             except Exception as error:
                 if not name.startswith("cudnn"):  # which takes some shapes and devices alone
                     raise
                 left_out[f"{name} {rows} x {length}"] = f"{type(error).__name__}: {error}"[:300]
-        seconds = timings(given, runs)
+        seconds = common.timings(given, runs)
         shapes.append(
             {
                 "rows": rows,
                 "tokens": length,
                 "errors": errors,
                 "seconds": {
-                    name: {which: value / LAYERS for which, value in of.items()}
+                    name: {which: value / common.LAYERS for which, value in of.items()}
                     for name, of in seconds.items()
                 },
-                "equal": {name: errors[name] <= LIMIT * errors["ours"] for name in runs},
+                "equal": {name: errors[name] <= common.LIMIT * errors["ours"] for name in runs},
             }
         )
         yield {"shapes": shapes, "left_out": left_out}

@@ -15,43 +15,35 @@ from jax import lax
 
 from ejax.bundle import Bundle
 from ejax.config import BertConfig, ExitConfig, TrainConfig
-from ejax.inference.cost import full_flops, head_flops, ideal_speedup, layer_flops
+from ejax.inference.cost import full_flops, ideal_speedup, layer_flops
 from ejax.inference.engine import early_exit, full_depth
 from ejax.inference.prepared import Prepared, prepare
 from ejax.models.early_exit import EarlyExitBert
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import mapped_step
 from ejax.training.step import Rows, TrainState, first_state, make_train_step
-from train.accelerator.common import (
-    LAYERS,
-    Found,
-    Sizes,
-    bundle_of,
-    layer_runs,
-    matmul_flops,
-    random_batch,
-    random_variables,
-    stream,
-    timings,
-)
+from train.accelerator import common
+from train.aot_programs import last_exit_flops
 
 SHARES = (0.4, 0.25, 0.2, 0.15)  # of the rows at each exit: a third of the layers on average
 
 
 def best_tile(
-    given: Sizes, bundle: Bundle, weights: Prepared, peak: float
+    given: common.Sizes, bundle: Bundle, weights: Prepared, peak: float
 ) -> tuple[int, list[dict[str, Any]]]:
     """The rows of a tile whose layer takes least time per row, and what each takes."""
     cfg, length = bundle.cfg, given.length
     runs = {
-        rows: layer_runs(cfg, weights, stream(cfg, rows, length), np.ones((rows, length), np.int32))
+        rows: common.layer_runs(
+            cfg, weights, common.stream(cfg, rows, length), np.ones((rows, length), np.int32)
+        )
         for rows in given.tiles
     }
-    taken = timings(given, runs)
+    taken = common.timings(given, runs)
     flops = layer_flops(cfg, length)
     table = [
-        {"rows": rows, "layer": {name: value / LAYERS for name, value in seconds.items()}}
-        | {"share_of_peak": LAYERS * rows * flops / seconds["median"] / peak}
+        {"rows": rows, "layer": {name: value / common.LAYERS for name, value in seconds.items()}}
+        | {"share_of_peak": common.LAYERS * rows * flops / seconds["median"] / peak}
         for rows, seconds in taken.items()
     ]
     return min(taken, key=lambda rows: taken[rows]["median"] / rows), table
@@ -66,7 +58,7 @@ class Pool:
         shares = np.array(SHARES[:count]) / sum(SHARES[:count])
         self.exit = np.random.default_rng(2).choice(count, rows, p=shares)
         self.thresholds = np.where(np.arange(count) < self.exit[:, None], 2.0, 0.0)
-        self.batch = jax.device_put(random_batch(bundle.cfg, rows, length))
+        self.batch = jax.device_put(common.random_batch(bundle.cfg, rows, length))
         of_engine = partial(early_exit, bundle.model, weights, self.batch, tile=tile)
         self.runs: dict[str, Callable[[], Any]] = {
             "full_depth": partial(full_depth, bundle.model, weights, self.batch, tile=tile),
@@ -95,17 +87,19 @@ class Pool:
         }  # fmt: skip
 
 
-def engine(given: Sizes, cfg: BertConfig, layers: tuple[int, ...], rows: int) -> Found:
+def engine(
+    given: common.Sizes, cfg: BertConfig, layers: tuple[int, ...], rows: int
+) -> common.Found:
     """Texts per second at full depth and with early exit, and what of the ideal is reached."""
-    peak = matmul_flops(given)
+    peak = common.matmul_flops(given)
     yield {"matmul_flops": peak}
-    bundle = bundle_of(cfg, layers)
+    bundle = common.bundle_of(cfg, layers)
     weights = jax.device_put(prepare(bundle.model, bundle.variables))
     tile, table = best_tile(given, bundle, weights, peak)
     yield {"tiles": table}
     pool = Pool(bundle, weights, rows, given.length, tile)
     pool.check()
-    found = pool.facts(timings(given, pool.runs), peak)
+    found = pool.facts(common.timings(given, pool.runs), peak)
     yield found
     yield {
         "summary": f"{found['texts_per_second']['early_exit']:,.0f} texts/s, "
@@ -114,26 +108,26 @@ def engine(given: Sizes, cfg: BertConfig, layers: tuple[int, ...], rows: int) ->
     }
 
 
-def engine_base(given: Sizes) -> Found:
+def engine_base(given: common.Sizes) -> common.Found:
     return engine(given, given.base, given.base_exits, given.rows)
 
 
-def engine_large(given: Sizes) -> Found:
+def engine_large(given: common.Sizes) -> common.Found:
     return engine(given, given.large, given.large_exits, given.rows // 2)
 
 
-def rivals(given: Sizes) -> Found:
+def rivals(given: common.Sizes) -> common.Found:
     """Early exit and full depth against the same weights in PyTorch, full depth, one device.
 
     A standard BERT classifier, without padding: so that PyTorch needs no mask.
     """
     on_cpu = jax.default_backend() == "cpu"
-    bundle = bundle_of(given.base, given.base_exits, pooling="cls", mix="last")
-    peak = matmul_flops(given)
+    bundle = common.bundle_of(given.base, given.base_exits, pooling="cls", mix="last")
+    peak = common.matmul_flops(given)
     weights = jax.device_put(prepare(bundle.model, bundle.variables))
     tile, _ = best_tile(given, bundle, weights, peak)
     pool = Pool(bundle, weights, given.rows, given.length, tile)
-    seconds = timings(given, pool.runs)
+    seconds = common.timings(given, pool.runs)
     yield pool.facts(seconds, peak)
     try:
         import torch
@@ -157,7 +151,7 @@ def rivals(given: Sizes) -> Found:
             logits = torch.cat([forward(part, None, kinds) for part, kinds in parts]).float()
             return logits.cpu().numpy()  # waits for the device
 
-    by_rows = timings(given, {rows: partial(run, model, rows) for rows in given.tiles[-2:]})
+    by_rows = common.timings(given, {rows: partial(run, model, rows) for rows in given.tiles[-2:]})
     best = min(by_rows, key=lambda rows: by_rows[rows]["median"])
     attention = getattr(model.bert.config, "_attn_implementation", "unknown")
     runs = pool.runs | {"torch": partial(run, model, best)}
@@ -173,19 +167,19 @@ def rivals(given: Sizes) -> Found:
             left_out["torch_compile"] = f"{type(error).__name__}: {str(error)[:300]}"
     else:
         left_out["torch_compile"] = "not on a CPU, where compiling takes longer than this check"
-    seconds = timings(given, runs)
+    seconds = common.timings(given, runs)
     yield pool.facts(seconds, peak) | {"left_out": left_out}
     fastest = min(seconds[name]["median"] for name in runs if name.startswith("torch"))
     early, full = (fastest / seconds[name]["median"] for name in ("early_exit", "full_depth"))
     yield {"summary": f"early exit {early:.2f} and full depth {full:.2f} times PyTorch's fastest"}
 
 
-def training(given: Sizes) -> Found:
+def training(given: common.Sizes) -> common.Found:
     """A step of training: the joint loss of all exits against the last exit alone."""
     rows, length, cfg = given.step_rows, given.length, given.base
     cfg = dataclasses.replace(cfg, dtype="bfloat16")
     config = TrainConfig(dtype="bfloat16")
-    batch = random_batch(cfg, rows, length, ragged=True)
+    batch = common.random_batch(cfg, rows, length, ragged=True)
     labels = np.arange(rows, dtype=np.int32) % 2
     learnt = Rows(batch, labels, np.ones(rows, np.float32), np.arange(rows, dtype=np.int32))
     device = jax.devices()[0]
@@ -193,10 +187,9 @@ def training(given: Sizes) -> Found:
     for name, layers in (("joint", given.base_exits), ("last", given.base_exits[-1:])):
         model = EarlyExitBert(cfg, ExitConfig(layers, 2))
         runs[name] = Steps(model, config, learnt, device)
-        of_row = layers[-1] * layer_flops(cfg, length) + len(layers) * head_flops(cfg, 2)
-        flops[name] = 3 * rows * of_row
-    seconds = timings(given, runs)
-    peak = matmul_flops(given)
+        flops[name] = 3 * rows * last_exit_flops(cfg, model.exits, length)
+    seconds = common.timings(given, runs)
+    peak = common.matmul_flops(given)
     shares = {name: flops[name] / seconds[name]["median"] / peak for name in runs}
     ratio = seconds["joint"]["median"] / seconds["last"]["median"]
     yield {
@@ -213,7 +206,7 @@ class Steps:
     def __init__(self, model: EarlyExitBert, config: TrainConfig, rows: Rows, device: Any) -> None:
         optimizer = make_optimizer(config, 1000)
         self.step = mapped_step(make_train_step(model, optimizer, config), [device], "shard_map")
-        start = first_state(random_variables(model)["params"], optimizer, config)
+        start = first_state(common.random_variables(model)["params"], optimizer, config)
         self.state: TrainState = jax.device_put(start, device)
         self.rows = jax.device_put(rows, device)
 
@@ -222,7 +215,7 @@ class Steps:
         return metrics
 
 
-def loops(given: Sizes) -> Found:
+def loops(given: common.Sizes) -> common.Found:
     """What an iteration of a loop costs on this device, and a branch in it, next to no work."""
     x = jnp.ones((8, 128))
 
@@ -251,7 +244,7 @@ def loops(given: Sizes) -> Found:
         for count in (few, many)
     }
     runs["call", 1] = partial(jax.jit(body), jnp.int32(1), x)
-    taken = timings(given, runs)
+    taken = common.timings(given, runs)
     each = {
         name: (taken[name, many]["median"] - taken[name, few]["median"]) / (many - few)
         for name in programs
