@@ -164,10 +164,10 @@ def measure(folder: Path, config: TrainConfig, *, repeats: int, progress: Any) -
     task = encode(split, bundle.encode)
     seen = bundle.ledger.among(task.hashes, CHOSEN).union(dev_task.hashes)
     kept = task.without(seen, f"every test row of {root} is in train or dev.")
-    rows, task = [list(split)[i] for i in kept], task.take(kept)
+    every, task = list(split), task.take(kept)
     chosen = {name: tuple(drop_thresholds(dev, most)["threshold"]) for name, most in POINTS.items()}
     points = {"default": None, **chosen, "first exit": 0.0}
-    texts, logits = [row.inputs for row in rows], clf.exit_logits(task.encoded)
+    texts, logits = [every[i].inputs for i in kept], clf.exit_logits(task.encoded)
     rivals, _ = fit_rivals(
         bundle, train, set(task.hashes), encoder=config.model,
         dev=list(labelled_rows(bundle, root, "dev")), progress=progress,
