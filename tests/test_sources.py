@@ -395,6 +395,22 @@ TWO = "expected 2 columns (text, label)."
         ),
         ("t.tsv.gz", "text\tlabel\n", " cannot be read: Not a gzipped file (b'te')."),
         (
+            "t.jsonl.gz",
+            "",
+            " cannot be read: it is empty, and even nothing takes some bytes as gzip.",
+        ),
+        (
+            "t.csv",
+            'text,stars,"a\nb"\nx,1,2\n',
+            ": which column holds the label? Its columns: 'text', 'stars', 'a\\nb'. "
+            "Name it with label_column (--label-column).",
+        ),
+        (
+            "t.csv",
+            f"text,label\nx,{'y' * 999}\n",
+            f" has only the label '{'y' * 59}…: a classifier needs two classes.",
+        ),
+        (
             "t.tsv.gz",
             gzip.compress(b"text\tlabel\nx\ta\ny\tb\n", mtime=0)[:-9],
             " cannot be read: Compressed file ended before the end-of-stream marker was reached.",

@@ -146,7 +146,7 @@ class ParquetWriter:
     """
 
     def __init__(self, file: BinaryIO, columns: list[str], source: str) -> None:
-        self.file, self.columns, self.rows = file, columns, list[Row]()
+        self.file, self.columns, self.source, self.rows = file, columns, source, list[Row]()
         self.types: dict[str, Any] = {}  # pyarrow's, by column
         self.writer: Any = None
         if source.lower().endswith(".parquet"):
@@ -193,8 +193,8 @@ class ParquetWriter:
         except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
-                f"a column has values of several types, which parquet cannot hold ({reason}): "
-                f"write .jsonl."
+                f"{self.source}: a column has values of several types, which parquet cannot hold "
+                f"({reason}): write .jsonl."
             ) from error
         self.writer.write_table(table)
         self.rows.clear()

@@ -30,6 +30,7 @@ from ejax.data.labels import (
     check_joined,
     check_known,
     check_names,
+    short,
 )
 from ejax.errors import UserError
 
@@ -313,7 +314,7 @@ def _check_train(records: "Records", path: Path | Table, problem: Problem) -> No
         raise UserError(f"{path} has no row with a label.")
     if problem == SINGLE and names < 2:
         raise UserError(
-            f"{path} has only the label {next(iter(records.labels))!r}: "
+            f"{path} has only the label {short(next(iter(records.labels)))}: "
             f"a classifier needs two classes."
         )
     said = check_names(records.labels, records.counts, problem, path)
