@@ -23,7 +23,6 @@ class Table(NamedTuple):
 
     name: str
     rows: list[Row]
-    kind = "python"
 
     def __str__(self) -> str:
         return self.name
@@ -44,7 +43,6 @@ class Shards(NamedTuple):
 
     name: str
     paths: tuple[Path, ...]
-    kind = "parquet"
 
     def __str__(self) -> str:
         return self.name

@@ -111,7 +111,8 @@ def open_rows(source: str | Path | Table | Shards, root: Path, asked: Columns) -
       ValueError: naming the file and, where there is one, the line.
     """
     if isinstance(source, Table | Shards):
-        kind, digest = source.kind, source.digest()
+        kind = "python" if isinstance(source, Table) else "parquet"
+        digest = source.digest()
     elif files.format_of(source) == "txt":
         raise UserError(f"{source}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
     else:
