@@ -749,7 +749,6 @@ def test_sigterm_is_heard_at_every_moment_of_the_start(tmp_path, verb):
         assert not output.exists()
         shutil.rmtree(f"{output}.work", ignore_errors=True)
         assert list(tmp_path.iterdir()) == []
-    print(verb, codes, lasts)
     assert codes[143] > sum(codes.values()) / 4, codes
 
 
