@@ -1,8 +1,6 @@
 """BERT classifiers that stop at the first layer that is sure, in JAX."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError as _NotInstalled
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,18 +58,26 @@ __all__ = [
     "select_exit",
     "with_pretrained",
 ]
-try:
-    __version__ = _version("ejax")
-except _NotInstalled:
-    __version__ = "not installed"  # run from a working tree
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = _installed()
+    elif name in _HOME:
+        value = getattr(import_module(f"ejax.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module 'ejax' has no attribute {name!r}")
-    value = getattr(import_module(f"ejax.{_HOME[name]}"), name)
     globals()[name] = value  # a submodule of the same name must not stand in its place
     return value
+
+
+def _installed() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("ejax")
+    except metadata.PackageNotFoundError:
+        return "not installed"  # run from a working tree
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ejax.storage import Held
 
 MOST_DIGITS = 40  # of an integer in JSON; a tokenizer's settings have one of 31
 MOST_NESTED = 64  # levels of JSON
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps of a pair: alone it is no character
 MOST_JSON = 1 << 28  # bytes: rows.json has 16 for a row
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -30,14 +32,17 @@ def read_json(file: Path | Held, like: Any = None) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+        text = path.read_text(encoding="utf-8")
         values = json.loads(
-            path.read_text(encoding="utf-8"),
+            text,
             parse_constant=_not_finite,
             parse_float=_finite,
             parse_int=_short,
             object_pairs_hook=_once,
         )
         _check_depth(values)
+        if HALF.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise UserError(f"{name} is damaged: it is nested too deeply.") from None
     except (ValueError, OSError) as error:

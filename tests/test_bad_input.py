@@ -294,6 +294,7 @@ def test_predict_stops_at_a_bad_row_and_keeps_the_old_output(tmp_path):
         ("in.jsonl", b'{"text": "great"}\n{"text": 3}\n[1]\n{"text\n{"text": "poor"}\n', (2, 3, 4)),
         ("in.tsv", b"text\tn\ngreat\t1\na\tb\tc\ncaf\xe9\t2\npoor\t3\n", (3, 4)),
         ("in.csv", b'text,n\ngreat,1\na,b,c\n"x"y,2\npoor,3\n', (3, 4)),
+        ("in.csv", b'text,n\ngreat,1\n"a, 2\nb"c",3\npoor,3\n', ("s 3 to 4",)),
         ("in.txt", b"great\ncaf\xe9\npoor\n", (2,)),
     ],
 )
@@ -308,7 +309,8 @@ def test_predict_skips_bad_rows_and_names_them(tmp_path, name, content, lines):
     *named, last = result.err.splitlines()
     assert len(named) == len(lines)
     for sentence, line in zip(named, lines, strict=True):
-        assert sentence.startswith(f"skipped: {source}, line {line}: ")
+        where = f" {line}" if isinstance(line, int) else line
+        assert sentence.startswith(f"skipped: {source}, line{where}: ")
     assert last.startswith(f"2 rows labelled, {len(lines)} skipped, ")
 
 
@@ -341,10 +343,12 @@ def test_an_empty_shard_has_an_empty_answer(tmp_path):
         ("in.csv", "label,text\n", "label,text,predicted_label,score,exit_layer\n"),
         ("in.jsonl", "", ""),
         ("in.txt", "", ""),
+        ("in.jsonl", "", "label,score,exit_layer\n"),
     ):
-        source, output = tmp_path / name, tmp_path / f"out.{name.rpartition('.')[2]}"
-        source.write_text(content)
+        source = tmp_path / name
+        output = tmp_path / f"out{'.csv' if ',' in wanted else source.suffix}"
         output = output.with_suffix(".jsonl") if name == "in.txt" else output
+        source.write_text(content)
         done = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
         assert (done.code, output.read_text()) == (0, wanted), done.err
     said = tiny.refused("predict", tiny.trained()[0], "--input", "a" * 300, "--output", output)

@@ -1,6 +1,6 @@
-"""Bundles whose files were changed: they answer as before, or one short sentence refuses them.
+"""Bundles and models whose files were changed: as before, or one short sentence refuses them.
 
-`EJAX_FUZZ=800 python -m pytest tests/test_fuzz.py` tries as many changes of each bundle.
+`EJAX_FUZZ=800 python -m pytest tests/test_fuzz.py` tries as many changes of each.
 """
 
 import functools
@@ -9,19 +9,22 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny
+import vocabularies
 from safetensors.numpy import load_file, save_file
 
 from ejax.bundle import load_bundle
 from ejax.bundle_files import FILES
 from ejax.classifier import EarlyExitClassifier
+from ejax.data.tokenizer import load_tokenizer
 from ejax.errors import UserError
-from ejax.evaluation.describe import exit_tables, facts
+from ejax.evaluation.describe import exit_tables, facts, model_facts
+from ejax.models.weights import load_bert
 
 COUNT = int(os.environ.get("EJAX_FUZZ", "75"))
 LONGEST = 500  # characters of a sentence, with a temporary folder of up to 120
@@ -53,6 +56,8 @@ def change(path: Path, draw: random.Random) -> str:
     how = draw.choice(
         ("flip", "cut", "text") if path.suffix != ".json" else ("flip", "cut", *"jjjjjj", "text")
     )
+    if path.suffix == ".txt":
+        how = draw.choice(("flip", "cut"))
     if how == "flip":
         for _ in range(draw.choice((1, 1, 3))):
             raw[draw.randrange(min(len(raw), draw.choice((200, len(raw)))))] ^= 1 << draw.randrange(
@@ -108,7 +113,9 @@ def outcome(folder: Path) -> tuple[list[Any], list[str]]:
     return answers, [str(one.message) for one in said]
 
 
-def tried(source: Path, folder: Path, files: list[str]) -> Iterator[tuple[str, Any]]:
+def tried(
+    source: Path, folder: Path, files: list[str], outcome: Callable[[Path], Any] = outcome
+) -> Iterator[tuple[str, Any]]:
     """(how it was changed, its answers and warnings, or None where it was refused)."""
     draw = random.Random(0)
     for i in range(COUNT):
@@ -141,3 +148,50 @@ def test_a_changed_bundle_of_an_older_format_raises_nothing_else(tmp_path: Path)
     for how, found in tried(OLD, tmp_path / "bundle", [*FILES]):
         for answer in found[0] if found else []:
             assert 0 <= answer["score"] <= 1, how
+
+
+def model(folder: Path) -> None:
+    """One whose tokenizer stands in every file that may say something of it, with one shard."""
+    shutil.copytree(tiny.model(), folder)
+    made = vocabularies.wordpiece(lower=True)
+    made.save(str(folder / "tokenizer.json"))
+    shard = "model-00001-of-00001.safetensors"
+    weights = (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), shard)}
+    user = {"content": "[USER]", "lstrip": False, "rstrip": False, "normalized": False,
+            "single_word": False, "special": True}  # fmt: skip
+    size = made.get_vocab_size()
+    for name, content in {
+        "model.safetensors.index.json": index,
+        "special_tokens_map.json": {"unk_token": "[UNK]", "additional_special_tokens": [user]},
+        "added_tokens.json": {"[USER]": size},
+        "tokenizer_config.json": {
+            "tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None,
+            "tokenize_chinese_chars": True, "model_max_length": 512, "cls_token": "[CLS]",
+            "mask_token": user | {"content": "[MASK]"}, "model_input_names": ["token_type_ids"],
+            "added_tokens_decoder": {str(size): user}, "additional_special_tokens": ["[USER]"],
+        },
+    }.items():  # fmt: skip
+        (folder / name).write_text(json.dumps(content))
+
+
+def read_model(folder: Path) -> list[Any]:
+    """Its tokens of texts, and its shape."""
+    cfg, params = load_bert(folder)
+    model_facts(cfg, params)
+    tokens = load_tokenizer(folder)
+    encoded = tokens.encode([*TEXTS, ("the film", "a [USER] plot")], 16)
+    assert 0 <= encoded.ids.min() <= encoded.ids.max() < tokens.vocab_size
+    assert encoded.lengths.max() <= 16
+    return [encoded.ids.tolist(), params["embeddings"]["word"]["embedding"].shape]
+
+
+def test_a_changed_model_is_read_or_refused(tmp_path: Path) -> None:
+    model(tmp_path / "whole")
+    read_model(tmp_path / "whole")
+    files = [path.name for path in (tmp_path / "whole").iterdir()]
+    refused = [
+        found is None
+        for _, found in tried(tmp_path / "whole", tmp_path / "model", files, read_model)
+    ]
+    assert COUNT / 5 < sum(refused) < COUNT

@@ -117,7 +117,7 @@ def test_predict_keeps_the_columns_and_types_of_a_parquet(tmp_path):
     mixed = tmp_path / "in.jsonl"
     mixed.write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "one"}\n')
     sentence = tiny.refused("predict", bundle, "--input", mixed, "--output", output)
-    assert "values of several types" in sentence
+    assert f"{mixed}: a column has values of several types" in sentence
     assert pq.read_table(output).num_rows == 0  # the old one
 
 

@@ -1,4 +1,8 @@
-"""The real encoder on real text: set EJAX_QUICKSTART to a workdir of `ejax quickstart`."""
+"""The real encoder on real text.
+
+Set EJAX_QUICKSTART to a workdir of `ejax quickstart`, EJAX_NSMC to a bundle that was trained on
+nsmc (Korean film reviews) from an encoder with the XLM-R tokenizer.
+"""
 
 import json
 import os
@@ -15,6 +19,7 @@ from ejax.inference.policy import select_exit
 from ejax.training.parallel import make_all_logits
 
 WORKDIR = os.environ.get("EJAX_QUICKSTART", "")
+NSMC = os.environ.get("EJAX_NSMC", "")
 
 
 @pytest.mark.skipif(not WORKDIR, reason="EJAX_QUICKSTART names no workdir of `ejax quickstart`")
@@ -59,3 +64,15 @@ def test_two_processes_four_devices_and_one_train_the_same_model(tmp_path: Path)
             # Sums in another order; one step of Adam moves a weight by up to 1.5e-4, and one whose
             # gradient is nothing but rounding (a key's bias) moves too: 2e-6 in 16 steps.
             np.testing.assert_allclose(value, one[key], rtol=0, atol=2e-5, err_msg=f"{name}, {key}")
+
+
+@pytest.mark.skipif(not NSMC, reason="EJAX_NSMC names no bundle trained on nsmc")
+def test_a_plain_sentence_in_korean_leaves_no_later_than_a_subtle_one():
+    clf = EarlyExitClassifier.from_pretrained(NSMC)
+    texts = [
+        "이 영화 재밌네요",
+        "각본을 12살 짜리 꼬마가 쓴건지, 아카데미 수상자가 쓴건지 모르겠네요",
+    ]
+    assert not clf.bundle.tokenizer.unknown()[clf.encode(texts).ids].any()
+    plain, subtle = (answer["exit_layer"] for answer in clf(texts))
+    assert plain <= subtle

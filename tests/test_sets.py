@@ -3,10 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 
 from ejax.cli.run import run
+from ejax.config import DataConfig
+from ejax.data import sources
+from ejax.data.rows import label_array
 from train import sets
 
 pytestmark = pytest.mark.filterwarnings("ignore:exit .*:UserWarning")  # forty rows are few
@@ -48,6 +52,41 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch, capsys) -> Non
     assert before == {path: path.read_bytes() for path in results.iterdir()}
     assert run(sets.app, "train.sets", [*args[:-1], "trec6-*"]) == 2
     assert "must hold a folder trec6. There is none." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_labels_are_compared_with_rivals_of_their_own_thresholds(
+    tmp_path, monkeypatch
+) -> None:
+    """Of goemotions: micro-F1 of full depth and of one-against-rest models, decided on dev."""
+    monkeypatch.setattr(sets, "CELLS", {"goemotions": (60,)})
+    monkeypatch.setattr(sets, "MODEL", str(tiny.model()))
+    shutil.copytree(tiny.problem_data(sets.SEVERAL), tmp_path / "data/goemotions")
+    fitted, fit = [], sets.fit_rivals
+
+    def kept(*args, **fields):
+        rivals, notes = fit(*args, **fields)
+        fitted.extend(rivals)
+        return rivals, notes
+
+    monkeypatch.setattr(sets, "fit_rivals", kept)
+    paths = {"data": tmp_path / "data", "workdir": tmp_path / "runs", "results": tmp_path / "out"}
+    args = [str(part) for name, path in paths.items() for part in (f"--{name}", path)]
+    assert run(sets.app, "train.sets", args) == 0
+    of = json.loads((tmp_path / "out/goemotions-60.json").read_text())
+    assert of["metric"] == "micro_f1"
+    assert [rival.name for rival in fitted] == [sets.TFIDF, sets.FROZEN] == [*of["linear"]]
+    assert all(0 < found <= 1 for found in of["linear"].values())
+    assert [*of["better_than"][sets.TFIDF]] == [str(layer) for layer in of["layers"]]
+    # One threshold per label; on dev they are at least as good as 0.5 for all.
+    config = DataConfig(path=str(paths["data"] / "goemotions"), problem_type=sets.SEVERAL)
+    dev = sources.load(config)["dev"]
+    truth = label_array([*dev], sets.SEVERAL, len(dev.labels))
+    for rival in fitted:
+        scores = rival.scores([row.inputs for row in dev])
+        assert np.shape(rival.decisions) == (len(dev.labels),)
+        own = rival.task.measure(rival.answers(scores), truth)
+        assert own >= rival.task.measure(scores >= 0, truth), rival.name
 
 
 def test_the_gain_is_over_the_best_linear_model_on_the_same_text() -> None:

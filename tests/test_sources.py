@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ejax.config import DataConfig
@@ -395,6 +398,22 @@ TWO = "expected 2 columns (text, label)."
         ),
         ("t.tsv.gz", "text\tlabel\n", " cannot be read: Not a gzipped file (b'te')."),
         (
+            "t.jsonl.gz",
+            "",
+            " cannot be read: it is empty, and even nothing takes some bytes as gzip.",
+        ),
+        (
+            "t.csv",
+            'text,stars,"a\nb"\nx,1,2\n',
+            ": which column holds the label? Its columns: 'text', 'stars', 'a\\nb'. "
+            "Name it with label_column (--label-column).",
+        ),
+        (
+            "t.csv",
+            f"text,label\nx,{'y' * 999}\n",
+            f" has only the label '{'y' * 59}…: a classifier needs two classes.",
+        ),
+        (
             "t.tsv.gz",
             gzip.compress(b"text\tlabel\nx\ta\ny\tb\n", mtime=0)[:-9],
             " cannot be read: Compressed file ended before the end-of-stream marker was reached.",
@@ -466,7 +485,52 @@ def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match=r"there is no folder .*/nowhere\)"):
         load(tmp_path, train=str(tmp_path / "nowhere" / "train.tsv"))
     with pytest.raises(ValueError, match=r"is a folder: expected a file"):
-        load(tmp_path, train=str(tmp_path))
+        load(tmp_path, train=str(tmp_path / "train.tsv"), dev=str(tmp_path))
+
+
+def shard(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_files_named_as_on_the_hub_are_the_splits(tmp_path, inside):
+    hub = tmp_path / "hub" / inside
+    for i in range(3):
+        rows = [{"text": f"{name} {i}", "label": name} for name in ("a", "b")]
+        shard(hub / f"train-0000{i}-of-00003.parquet", *rows)
+    shard(hub / "validation-00000-of-00001-0123456789abcdef.parquet", {"label": "b", "text": "v"})
+    shard(hub / "test-00000-of-00001.parquet", {"text": "t", "label": "a"})
+    for fields in ({"path": str(tmp_path / "hub")}, {"train": str(tmp_path / "hub")}):
+        found = load(tmp_path, **fields)
+        texts = [[row.text for row in found[name]] for name in sources.SPLITS]
+        assert texts == [["a 0", "b 0", "a 1", "b 1", "a 2", "b 2"], ["v"], ["t"]]
+        assert found["train"].origin == f"{inside or 'hub'}/train-*-of-00003.parquet"
+    shard(hub / "train-00001-of-00003.parquet", {"text": "new", "label": "a"})
+    assert "new" in [row.text for row in load(tmp_path, path=str(tmp_path / "hub"))["train"]]
+
+
+def test_all_files_of_a_split_must_be_there(tmp_path):
+    rows = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
+
+    def refused(expected: str) -> None:
+        with pytest.raises(ValueError, match=expected):
+            load(tmp_path, path=str(tmp_path))
+
+    first = shard(tmp_path / "train-00000-of-00003.parquet", *rows)
+    third = shard(tmp_path / "train-00002-of-00003.parquet", *rows)
+    refused(r"lacks 1 of the 3 files of train, such as train-00001-of-00003.parquet: fetch the")
+    second = shard(tmp_path / "train-00001-of-00003.parquet", {"body": "x", "label": "a"})
+    refused(r"train-00001-of-00003.parquet has the columns body, label, and train-00000-of-00003")
+    shard(second, {"text": "x", "label": None})
+    refused(r"train-\*-of-00003.parquet, line 3: the label is missing")
+    second.write_bytes(third.read_bytes()[:-9])
+    refused(r"train-00001-of-00003.parquet cannot be read as parquet")
+    again = shutil.copy(first, tmp_path / f"{first.stem}-0123456789abcdef.parquet")
+    refused("holds 4 files of train, and their names say 3: keep those of one version")
+    Path(again).rename(tmp_path / "train-00000-of-00001.parquet")
+    refused(r"holds train-00000-of-00001.parquet and train-\*-of-00003.parquet: set data.train")
 
 
 def test_bad_folder(tmp_path):

@@ -492,7 +492,15 @@ def settings_file(**values):
         (
             "vocabulary",
             settings_file(added_tokens_decoder={"5": "the"}),
-            "a token is not as transformers writes it. Got the",
+            "a token is not as transformers writes it. Got 'the'",
+        ),
+        ("uncased", settings_file(tokenizer_class={"a": 1}), "tokenizer_class must be one of"),
+        ("uncased", settings_file(model_input_names=0.5), "model_input_names is not as .* 0.5"),
+        ("uncased", settings_file(mask_token="\ud800"), "json is damaged: .*surrogates"),
+        (  # for which the library would take minutes
+            "uncased",
+            {"tokenizer__json": json.dumps({"added_tokens": [{"content": "x" * 99_999}]})},
+            r"tokenizer\.json is not .* \(an added token has more than 1000 bytes",
         ),
         (
             "uncased",

@@ -16,7 +16,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,14 @@ def texts_of(
     """
     for name in columns:
         if name not in row:
-            raise UserError(f"{path}, line {line}: no column {name!r}. Its columns: {listed(row)}.")
+            raise UserError(
+                f"{path}, line {line}: no column {short(name)}. Its columns: {listed(row)}."
+            )
         if not isinstance(row[name], str):
             raise UserError(
-                f"{path}, line {line}: column {name!r} must hold text. Got {short(row[name])}."
+                f"{path}, line {line}: column {short(name)} must hold text. Got {short(row[name])}."
             )
-        check_characters(row[name], f"{path}, line {line}: column {name!r}")
+        check_characters(row[name], f"{path}, line {line}: column {short(name)}")
     return row[columns[0]], row[columns[1]] if len(columns) == 2 else None
 
 
@@ -233,16 +235,22 @@ def check_file(path: str | Path) -> None:
     raise UserError(f"No such file: {path}.{hint}")
 
 
-def _open(path: str) -> AbstractContextManager[Any]:
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
     if path == "-":
-        return nullcontext(sys.stdin.buffer)
+        yield sys.stdin.buffer
+        return
     check_file(path)
-    packed = path.lower().endswith(".gz")
-    if storage.is_remote(path):
+    with storage.path_of(path).open("rb") as raw:
         # Of its own a remote file reads a line of any length.
-        file = io.BufferedReader(storage.path_of(path).open("rb"))
-        return gzip.open(file) if packed else file
-    return gzip.open(path) if packed else open(path, "rb")
+        file: Any = io.BufferedReader(raw) if storage.is_remote(path) else raw
+        if not path.lower().endswith(".gz"):
+            yield file
+        elif file.peek(1):
+            with gzip.open(file) as unpacked:
+                yield unpacked
+        else:  # Python would read no rows, of a download that was cut off
+            raise EOFError("it is empty, and even nothing takes some bytes as gzip")
 
 
 def _lines(path: str, skip: Skip = None) -> Iterator[tuple[int, str]]:
@@ -360,12 +368,14 @@ def _csv_cells(lines: Iterable[tuple[int, str]], path: str, skip: Skip) -> Cells
         except StopIteration:
             return
         except csv.Error as error:
+            to_end = re.search("end of data|field limit", str(error))
+            lines_read = f"line {start}"
+            if reader.line_num > start and not to_end:  # all are left out, where it is skipped
+                lines_read = f"lines {start} to {reader.line_num}"
             _refuse(
-                f"{path}, line {start}: not csv ({error}). A field with a quote, comma or "
+                f"{path}, {lines_read}: not csv ({error}). A field with a quote, comma or "
                 f'line break must stand in quotes, its own quotes doubled ("").',
-                skip
-                if start > 1 and not re.search("end of data|field limit", str(error))
-                else None,
+                None if start == 1 or to_end else skip,
             )
             continue
         if cells:

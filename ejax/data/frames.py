@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ejax import storage
-from ejax.data.labels import short
+from ejax.data.labels import listed, short
 from ejax.errors import UserError
 
 Row = dict[str, Any]
@@ -35,6 +35,43 @@ class Table(NamedTuple):
         content = hashlib.sha256()
         for row in self.rows:
             content.update(json.dumps(row, default=str).encode())
+        return content.hexdigest()
+
+
+class Shards(NamedTuple):
+    """The parquet files of one split, in order; in sentences its rows are numbered through."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        """Raises ValueError where a file cannot be read, or has columns of its own."""
+        number = 0
+        first: tuple[str, ...] = ()
+
+        def check(columns: tuple[str, ...]) -> None:
+            nonlocal first
+            first = first or columns
+            if {*columns} != {*first}:
+                raise UserError(
+                    f"{path} has the columns {listed(columns)}, and {self.paths[0].name} has "
+                    f"{listed(first)}: all files of a split must have the same."
+                )
+
+        for path in self.paths:
+            for _, row in parquet_rows(path, check):
+                number += 1
+                yield number, {column: row[column] for column in first}
+
+    def digest(self) -> str:
+        """The sha256 of the files' own."""
+        content = hashlib.sha256()
+        for path in self.paths:
+            with path.open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
         return content.hexdigest()
 
 
@@ -146,7 +183,7 @@ class ParquetWriter:
     """
 
     def __init__(self, file: BinaryIO, columns: list[str], source: str) -> None:
-        self.file, self.columns, self.rows = file, columns, list[Row]()
+        self.file, self.columns, self.source, self.rows = file, columns, source, list[Row]()
         self.types: dict[str, Any] = {}  # pyarrow's, by column
         self.writer: Any = None
         if source.lower().endswith(".parquet"):
@@ -193,8 +230,8 @@ class ParquetWriter:
         except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
-                f"a column has values of several types, which parquet cannot hold ({reason}): "
-                f"write .jsonl."
+                f"{self.source}: a column has values of several types, which parquet cannot hold "
+                f"({reason}): write .jsonl."
             ) from error
         self.writer.write_table(table)
         self.rows.clear()

@@ -37,9 +37,9 @@ def short(value: Any) -> str:
 
 
 def listed(columns: Collection[str]) -> str:
-    """The names of columns; in quotes where a space or an invisible character would not be seen."""
+    """The names of columns; in quotes where a space, line break or the like would not be seen."""
     shown = [name[:30] for name in [*columns][:10]] + ["…"] * (len(columns) > 10)
-    odd = any(name != INVISIBLE.sub("", name).strip() for name in shown)
+    odd = any(name != name.strip() or not name.isprintable() for name in shown)
     return ", ".join(map(ascii, shown) if odd else shown)
 
 
@@ -59,7 +59,7 @@ def read_label(
     for column in columns:
         if column not in row:
             raise UserError(
-                f"{path}, line {line}: no column {column!r} for the label. "
+                f"{path}, line {line}: no column {short(column)} for the label. "
                 f"Its columns: {listed(row)}. Name it with label_column (--label-column)."
             )
     where = f"{path}, line {line}: the label"
@@ -88,7 +88,7 @@ def _flagged(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tupl
     for name in columns:
         if str(row[name]).strip().lower() not in FLAGS:
             raise UserError(
-                f"{where}: column {name!r} must hold 0 or 1, as the other labels' do. Got "
+                f"{where}: column {short(name)} must hold 0 or 1, as the other labels' do. Got "
                 f"{short(row[name])}. Name the columns of labels with --label-column a,b,c."
             )
     return tuple(name for name in columns if FLAGS[str(row[name]).strip().lower()])

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from ejax import storage
 from ejax.data import files
 from ejax.data.columns import Columns, check_still, find_label_columns, find_text_columns
-from ejax.data.frames import Table
+from ejax.data.frames import Shards, Table
 from ejax.data.labels import read_label
 from ejax.errors import UserError
 
@@ -97,7 +97,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
         self.info.metadata.update(told)  # written together with the records
 
 
-def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records:
+def open_rows(source: str | Path | Table | Shards, root: Path, asked: Columns) -> Records:
     """Labelled rows as an ArrayRecord data source, written on first use.
 
     The copy under `root` is found by the sha256 of the content, the columns, the problem type and
@@ -105,19 +105,20 @@ def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records
     processes may ask for the same file at once: one writes, the others wait.
 
     Args:
-      source: a file, or rows that were given in Python.
+      source: a file, its shards, or rows that were given in Python.
       root: the folder for such copies.
 
     Raises:
       ValueError: naming the file and, where there is one, the line.
     """
-    if isinstance(source, Table):
-        kind, digest = "python", source.digest()
+    if isinstance(source, Table | Shards):
+        kind = "python" if isinstance(source, Table) else "parquet"
+        digest = source.digest()
     elif files.format_of(source) == "txt":
         raise UserError(f"{source}: a .txt file has no labels. Expected .tsv, .csv or .jsonl.")
     else:
         kind, digest = files.path_format(source), storage.sha256_of(source)
-    line, first = next(_read(source, asked), (0, {}))
+    line, first = next(read(source, asked), (0, {}))
     if not line:
         raise UserError(f"{source} has no rows.")
 
@@ -138,7 +139,7 @@ def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records
     read_label(first, label, asked.problem, source, line)  # a clear error before a copy is begun
 
     def rows() -> Iterator[Read]:
-        for line, row in _read(source, asked):
+        for line, row in read(source, asked):
             if all(row.get(name) == name for name in (*columns, *label)):
                 raise UserError(f"{source}, line {line}: {files.HEADER_AGAIN}")
             text, pair = files.texts_of(row, columns, source, line)
@@ -162,8 +163,9 @@ def open_rows(source: str | Path | Table, root: Path, asked: Columns) -> Records
         )  # fmt: skip
 
 
-def _read(source: str | Path | Table, asked: Columns) -> Iterator[tuple[int, files.Row]]:
-    if isinstance(source, Table):
+def read(source: str | Path | Table | Shards, asked: Columns) -> Iterator[tuple[int, files.Row]]:
+    """(line, row) of labelled rows."""
+    if isinstance(source, Table | Shards):
         return source.numbered()
     return files.read_rows(
         source, text_columns=asked.texts, label_column=asked.label, labels=asked.labels

@@ -20,7 +20,8 @@ from ejax.config import DataConfig, Problem
 from ejax.data import named
 from ejax.data.columns import Columns, find_label_columns, find_text_columns, label_columns
 from ejax.data.files import QUOTED, read_rows, texts_of
-from ejax.data.frames import Table
+from ejax.data.folders import SPLITS, find_files
+from ejax.data.frames import Shards, Table
 from ejax.data.labels import (
     REGRESSION,
     SCORE,
@@ -30,6 +31,7 @@ from ejax.data.labels import (
     check_joined,
     check_known,
     check_names,
+    short,
 )
 from ejax.errors import UserError
 
@@ -41,9 +43,6 @@ __all__ = [
     "texts_of",
 ]  # fmt: skip
 
-SPLITS = ("train", "dev", "test")
-FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
-LABELLED = ("tsv", "csv", "jsonl", "json", "parquet")  # formats that can hold labels
 BLOCK = 4096  # rows read at once when iterating
 FEW_ROWS = 20  # of which every second may have a label of its own
 
@@ -159,7 +158,7 @@ def load(
     root = assets.cache_dir(config.cache_dir) / "data"
     if given and (config.path or config.train or config.dev or config.test or config.name):
         raise UserError("rows were given in Python: data must name no files and no set. Got both.")
-    paths: Mapping[str, Path | Table] = given or find_files(config)
+    paths: Mapping[str, Path | Table | Shards] = given or find_files(config)
     if paths:
         asked = Columns(
             config.text_columns, config.label_column, preferred, preferred_label,
@@ -221,7 +220,7 @@ def _limit(split: Split, limit: int) -> Split:
 
 def _load_files(
     config: DataConfig,
-    paths: Mapping[str, Path | Table],
+    paths: Mapping[str, Path | Table | Shards],
     root: Path,
     splits: Sequence[str],
     asked: Columns,
@@ -241,7 +240,14 @@ def _load_files(
     for name in (name for name in SPLITS if name in wanted and name in paths):
         path = paths[name]
         with contextlib.ExitStack() as stack:
-            file = path if isinstance(path, Table) else stack.enter_context(storage.fetched(path))
+            file: Path | Table | Shards
+            if isinstance(path, Shards):
+                here = (stack.enter_context(storage.fetched(shard)) for shard in path.paths)
+                file = path._replace(paths=tuple(here))
+            else:
+                file = (
+                    path if isinstance(path, Table) else stack.enter_context(storage.fetched(path))
+                )
             # GLUE's test has no public labels; a test file that is named must have some.
             optional = name == "test" and not config.test and not isinstance(path, Table)
             if optional and not _has_labels(file, asked):
@@ -275,7 +281,7 @@ def _load_files(
             _local_example, {label: i for i, label in enumerate(labels)}, asked.problem
         )
         # The origin travels in the bundle: no home folder.
-        origin = str(path) if isinstance(path, Table) else "/".join(path.parts[-2:])
+        origin = str(path) if isinstance(path, Table) else "/".join(str(path).split("/")[-2:])
         found[name] = Split(
             name, labels, origin, records.source, np.arange(len(records.source)), decode,
             records.text_columns, label_column, asked.problem,
@@ -283,12 +289,11 @@ def _load_files(
     return found
 
 
-def _has_labels(file: Path | Table, asked: Columns) -> bool:
+def _has_labels(file: Path | Table | Shards, asked: Columns) -> bool:
     """Whether the first row of a file has a column for the label; an empty file says so later."""
-    if isinstance(file, Table):
-        return True
-    rows = read_rows(file, text_columns=asked.texts, label_column=asked.label, labels=asked.labels)
-    _, first = next(rows, (0, {}))
+    from ejax.data import local
+
+    _, first = next(local.read(file, asked), (0, {}))
     if not first:
         return True
     try:
@@ -301,7 +306,7 @@ def _has_labels(file: Path | Table, asked: Columns) -> bool:
     return True
 
 
-def _check_train(records: "Records", path: Path | Table, problem: Problem) -> None:
+def _check_train(records: "Records", path: Path | Table | Shards, problem: Problem) -> None:
     """Raises ValueError where train can teach nothing; warns of what may be no label."""
     if problem == REGRESSION:
         low, high = records.span
@@ -313,7 +318,7 @@ def _check_train(records: "Records", path: Path | Table, problem: Problem) -> No
         raise UserError(f"{path} has no row with a label.")
     if problem == SINGLE and names < 2:
         raise UserError(
-            f"{path} has only the label {next(iter(records.labels))!r}: "
+            f"{path} has only the label {short(next(iter(records.labels)))}: "
             f"a classifier needs two classes."
         )
     said = check_names(records.labels, records.counts, problem, path)
@@ -353,43 +358,6 @@ def _local_example(index: dict[str, int], problem: Problem, row: dict[str, bytes
     else:
         label = index[row["label"].decode()]
     return Example(row["text"].decode(), pair, label)
-
-
-def find_files(config: DataConfig) -> dict[str, Path]:
-    """The file of each split that has one; a file named by itself wins over the folder."""
-    paths: dict[str, Path] = {}
-    if config.path:
-        folder = storage.path_of(config.path).expanduser()
-        if folder.is_file():
-            raise UserError(f"data.path must be a folder: set data.train={folder} for a file.")
-        if not folder.is_dir():
-            raise UserError(f"No such folder: {folder} (data.path).")
-        for name, stems in FILE_NAMES.items():
-            matches = [
-                file
-                for file in sorted(folder.iterdir())
-                if file.name.removesuffix(".gz") in {f"{s}.{f}" for s in stems for f in LABELLED}
-            ]
-            if len(matches) > 1 and not getattr(config, name):
-                both = " and ".join(match.name for match in matches[:2])
-                raise UserError(f"{folder} holds {both}: set data.{name} to the one to use.")
-            if matches:
-                paths[name] = matches[0]
-        if not paths:
-            held = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-            raise UserError(
-                f"{folder} has no train.tsv, train.csv or train.jsonl (each also .gz). "
-                f"It holds: {held}."
-            )
-    single = {name: getattr(config, name) for name in SPLITS if getattr(config, name)}
-    paths |= {name: storage.path_of(path).expanduser() for name, path in single.items()}
-    for name, path in paths.items():
-        if not storage.is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(
-                f"data.{name} must be a file that can be read again. Got {path}, a pipe or a "
-                f"device: write its rows to a file first."
-            )
-    return paths
 
 
 def _load_named(name: str, root: Path, labels: Sequence[str]) -> dict[str, Split]:

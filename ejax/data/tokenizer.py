@@ -27,11 +27,12 @@ from ejax.data.vocabulary import (
     SPLIT,
     begins_of,
     frame_of,
+    from_json,
     load_backend,
     said_of,
     unknowns_of,
 )
-from ejax.errors import UserError, clipped
+from ejax.errors import UserError
 
 Text = str | tuple[str, str]
 
@@ -293,15 +294,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 def read_tokenizer(path: Path, name: Path) -> Tokenizer:
     """That of a tokenizer.json, which errors call `name`; see `load_tokenizer`."""
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.model.tokenize("\ue000")  # of no use, and in no vocabulary: needs [UNK]
-    except Exception as error:  # the library raises no narrower type
-        raise UserError(
-            f"{name} is not a tokenizer that the tokenizers library {tokenizers.__version__} can "
-            f"read ({clipped(error)}): fetch it again."
-        ) from error
-    return Tokenizer(backend, name)
+    return Tokenizer(from_json(path, name), name)
 
 
 def longest_first(

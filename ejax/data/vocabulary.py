@@ -16,13 +16,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from ejax import assets
-from ejax.errors import UserError
+from ejax.errors import UserError, clipped, shown
 
 PADDING = ("[PAD]", "<pad>")
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }  # fmt: skip
+LONGEST = 1000  # bytes of an added token: the library takes minutes for one of 100,000
+LONG = re.compile(rb'"content"\s*:\s*"[^"]{%d}' % LONGEST)
+NAMED_TOKENS = ("bos_token", "eos_token", *SPECIAL_TOKENS)
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 SAVE = "save a fast tokenizer: AutoTokenizer.from_pretrained(name).save_pretrained(folder)"
 
 
@@ -106,8 +110,8 @@ def frame_of(backend: tokenizers.Tokenizer, source: str | Path) -> Frame:
     if not good:
         raise UserError(
             f"{source} must frame a text as [CLS] text [SEP] and a pair as [CLS] first [SEP] "
-            f"second [SEP], under any names, as BERT does. Got {single.tokens} and {pair.tokens} "
-            f"with token types {pair.type_ids}."
+            f"second [SEP], under any names, as BERT does. Got {shown(single.tokens)} and "
+            f"{shown(pair.tokens)} with token types {shown(pair.type_ids)}."
         )
     return Frame(before, after, parts[2], parts[4], types[2], types[3][0], types[4])
 
@@ -166,17 +170,19 @@ def load_backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     said = folder / "tokenizer_config.json"
     settings = assets.read_object(said)
     legacy = assets.read_object(folder / "special_tokens_map.json")
+    _check_types(settings, said)
+    _check_types(legacy, folder / "special_tokens_map.json")
     kind = _kind(folder, settings, config)
     for key, allowed in ONLY.items():
         if settings.get(key) not in allowed:
             raise UserError(
                 f"{said}: {key} must be {allowed[1]!r}, the only one supported. "
-                f"Got {settings[key]!r}."
+                f"Got {shown(settings[key])}."
             )
     names = settings if "added_tokens_decoder" in settings else settings | legacy
     path, vocab = folder / "tokenizer.json", folder / "vocab.txt"
     if assets.held(path):
-        backend = _from_json(path)
+        backend = from_json(path, path)
         if settings:
             _follow(backend.pre_tokenizer, SPLIT, said, settings, path)
             _follow(backend.normalizer, NORMAL if kind.bert else {}, said, settings, path)
@@ -194,17 +200,34 @@ def load_backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     return backend, path
 
 
+def _check_types(settings: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where a setting that is read here has a type of its own."""
+    inputs = settings.get("model_input_names") or []
+    _check(isinstance(inputs, list), path, "model_input_names", inputs)
+    for key in (*NAMED_TOKENS, *MORE_TOKENS):
+        tokens = settings.get(key) or []
+        if key in NAMED_TOKENS:
+            tokens = [tokens] if tokens else []
+        elif isinstance(tokens, dict):
+            tokens = [*tokens.values()]
+        good = isinstance(tokens, list) and all(
+            isinstance(token.get("content") if isinstance(token, dict) else token, str)
+            for token in tokens
+        )
+        _check(good, path, key, settings.get(key))
+
+
 def _kind(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> Kind:
     """The tokenizer class that the folder names; BERT's where it names none."""
     file = "tokenizer_config.json" if settings.get("tokenizer_class") else "config.json"
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or "BertTokenizer"
-    kind = CLASSES.get(name) or CLASSES.get(str(name).removesuffix("Fast"))
+    kind = CLASSES.get(str(name)) or CLASSES.get(str(name).removesuffix("Fast"))
     if kind is None or (not kind.bert and not assets.held(folder / "tokenizer.json")):
         classes = [one for one in CLASSES if kind is None or CLASSES[one].bert]
         where = "" if kind is None else "without a tokenizer.json, "
         raise UserError(
             f"{folder / file}: {where}tokenizer_class must be one of {', '.join(classes)}. Got "
-            f"{name!r}: "
+            f"{shown(name)}: "
             + ("choose a model with one of these tokenizers." if kind is None else f"{SAVE}.")
         )
     return kind
@@ -220,13 +243,22 @@ def _nothing_to_read(folder: Path) -> str:
     return f"a tokenizer needs a folder with tokenizer.json or vocab.txt: {folder} has neither."
 
 
-def _from_json(path: Path) -> tokenizers.Tokenizer:
+def from_json(path: Path, name: Path) -> tokenizers.Tokenizer:
+    """That of a tokenizer.json, which errors call `name`.
+
+    Raises:
+      ValueError: when it cannot be read.
+    """
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        if LONG.search(path.read_bytes()):
+            raise ValueError(f"an added token has more than {LONGEST} bytes")
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.model.tokenize("\ue000")  # of no use, and in no vocabulary: needs [UNK]
+        return backend
     except Exception as error:  # the library raises no narrower type
         raise UserError(
-            f"{path} is not a tokenizer that the tokenizers library "
-            f"{tokenizers.__version__} can read ({error}): fetch it again."
+            f"{name} is not a tokenizer that the tokenizers library "
+            f"{tokenizers.__version__} can read ({clipped(error)}): fetch it again."
         ) from error
 
 
@@ -244,14 +276,15 @@ def _from_vocab(path: Path, names: dict[str, Any]) -> tokenizers.Tokenizer:
     missing = [token for token in (unknown, cls, sep) if token not in vocab]
     if missing:
         raise UserError(
-            f"{path} must hold one token per line, {unknown}, {cls} and {sep} among them. "
-            f"Got {len(lines)} lines without {', '.join(missing)}."
+            f"{path} must hold one token per line, the unknown, class and separator token, such "
+            f"as [UNK], [CLS] and [SEP], among them. "
+            f"Got {len(lines)} lines without {clipped(', '.join(missing), 60)}."
         )
     marked = [token for token in vocab if len(token) > 1 and token[0] == "▁"]
     if len(marked) > sum(token.startswith("##") for token in vocab):
         raise UserError(
             f"{path} must hold WordPiece's tokens. Got those of a SentencePiece tokenizer, such as "
-            f"{marked[0]!r}, which needs a tokenizer.json. With transformers, {SAVE}."
+            f"{shown(marked[0], 40)}, which needs a tokenizer.json. With transformers, {SAVE}."
         )
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unknown))
     backend.add_special_tokens([token for token in special.values() if token in vocab])
@@ -279,7 +312,7 @@ def _follow(
             setattr(part, field, settings.get(key, default))
         except TypeError:
             raise UserError(
-                f"{said}: {key} must be true or false. Got {settings[key]!r}."
+                f"{said}: {key} must be true or false. Got {shown(settings[key])}."
             ) from None
 
 
@@ -301,6 +334,7 @@ def _add_tokens(
     special = _special(names, mask)
     named = {_content(token) for token in special}
     listed = assets.read_object(old)
+    _check(max(map(len, [*named, *listed, ""])) <= LONGEST, said, "a token", "one too long")
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         _check(isinstance(decoder, dict), said, "added_tokens_decoder", decoder)
@@ -339,8 +373,7 @@ def _added_to(backend: tokenizers.Tokenizer) -> set[str]:
 
 def _special(names: dict[str, Any], mask: str) -> list[str | dict[str, Any]]:
     """The tokens with a part of their own, as the settings give them or the class does."""
-    keys = ("bos_token", "eos_token", *SPECIAL_TOKENS)
-    given = [names[key] for key in keys if names.get(key)]
+    given = [names[key] for key in NAMED_TOKENS if names.get(key)]
     given += _extra(names)
     if mask and not isinstance(names.get("mask_token"), dict):
         name = names.get("mask_token") or mask
@@ -360,9 +393,8 @@ def _content(token: Any) -> str:
 
 
 def _added(token: Any, path: Path) -> AddedToken:
-    _check(
-        isinstance(token, dict) and isinstance(token.get("content"), str), path, "a token", token
-    )
+    text = token.get("content") if isinstance(token, dict) else None
+    _check(isinstance(text, str) and len(text) <= LONGEST, path, "a token", token)
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     return AddedToken(token["content"], **{key: bool(token[key]) for key in flags if key in token})
 
@@ -374,7 +406,7 @@ def _number(value: Any, path: Path) -> int:
 
 def _check(good: bool, path: Path, what: str, value: Any) -> None:
     if not good:
-        raise UserError(f"{path}: {what} is not as transformers writes it. Got {str(value)[:60]}.")
+        raise UserError(f"{path}: {what} is not as transformers writes it. Got {shown(value, 60)}.")
 
 
 def _check_id(backend: tokenizers.Tokenizer, token: str, number: int, path: Path) -> None:
@@ -382,7 +414,8 @@ def _check_id(backend: tokenizers.Tokenizer, token: str, number: int, path: Path
     if got != number:
         other = "the other files do not have it" if got is None else f"by the other files {got}"
         raise UserError(
-            f"{path}: the added token {token!r} must have the id {number}; {other}. Fetch all "
+            f"{path}: the added token {shown(token, 40)} must have the id {clipped(number, 20)}; "
+            f"{other}. Fetch all "
             f"files of one version of the model."
         )
 

@@ -8,9 +8,10 @@ from ejax import storage
 from ejax.bundle import Bundle, check_alike, check_columns, label_column_of, text_columns_of
 from ejax.config import DataConfig
 from ejax.data.columns import Columns
+from ejax.data.folders import find_files
 from ejax.data.frames import as_rows, as_splits
 from ejax.data.named import TFDS
-from ejax.data.sources import SPLITS, Example, Split, find_files, load
+from ejax.data.sources import SPLITS, Example, Split, load
 from ejax.data.unlabelled import read_texts
 from ejax.errors import UserError
 
@@ -89,8 +90,8 @@ def unlabelled_rows(
 ) -> tuple[list[Example], str]:
     """The rows of one split without their labels, which need not be there; and their origin.
 
-    They are in the order of `labelled_rows`. A txt has one text per line. Where a folder has no
-    file of the split, and of a named data set, they are those of `labelled_rows`.
+    They are in the order of `labelled_rows`. A txt has one text per line. Where a folder has none
+    or several files of the split, and of a named data set, they are those of `labelled_rows`.
 
     Args: as of `labelled_rows`.
 
@@ -98,10 +99,8 @@ def unlabelled_rows(
       ValueError: one sentence; for a row it names the file and the line.
     """
     path = storage.path_of(data)
-    file = path if path.is_file() else None
-    if path.is_dir():
-        file = find_files(DataConfig(path=data)).get(split)
-    if file is None:
+    file = find_files(DataConfig(path=data)).get(split) if path.is_dir() else path
+    if not (isinstance(file, Path) and file.is_file()):
         rows = labelled_rows(
             bundle, data, split, text_columns=text_columns, label_column=label_column
         )

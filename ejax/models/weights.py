@@ -182,8 +182,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             f"AutoModel.from_pretrained(name).save_pretrained(folder)."
         )
     where = assets.read_object(index).get("weight_map")
-    shards = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
-    if not shards or any(Path(shard).name != shard for shard in shards):
+    shards = sorted({str(shard) for shard in where.values()}) if isinstance(where, dict) else []
+    if not shards or any(Path(shard).name != shard or len(shard) > 255 for shard in shards):
         raise UserError(
             f"{index} must hold weight_map, the file next to it that has each tensor. Got "
             f"{str(where)[:60]}: fetch it again."
@@ -192,7 +192,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(shards)} files that {index.name} names, "
-            f"such as {missing[0]}: fetch the rest."
+            f"such as {clipped(missing[0], 80)}: fetch the rest."
         )
     return {name: x for shard in shards for name, x in _read_file(folder / shard).items()}
 
