@@ -246,7 +246,7 @@ class DataConfig:
 
     name: str = ""  # a TFDS name, such as glue/sst2
     path: str = ""  # a folder with train.*, dev.* and test.*
-    train: str = ""  # the file to learn from: tsv, csv or jsonl, each also .gz, or parquet
+    train: str = ""  # to learn from: tsv, csv or jsonl, each also .gz, parquet, or a folder of all
     dev: str = ""  # the file that picks the checkpoint and thresholds; "" = a part of train
     test: str = ""  # the file to report on, never fitted on
     unlabelled: str = ""  # a file of texts without labels to learn from too: tsv, csv, jsonl, txt

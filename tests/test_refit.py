@@ -8,7 +8,9 @@ import tiny
 from sklearn.linear_model import LogisticRegression
 
 from ejax.bundle import Bundle, load_bundle
+from ejax.config import ExitConfig
 from ejax.training.ngrams import fit_linear
+from ejax.training.refit import refit
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -33,8 +35,13 @@ def test_heads_learn_more_than_few_steps_taught(tmp_path: Path, monkeypatch) -> 
     """At a rate so small that the steps hardly move the heads."""
     fields = ("epochs=1", "head_learning_rate=1e-6", "learning_rate=1e-6", "exit_weights=1,0,1")
 
+    clean = tiny.write_tsv(
+        tmp_path / "dev.tsv", tiny.rows(41, seed=5)
+    )  # labels that can be learned
+
     def trained(name: str) -> Bundle:
-        assert tiny.ejax(*tiny.train_args(tmp_path / name), "layers=1,2,3", *fields).code == 0
+        args = [*tiny.train_args(tmp_path / name), "--dev", clean, "layers=1,2,3", *fields]
+        assert tiny.ejax(*args).code == 0
         return load_bundle(tmp_path / name)
 
     refitted = trained("refitted")
@@ -50,3 +57,18 @@ def test_heads_learn_more_than_few_steps_taught(tmp_path: Path, monkeypatch) -> 
         assert moved[e] > 0
         metrics = [bundle.provenance["metrics"]["dev_b"][e] for bundle in (refitted, plain)]
         assert metrics[0]["before"]["nll"] < metrics[1]["before"]["nll"]
+
+
+def test_a_head_that_is_better_on_dev_stays() -> None:
+    """Rows whose labels say the opposite of those that decide."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 4)).astype(np.float32)
+    labels = (x[:, 0] > 0).astype(int)
+    kernel = np.array([[0, 5], [0, 0], [0, 0], [0, 0]], np.float32)
+    trained = {"kernel": kernel, "bias": np.zeros(2, np.float32)}
+    exits, ones = ExitConfig(layers=(1,), num_labels=2), np.ones(2)
+    worse = refit(x, np.eye(2)[1 - labels], trained, x, labels, ones, exits)
+    assert worse is trained
+    wrong = trained | {"kernel": -kernel}
+    better = refit(x, np.eye(2)[labels], wrong, x, labels, ones, exits)
+    assert ((x @ better["kernel"] + better["bias"]).argmax(axis=1) == labels).mean() > 0.95

@@ -533,6 +533,23 @@ def test_all_files_of_a_split_must_be_there(tmp_path):
     refused(r"holds train-00000-of-00001.parquet and train-\*-of-00003.parquet: set data.train")
 
 
+def test_only_the_splits_that_are_read_must_be_whole(tmp_path):
+    shard(tmp_path / "train-00000-of-00002.parquet", {"text": "x", "label": "a"})
+    shard(tmp_path / "test-00000-of-00001.parquet", {"text": "t", "label": "a"})
+    config = DataConfig(path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    found = sources.load(config, splits=("test",), labels=("a", "b"))
+    assert [row.text for row in found["test"]] == ["t"]
+    with pytest.raises(ValueError, match="lacks 1 of the 2 files of train"):
+        sources.load(config, splits=("dev",), labels=("a", "b"))  # a part of train
+
+
+def test_the_file_to_use_of_two_may_be_all_that_a_folder_holds(tmp_path):
+    write(tmp_path / "train.csv", "text,label\nx,a\ny,b\n")
+    named = write(tmp_path / "train.tsv", "text\tlabel\nx\ta\nz\tb\nu\ta\nv\tb\n")
+    found = load(tmp_path, path=str(tmp_path), train=str(named), dev_fraction=0.5)
+    assert {row.text for split in found.values() for row in split} == set("xzuv")
+
+
 def test_bad_folder(tmp_path):
     with pytest.raises(ValueError, match=r"No such folder: .*/nowhere"):
         load(tmp_path, path=str(tmp_path / "nowhere"))

@@ -6,6 +6,7 @@ It costs nothing, since a classifier knows where each text left. Axes: E exits.
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import gammaln
 
 FALSE_ALARMS = 1e-3  # at most, of texts drawn as those were, each time that one looks
 DEEPER = 0.2  # of the mean depth there, or of one layer where that is more
@@ -66,7 +67,11 @@ def compare(left: Any, depth: dict[str, Any], layers: Any) -> Drift:
 
 def _fisher(a: int, rows: int, b: int, others: int) -> float:
     """Two-sided p-value of `a` of `rows` against `b` of `others`, twice the smaller tail."""
-    from scipy.stats import hypergeom  # slow to import
+    k = np.arange(max(0, a + b - rows), min(others, a + b) + 1)  # what b might have been
+    logs = _log_choose(others, k) + _log_choose(rows, a + b - k) - _log_choose(rows + others, a + b)
+    share = np.exp(logs)
+    return float(min(1.0, 2 * min(share[k <= b].sum(), share[k >= b].sum())))
 
-    might_be = hypergeom(rows + others, a + b, others)  # what b might have been
-    return float(min(1.0, 2 * min(might_be.cdf(b), might_be.sf(b - 1))))
+
+def _log_choose(n: int, k: Any) -> Any:
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)

@@ -190,7 +190,9 @@ def bench(
     from ejax.evaluation.scenarios import spread
     from ejax.rivals import fit_rivals
 
-    clf = EarlyExitClassifier.from_pretrained(bundle)
+    # What `ejax profile` found is of all cores.
+    profile = "auto" if cores is None else None
+    clf = EarlyExitClassifier.from_pretrained(bundle, profile=profile)
     check_single(clf.bundle, "bench")
     others = load_beside(beside or ())
     rows = rows_of(clf, data, split, text_column, label_column)

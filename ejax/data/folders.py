@@ -6,7 +6,7 @@ folder itself or in its folder `data`.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from ejax import storage
@@ -20,10 +20,13 @@ LABELLED = ("tsv", "csv", "jsonl", "json", "parquet")  # formats that can hold l
 SHARD = re.compile(r"([a-z]+)-(\d{5})-of-(\d{5})(-[0-9a-f]{16})?\.parquet")
 
 
-def find_files(config: DataConfig) -> Mapping[str, Path | Shards]:
+def find_files(config: DataConfig, splits: Sequence[str] = SPLITS) -> Mapping[str, Path | Shards]:
     """The file of each split that has one; a file named by itself wins over the folder.
 
     A folder as the training file is the folder of all splits.
+
+    Args:
+      splits: those wanted; of others it does not matter what the folder holds.
 
     Raises:
       ValueError: where the folder has none, or several for a split, or not all files of one.
@@ -39,9 +42,9 @@ def find_files(config: DataConfig) -> Mapping[str, Path | Shards]:
             raise UserError(f"data.path must be a folder: set data.train={folder} for a file.")
         if not folder.is_dir():
             raise UserError(f"No such folder: {folder} (data.path).")
-        paths = _splits_in(folder, named)
+        paths = _splits_in(folder, {*splits} - named.keys())
         if not paths and (folder / "data").is_dir():
-            paths = _splits_in(folder / "data", named)
+            paths = _splits_in(folder / "data", {*splits} - named.keys())
         if not paths:
             held = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
             raise UserError(
@@ -57,12 +60,11 @@ def find_files(config: DataConfig) -> Mapping[str, Path | Shards]:
     return paths | named
 
 
-def _splits_in(folder: Path, named: Mapping[str, Path]) -> dict[str, Path | Shards]:
-    """Those of a folder; of a split that is named it does not matter what the folder holds."""
+def _splits_in(folder: Path, wanted: Container[str]) -> dict[str, Path | Shards]:
+    """Those of a folder; of a split that is not wanted any of its files, which is not read."""
     paths: dict[str, Path | Shards] = {}
     files = sorted(folder.iterdir())
-    for name in (name for name in FILE_NAMES if name not in named):
-        stems = FILE_NAMES[name]
+    for name, stems in FILE_NAMES.items():
         matches: list[Path | Shards] = [
             file
             for file in files
@@ -72,8 +74,9 @@ def _splits_in(folder: Path, named: Mapping[str, Path]) -> dict[str, Path | Shar
         for file in files:
             if (of := SHARD.fullmatch(file.name)) and of[1] in stems:
                 shards[of[1], int(of[3])].append(file)
-        matches += [_whole(folder, *key, group) for key, group in sorted(shards.items())]
-        if len(matches) > 1:
+        for key, group in sorted(shards.items()):
+            matches.append(_whole(folder, *key, group) if name in wanted else group[0])
+        if len(matches) > 1 and name in wanted:
             both = " and ".join(str(match).rpartition("/")[2] for match in matches[:2])
             raise UserError(f"{folder} holds {both}: set data.{name} to the one to use.")
         if matches:

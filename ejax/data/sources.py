@@ -158,7 +158,10 @@ def load(
     root = assets.cache_dir(config.cache_dir) / "data"
     if given and (config.path or config.train or config.dev or config.test or config.name):
         raise UserError("rows were given in Python: data must name no files and no set. Got both.")
-    paths: Mapping[str, Path | Table | Shards] = given or find_files(config)
+    paths: Mapping[str, Path | Table | Shards] = given or find_files(
+        config,
+        splits if labels and "dev" not in splits else SPLITS,  # dev may be a part of train
+    )
     if paths:
         asked = Columns(
             config.text_columns, config.label_column, preferred, preferred_label,
@@ -171,8 +174,8 @@ def load(
         found = _load_named(config.name, root, labels)
     else:
         raise UserError(
-            f"no data: set data.path to a folder with train.tsv, data.train to a file, "
-            f"or data.name to one of {', '.join(named.TFDS)}."
+            f"no data: set data.path to a folder with train.tsv, data.train to a file or such a "
+            f"folder, or data.name to one of {', '.join(named.TFDS)}."
         )
     if "train" in found and "dev" not in found:
         found |= _carve_dev(found["train"], config.dev_fraction, seed)

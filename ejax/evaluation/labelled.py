@@ -9,7 +9,7 @@ from ejax.bundle import Bundle, check_alike, check_columns, label_column_of, tex
 from ejax.config import DataConfig
 from ejax.data.columns import Columns
 from ejax.data.folders import find_files
-from ejax.data.frames import as_rows, as_splits
+from ejax.data.frames import Shards, as_rows, as_splits
 from ejax.data.named import TFDS
 from ejax.data.sources import SPLITS, Example, Split, load
 from ejax.data.unlabelled import read_texts
@@ -99,8 +99,11 @@ def unlabelled_rows(
       ValueError: one sentence; for a row it names the file and the line.
     """
     path = storage.path_of(data)
-    file = find_files(DataConfig(path=data)).get(split) if path.is_dir() else path
-    if not (isinstance(file, Path) and file.is_file()):
+    if split not in SPLITS:
+        raise UserError(f"split must be among {', '.join(SPLITS)}. Got {split!r}.")
+    found_files = find_files(DataConfig(path=data), (split,)) if path.is_dir() else {split: path}
+    file = found_files.get(split)
+    if file is None or isinstance(file, Shards) or not file.is_file():
         rows = labelled_rows(
             bundle, data, split, text_columns=text_columns, label_column=label_column
         )

@@ -337,7 +337,7 @@ def with_pretrained(variables: Params, bert: Params, *, pooler: bool = False) ->
       ValueError: when the checkpoint has too few layers, or lists every leaf whose
         shape differs.
     """
-    if not isinstance(bert, Mapping) or "layers" not in bert:
+    if not isinstance(bert, dict) or "layers" not in bert:
         raise UserError("bert must be the parameters, the second value that load_bert returns.")
     import jax.numpy as jnp
     from flax.traverse_util import flatten_dict, unflatten_dict

@@ -28,7 +28,7 @@ from ejax.training.outcome import (
     warn_of_doubts,
     write_result,
 )
-from ejax.training.processes import barrier
+from ejax.training.processes import Stopped, Terminated, barrier
 from ejax.training.refit import with_refitted_heads
 from ejax.training.setup import places, set_up
 
@@ -80,8 +80,11 @@ def finetune(
     # The exits after layers and the encoder, together; of all checkpoints the best on dev-A.
     logits_of = make_logits(setup)
     trained = fit(setup, logits_of, workdir, console, callbacks)
-    params = with_refitted_heads(setup, trained.params, workdir, console)
-    trained = trained._replace(params=params)
+    with Terminated() as terminated:
+        params = with_refitted_heads(setup, trained.params, workdir, console)
+        trained = trained._replace(params=params)
+        if terminated.at(trained.last_step + 1):
+            raise Stopped("stopped by SIGTERM, all saved: the same command resumes.")
 
     # From dev-A what exit 0 adds to later exits, temperatures and default thresholds; what they
     # give on dev-A, dev-B and test.
