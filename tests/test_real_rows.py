@@ -62,8 +62,13 @@ def test_two_processes_four_devices_and_one_train_the_same_model(tmp_path: Path)
     for name in ("four", "two"):
         for key, value in weights(tmp_path / name).items():
             # Sums in another order; one step of Adam moves a weight by up to 1.5e-4, and one whose
-            # gradient is nothing but rounding (a key's bias) moves too: 2e-6 in 16 steps.
-            np.testing.assert_allclose(value, one[key], rtol=0, atol=2e-5, err_msg=f"{name}, {key}")
+            # gradient is nothing but rounding (a key's bias) moves too: 2e-6 in 16 steps. The
+            # linear parts of the heads are fitted afterwards by L-BFGS, which stops where the loss
+            # changes by less than 1e-7 of itself: near a minimum that is 3e-4 of a weight.
+            limit = 5e-4 if "classifier" in key else 2e-5
+            np.testing.assert_allclose(
+                value, one[key], rtol=0, atol=limit, err_msg=f"{name}, {key}"
+            )
 
 
 @pytest.mark.skipif(not NSMC, reason="EJAX_NSMC names no bundle trained on nsmc")
