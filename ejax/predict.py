@@ -135,9 +135,9 @@ def predict_file(
                 progress(done)
             if not waiting:  # no more has come yet
                 file.flush()
-        if write is None and (header or path_format(source) == "txt" or kind == "parquet"):
-            # No rows: a file that can still be read back.
-            columns = [*(header or ["text"]), *free_names(added_names, header)]
+        if write is None:  # no rows: a file that can still be read back
+            given = header or ["text"] * ((format or path_format(source)) == "txt")
+            columns = [*given, *free_names(added_names, given)]
             write = writer_of(kind, file, columns, source)
             file.write(write.header())
         if write:

@@ -344,10 +344,11 @@ def test_an_empty_shard_has_an_empty_answer(tmp_path):
         ("in.jsonl", "", ""),
         ("in.txt", "", ""),
         ("in.jsonl", "", "label,score,exit_layer\n"),
+        ("in.txt", "", "text,label,score,exit_layer\n"),
     ):
         source = tmp_path / name
         output = tmp_path / f"out{'.csv' if ',' in wanted else source.suffix}"
-        output = output.with_suffix(".jsonl") if name == "in.txt" else output
+        output = output.with_suffix(".jsonl") if name == "in.txt" and not wanted else output
         source.write_text(content)
         done = tiny.ejax("predict", tiny.trained()[0], "--input", source, "--output", output)
         assert (done.code, output.read_text()) == (0, wanted), done.err
