@@ -1,16 +1,25 @@
 """The linear part of the heads is fitted to convergence."""
 
+import os
+import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
 from ejax.bundle import Bundle, load_bundle
-from ejax.config import ExitConfig
+from ejax.config import DataConfig, ExitConfig, TrainConfig
+from ejax.training.finetune import finetune
+from ejax.training.loop import make_logits
 from ejax.training.ngrams import fit_linear
-from ejax.training.refit import refit
+from ejax.training.processes import Stopped
+from ejax.training.refit import read_by_linear, refit, with_refitted_heads
+from ejax.training.setup import initial_params, set_up
+from ejax.training.warm import vectors_of
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -72,3 +81,46 @@ def test_a_head_that_is_better_on_dev_stays() -> None:
     wrong = trained | {"kernel": -kernel}
     better = refit(x, np.eye(2)[labels], wrong, x, labels, ones, exits)
     assert ((x @ better["kernel"] + better["bias"]).argmax(axis=1) == labels).mean() > 0.95
+
+
+def tiny_config() -> TrainConfig:
+    data = DataConfig(path=str(tiny.data()), max_length=16, buckets=(16,))
+    return TrainConfig(
+        model=str(tiny.model()), data=data, layers=(1, 3), epochs=1, batch_size=16, dtype="float32"
+    )
+
+
+def test_they_are_those_of_the_weights_that_were_trained(tmp_path: Path) -> None:
+    """A workdir from which only the checkpoints were moved away has another training's file."""
+    quiet = Console(quiet=True)
+    made = set_up(tiny_config(), tmp_path / "one", quiet)
+    dev_a = made.held_out["dev_a"]
+    params = jax.device_get(initial_params(made.model, made.bert, made.config))
+    rng = np.random.default_rng(0)
+    other = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
+    # What is fitted is what the model's linear parts read; float32, in another order of sums.
+    heads = other["heads"]
+    linear = heads["exits"]["classifier"]
+    vectors = vectors_of(made, other, dev_a)
+    for e, logits in enumerate(make_logits(made)(dev_a, other)):
+        read = read_by_linear(vectors, heads, made.model.exits, e)
+        again = read @ linear["kernel"][e] + linear["bias"][e]
+        np.testing.assert_allclose(again, logits, atol=1e-5)
+    (tmp_path / "two").mkdir()
+    with_refitted_heads(made, params, tmp_path / "one", quiet)
+    after = with_refitted_heads(made, other, tmp_path / "one", quiet)
+    afresh = with_refitted_heads(made, other, tmp_path / "two", quiet)
+    jax.tree.map(np.testing.assert_array_equal, after, afresh)
+
+
+def test_sigterm_meanwhile_is_answered_and_the_run_resumes(tmp_path: Path, monkeypatch) -> None:
+    def signalled(*given: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return with_refitted_heads(*given)
+
+    with monkeypatch.context() as during:
+        during.setattr("ejax.training.finetune.with_refitted_heads", signalled)
+        with pytest.raises(Stopped, match="the same command resumes"):
+            finetune(tiny_config(), tmp_path)
+    assert not (tmp_path / "bundle").exists()
+    assert load_bundle(finetune(tiny_config(), tmp_path)).exits.layers == (1, 3)

@@ -194,7 +194,7 @@ def bench(
     profile = "auto" if cores is None else None
     clf = EarlyExitClassifier.from_pretrained(bundle, profile=profile)
     check_single(clf.bundle, "bench")
-    others = load_beside(beside or ())
+    others = load_beside(beside or (), profile)
     rows = rows_of(clf, data, split, text_column, label_column)
     every = list(rows)
     chosen = [every[i] for i in spread(len(every), limit or len(every))]

@@ -179,8 +179,11 @@ def name_of(bundle: str) -> str:
     return path_of(bundle).name if storage.is_remote(bundle) else Path(bundle).resolve().name
 
 
-def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
+def load_beside(paths: Sequence[Path], profile: str | None = "auto") -> dict[str, Any]:
     """Other bundles by name; of those called alike, with the folder they lie in.
+
+    Args:
+      profile: as of `EarlyExitClassifier.from_pretrained`.
 
     Raises:
       ValueError: where a bundle is given twice.
@@ -194,7 +197,7 @@ def load_beside(paths: Sequence[Path]) -> dict[str, Any]:
         name = f"{path.parent.name}/{path.name}" if alike else path.name
         if name in found:
             raise UserError(f"--beside {name} is given twice.")
-        found[name] = EarlyExitClassifier.from_pretrained(path)
+        found[name] = EarlyExitClassifier.from_pretrained(path, profile=profile)
     return found
 
 

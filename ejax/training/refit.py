@@ -35,11 +35,11 @@ MOST_BYTES = 2**30  # of the vectors that are held
 def with_refitted_heads(setup: Setup, params: Any, workdir: Any, console: Console) -> Any:
     """The parameters, the linear part of each head fitted to the rows that teach heads.
 
-    Five penalties are tried, the strongest first, until the loss on dev-A rises. A head keeps the
-    linear part that it was trained to have where that has the least: for one, because the last exit
-    taught it too, and here only labels and a teacher do. Heads for a number, those of
-    more than `MOST_ROWS` rows or `MOST_BYTES` of vectors, and those of weight 0 stay as they are.
-    The same on every host, and where a run resumes.
+    Five penalties are tried, the strongest first, until the loss on dev-A rises. Labels and a
+    teacher are fitted to, not what the last exit teaches. So a head keeps the linear part that it
+    was trained to have where that has the least loss. Heads for a number, those of more than
+    `MOST_ROWS` rows or `MOST_BYTES` of vectors, and those of weight 0 stay as they are. The same on
+    every host, and where a run resumes.
 
     Args:
       params: trained, on the host.
