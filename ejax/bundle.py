@@ -224,7 +224,7 @@ def _variables(weights: Held, cfg: BertConfig, exits: ExitConfig) -> Any:
     c = task_of(exits).outputs
     shapes = {
         "heads.mix": (e, n),
-        "heads.exits.dense.kernel": (e, d, d),
+        "heads.exits.dense.kernel": (e, d * exits.read, d),
         "heads.exits.dense.bias": (e, d),
         "heads.exits.classifier.kernel": (e, d, c),
         "heads.exits.classifier.bias": (e, c),

@@ -20,7 +20,7 @@ from ejax.errors import UserError, shown
 
 T = typing.TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
-Pooling = Literal["cls", "mean"]
+Pooling = Literal["cls", "mean", "pair"]
 Mix = Literal["softmax", "last"]
 Parallel = Literal["pmap", "shard_map"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -162,7 +162,8 @@ class ExitConfig:
       num_labels: classes C, at least 2; several labels at once, at least 1; of a score 1.
       pooling: "cls" reads the first token (the paper), "mean" the mean of the
         real tokens (trains faster in shallow exits of encoders whose [CLS] was
-        not pretrained).
+        not pretrained), "pair" the mean of each of two texts apart, their
+        difference and their product.
       mix: "softmax" reads a learned mix of all layers up to the exit (the
         paper), "last" the exit's own layer alone.
     """
@@ -213,6 +214,16 @@ class ExitConfig:
     def encoder(self) -> "ExitConfig":
         """The exits after layers, without exit 0."""
         return dataclasses.replace(self, layers=self.layers[self.has_zero :])
+
+    @property
+    def pooled(self) -> int:
+        """Vectors that are pooled of a row: of a pair one per text."""
+        return 2 if self.pooling == "pair" else 1
+
+    @property
+    def read(self) -> int:
+        """Vectors that a head reads of a row, see `ejax.models.heads.read`."""
+        return 4 if self.pooling == "pair" else 1
 
     @property
     def rank(self) -> int:
@@ -286,7 +297,7 @@ class TrainConfig:
     model: str = ""  # a Hugging Face folder, hub id, or known name such as all-MiniLM-L6-v2
     data: DataConfig = DataConfig()
     layers: tuple[int, ...] = ()  # exits; () = after every layer
-    pooling: Pooling = "mean"  # exits read the mean of a layer's tokens, or its [CLS]
+    pooling: Literal["auto", Pooling] = "auto"  # what exits read; auto = pair of pairs, else mean
     mix: Mix = "softmax"  # exits read a learned mix of the layers so far, or the last alone
     exit_weights: tuple[float, ...] = ()  # loss weight per exit; () = 1 each
     class_weights: Weights = ()  # of the loss; () = 1 each; balanced = N / (C x rows of the class)

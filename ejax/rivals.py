@@ -1,7 +1,9 @@
 """What anyone would try first: two linear models of scikit-learn, fitted to labelled rows.
 
 One reads TF-IDF of words and word pairs, the other the mean vectors of the pretrained encoder,
-which stays as it came. A fine-tuned model that is not better than these is not needed.
+which stays as it came. Of a pair it reads [u, v, |u - v|, u v], of the two texts encoded apart
+(Conneau et al., "Supervised Learning of Universal Sentence Representations", EMNLP 2017, section
+3.1). A fine-tuned model that is not better than these is not needed.
 
 Axes: N rows, E exits, D width, C classes.
 """
@@ -28,7 +30,7 @@ from ejax.config import BertConfig, ExitConfig
 from ejax.data.batches import bucket_of, pad
 from ejax.data.rows import label_array
 from ejax.data.sources import Example, row_hash
-from ejax.data.tokenizer import Encoded, Text, load_tokenizer
+from ejax.data.tokenizer import Encoded, Text, Tokenizer, load_tokenizer
 from ejax.errors import UserError
 from ejax.inference.shapes import padded
 from ejax.models.early_exit import EarlyExitBert
@@ -43,6 +45,7 @@ MOST_ROWS = 10_000  # that a rival is fitted to
 # on ag_news, 1.5 on sst2 (3,000 rows each). For vectors the best one moves with rows and classes,
 # so folds choose it.
 TFIDF_C, VECTOR_C = (30.0,), (0.003, 0.01, 0.1)
+PAIR_C = (0.0001, 0.0003, 0.001)  # four vectors: snli with 500, 3,000 and 10,000 rows of train
 FOLDS = 3
 MOST_WEIGHTS = 5_000_000  # of TF-IDF, over all classes: its solver holds some twenty copies
 TILE_TOKENS = 1024  # of a batch: as fast as full depth runs on a CPU, and 1.4 times as 4096
@@ -198,13 +201,17 @@ def fit_frozen(
             raise UserError(f"{name} has {field} {its}, and this bundle {ours}.")
     tokenizer = load_tokenizer(folder)
     max_length = min(bundle.max_length, cfg.max_position_embeddings)
-    of_tokens = mean_vectors(cfg, bert, max_length, bundle.buckets)
+    pairs = not isinstance(texts[0], str)
+    of_tokens = vectors_of_texts(
+        mean_vectors(cfg, bert, max_length, bundle.buckets), tokenizer, pairs=pairs
+    )
 
     def vectors(texts: Sequence[Text]) -> np.ndarray:
         return of_tokens(tokenizer.encode(texts, max_length))
 
+    ladder = PAIR_C if pairs else VECTOR_C
     (model, c), seconds = with_seconds(
-        lambda: regression(vectors(texts), labels, VECTOR_C, bundle.task)
+        lambda: regression(vectors(texts), labels, ladder, bundle.task)
     )
     return Rival(
         FROZEN, vectors, model, bundle.task, name, cfg.num_hidden_layers, c, len(texts),
@@ -239,7 +246,8 @@ def regression(
 ) -> tuple[Any, float]:
     """Logistic regression, and its C, which is right most often on `dev`, or across folds.
 
-    Of several labels one against the rest, of a regression ridge regression, with the middle C.
+    Of a regression ridge regression, whose penalty is 1 / C. Of several labels one against the
+    rest, with the middle C.
 
     Args:
       features: [N, ...]; with `scaled` each is brought to mean 0 and variance 1.
@@ -247,7 +255,7 @@ def regression(
       dev: features and labels of other rows.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -274,12 +282,17 @@ def regression(
             best = int(np.argmax(scores))
             return choices[best], ladder[best]
         middle = len(ladder) // 2
-        if len(ladder) == 1 or not single or np.sort(np.bincount(labels))[-2] < FOLDS:
+        rows = np.sort(np.bincount(labels))[-2] if single else len(labels)
+        if len(ladder) == 1 or several or not scaled or rows < FOLDS:
             return choices[middle].fit(features, labels), ladder[middle]
-        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-        search = GridSearchCV(fitted(1.0), {"logisticregression__C": ladder}, cv=folds)
+        setting = {"logisticregression__C": ladder}
+        if not single:
+            setting = {"ridge__alpha": tuple(1 / c for c in ladder)}
+        folds = (StratifiedKFold if single else KFold)(FOLDS, shuffle=True, random_state=0)
+        search = GridSearchCV(fitted(1.0), setting, cv=folds)
         search.fit(features, labels)
-        return search.best_estimator_, search.best_params_["logisticregression__C"]
+        (best,) = search.best_params_.values()
+        return search.best_estimator_, best if single else 1 / best
 
 
 def mean_vectors(
@@ -291,6 +304,24 @@ def mean_vectors(
     params = {"bert": bert, "heads": {"mix": mix}}
     run = make_mixes(EarlyExitBert(cfg, exits), {"params": params}, max_length, buckets)
     return lambda encoded: run(encoded)[:, 0]
+
+
+def vectors_of_texts(
+    mean: Callable[[Encoded], np.ndarray], tokenizer: Tokenizer, *, pairs: bool
+) -> Callable[[Encoded], np.ndarray]:
+    """What the linear model reads, as a function of tokens: float32 [N, D], of pairs [N, 4 D].
+
+    Args:
+      mean: the mean vectors of tokens, float32 [N, D].
+    """
+    if not pairs:
+        return mean
+
+    def of_pairs(encoded: Encoded) -> np.ndarray:
+        u, v = map(mean, tokenizer.apart(encoded))
+        return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+
+    return of_pairs
 
 
 def make_mixes(
@@ -362,6 +393,8 @@ def below_rival(
     *,
     cfg: BertConfig,
     bert: Any,
+    tokenizer: Tokenizer,
+    pairs: bool,
     max_length: int,
 ) -> str:
     """A warning where full depth does worse than a linear model on the frozen encoder.
@@ -373,7 +406,8 @@ def below_rival(
       train: tokens of training rows; `labels`: [their number, ...].
       held_out: tokens of other rows; `truth`: their labels, [N, ...].
       answers: of full depth to them, [N, ...].
-      cfg, bert: the pretrained encoder, all of its layers.
+      cfg, bert, tokenizer: the pretrained encoder, all of its layers.
+      pairs: whether rows are pairs of texts.
       max_length: the most tokens of a row.
 
     Returns:
@@ -383,8 +417,10 @@ def below_rival(
     labels = labels[rows]
     if len(np.unique(labels, axis=0)) < 2:
         return ""
-    vectors = mean_vectors(cfg, bert, max_length, WIDE)
-    model, c = regression(vectors(train.subset(rows)), labels, VECTOR_C, task)
+    mean = mean_vectors(cfg, bert, max_length, WIDE)
+    vectors = vectors_of_texts(mean, tokenizer, pairs=pairs)
+    ladder = PAIR_C if pairs else VECTOR_C
+    model, c = regression(vectors(train.subset(rows)), labels, ladder, task)
     rival = Rival(FROZEN, vectors, model, task, "", cfg.num_hidden_layers, c, len(rows), 0.0)
     scores = rival.scores(held_out)
     if task.answer_ndim == 2:

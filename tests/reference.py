@@ -87,14 +87,28 @@ def hidden_states(bert, cfg: BertConfig, ids, mask, types):
     return np.stack(seen)
 
 
-def pooled(x, mask, pooling):
-    """[B, D]: row by row, over real tokens only."""
+def pooled(x, mask, types, pooling):
+    """[B, D], of pairs [B, 2 D]: row by row, over real tokens only, 0 where there are none."""
     if pooling == "cls":
         return x[:, 0]
-    return np.stack([row[real > 0].mean(axis=0) for row, real in zip(x, mask, strict=True)])
+    texts = [mask > 0] if pooling == "mean" else [(mask > 0) & (types == t) for t in (0, 1)]
+    return np.concatenate(
+        [
+            np.stack([row[t].sum(axis=0) / max(t.sum(), 1) for row, t in zip(x, text, strict=True)])
+            for text in texts
+        ],
+        axis=1,
+    )
 
 
-def exit_logits(heads, exits: ExitConfig, hidden, mask):
+def read_by_head(mixed, pooling):
+    if pooling != "pair":
+        return mixed
+    u, v = np.split(mixed, 2, axis=1)
+    return np.concatenate([u, v, abs(u - v), u * v], axis=1)
+
+
+def exit_logits(heads, exits: ExitConfig, hidden, mask, types):
     """[E, B, C] from the hidden states [L + 1, B, T, D]."""
     heads = f64(heads)
     logits = []
@@ -103,11 +117,12 @@ def exit_logits(heads, exits: ExitConfig, hidden, mask):
         if exits.mix == "last":
             weights = np.eye(layer)[-1]
         mixed = sum(
-            w * pooled(x, mask, exits.pooling)
+            w * pooled(x, mask, types, exits.pooling)
             for w, x in zip(weights, hidden[1 : layer + 1], strict=True)
         )
         p = at(heads["exits"], e)
-        x = np.tanh(mixed @ p["dense"]["kernel"] + p["dense"]["bias"])
+        x = read_by_head(mixed, exits.pooling)
+        x = np.tanh(x @ p["dense"]["kernel"] + p["dense"]["bias"])
         logits.append(x @ p["classifier"]["kernel"] + p["classifier"]["bias"])
     return np.stack(logits)
 
@@ -116,7 +131,7 @@ def model_logits(variables, cfg: BertConfig, exits: ExitConfig, ids, mask, types
     """[E, B, C]: what `EarlyExitBert(cfg, exits).apply` should give."""
     params = variables["params"]
     hidden = hidden_states(params["bert"], cfg, ids, mask, types)
-    logits = exit_logits(params["heads"], exits.encoder, hidden, mask)
+    logits = exit_logits(params["heads"], exits.encoder, hidden, mask, types)
     if not exits.has_zero:
         return logits
     zero = zero_logits(params["ngrams"], exits, ids, mask, types)[None]
@@ -202,7 +217,7 @@ def random_variables(model_cfg: BertConfig, exits: ExitConfig, seed, scale=0.25)
     heads = {
         "mix": normal(e, n, std=1),
         "exits": {
-            "dense": dense((e, d, d), (e, d)),
+            "dense": dense((e, d * exits.read, d), (e, d)),
             "classifier": {"kernel": normal(e, d, c, std=0.7), "bias": normal(e, c, std=0.1)},
         },
     }

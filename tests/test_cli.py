@@ -75,7 +75,7 @@ def test_the_help_of_train_lists_every_field_and_the_common_options(monkeypatch)
     for line in (
         "seed=0 int draws the heads, the order of rows, dropout, and a dev part of train",
         "data.limit=0 int at most so many rows of each split; 0 = all",
-        "pooling=mean cls|mean exits read the mean of a layer's tokens, or its [CLS]",
+        "pooling=auto auto|cls|mean|pair what exits read; auto = pair of pairs, else mean",
         "data.text_columns= str,… one, or two for pairs; empty = recognised from the header",
         "--limit int At most so many rows of each split; 0 = all.",
     ):

@@ -15,7 +15,7 @@ from reference import random_batch, random_variables
 from ejax.config import BertConfig, ExitConfig
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.models.heads import mix_columns, mix_in, pool
+from ejax.models.heads import mix_columns, mix_in, pool, read, text_of
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -68,6 +68,14 @@ def test_pooling_by_hand():
     np.testing.assert_array_equal(pool(x, mask, mean), [[2, 4], [4, 5]])
     assert np.isfinite(pool(x, mask * 0, mean)).all()  # a row of padding alone
     assert pool(x.astype("bfloat16"), mask, mean).dtype == jnp.float32
+    pair = ExitConfig((1,), 2, pooling="pair")
+    types = jnp.asarray([[0, 1, 1], [0, 0, 0]])
+    told = text_of(Batch(mask, mask, types), pair)
+    np.testing.assert_array_equal(told, [[1, 2, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(pool(x, told, pair), [[1, 2, 3, 6], [4, 5, 0, 0]])
+    np.testing.assert_array_equal(
+        read(pool(x, told, pair), pair), [[1, 2, 3, 6, 2, 4, 3, 12], [4, 5, 0, 0, 4, 5, 0, 0]]
+    )
     mixed = jnp.ones((2, 3, 2))
     column = jnp.asarray([0.0, 1, 0.5])
     np.testing.assert_array_equal(
@@ -86,6 +94,8 @@ def test_pooling_by_hand():
         ((1, 3, 4), 5, "mean", "softmax"),
         ((2, 3), 4, "mean", "last"),
         ((2,), 3, "mean", "softmax"),
+        ((1, 3, 4), 5, "pair", "softmax"),
+        ((2, 3), 2, "pair", "last"),
     ],
 )
 def test_any_exits_and_classes_give_the_references_logits(arrays, layers, classes, pooling, mix):

@@ -25,6 +25,7 @@ from ejax.rivals import (
     mean_vectors,
     regression,
     terms,
+    vectors_of_texts,
 )  # fmt: skip
 from ejax.tasks import Regression, SeveralLabels, Task
 
@@ -98,6 +99,26 @@ def test_frozen_vectors_are_the_mean_of_the_last_layer():
     for rows in ([3], list(range(7))):
         few = vectors(encoded.subset(np.array(rows)))
         np.testing.assert_allclose(few, np.array(expected)[rows], atol=1e-5)
+
+
+def test_of_pairs_both_texts_are_read_apart():
+    """Whether two texts are the same, no vector of each text alone can tell."""
+    texts = [text for _, text in tiny.rows(24, seed=9)]
+    pairs = [(text, text) for text in texts] + list(zip(texts, texts[1:] + texts[:1], strict=True))
+    same = np.arange(48) < 24
+    tokenizer = load_tokenizer(tiny.model())
+    mean = mean_vectors(*load_bert(tiny.model(), dtype="float32"), 16, (16,))
+    vectors = vectors_of_texts(mean, tokenizer, pairs=True)(tokenizer.encode(pairs, 16))
+    d = tiny.CFG.hidden_size
+    assert vectors.shape == (48, 4 * d)
+    u, v, apart, both = np.split(vectors, 4, axis=1)
+    np.testing.assert_allclose(u, mean(tokenizer.encode([a for a, _ in pairs], 16)), atol=1e-6)
+    np.testing.assert_allclose(apart, abs(u - v))
+    np.testing.assert_allclose(both, u * v)
+    # The sum of differences is 0 of equal texts alone.
+    assert (apart.sum(axis=1) < 1e-5).tolist() == [a == b for a, b in pairs]
+    model, _ = regression(vectors, same, (1.0,))
+    assert model.score(vectors, same) > 0.9
 
 
 def test_c_is_what_is_right_most_often_on_dev_rows():
@@ -191,7 +212,7 @@ def test_training_below_the_frozen_encoder_is_told(train, test):
     def said(answers, labels=labels, truth=truth, task=two):
         return below_rival(
             tokens(train), labels, tokens(test), truth, answers, task,
-            cfg=cfg, bert=bert, max_length=16,
+            cfg=cfg, bert=bert, tokenizer=tokenizer, pairs=False, max_length=16,
         )  # fmt: skip
 
     warning = said(np.where(np.arange(30) < 8, truth, 1 - truth))

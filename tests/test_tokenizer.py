@@ -106,6 +106,19 @@ def test_pairs_and_singles_mix(tokenizer):
     assert encoded.offsets.dtype == np.int64
 
 
+@pytest.mark.parametrize("frame", ["[SEP]", "</s></s>"])
+def test_the_texts_of_pairs_apart_are_those_alone(tokenizer, frame):
+    tokenizer = tokenizer if frame == "[SEP]" else Tokenizer(vocabularies.unigram())
+    assert tokenizer.marks_second == (frame == "[SEP]")
+    pairs = [("the film", "was bad, the film"), ("a", ""), ("", "good")]
+    apart = tokenizer.apart(tokenizer.encode(pairs, 32))
+    for found, texts in zip(apart, zip(*pairs, strict=True), strict=True):
+        alone = tokenizer.encode(list(texts), 32)
+        np.testing.assert_array_equal(found.ids, alone.ids)
+        np.testing.assert_array_equal(found.types, alone.types)
+        np.testing.assert_array_equal(found.offsets, alone.offsets)
+
+
 def test_no_texts(tokenizer):
     encoded = tokenizer.encode([], 8)
     assert len(encoded) == 0

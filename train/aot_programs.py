@@ -163,7 +163,7 @@ def training_pieces(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["bert"]["layers"]
     )
     x = floats(rows, length, cfg.hidden_size, dtype=cfg.residual_dtype)
-    mixed = floats(rows, len(exits.layers), cfg.hidden_size)
+    mixed = floats(rows, len(exits.layers), cfg.hidden_size * exits.pooled)
     column = floats(len(exits.layers))
 
     def layer_and_mix(layer: Any, x: Any, mixed: Any, column: Any, mask: Any, keys: Any) -> Any:
@@ -246,7 +246,7 @@ def inference(
     except DoesNotFit as error:
         return {"fits": False, "why": str(error)}
     x = floats(tile, length, cfg.hidden_size, dtype=cfg.residual_dtype)
-    mixed = floats(tile, cfg.hidden_size)
+    mixed = floats(tile, cfg.hidden_size * exits.pooled)
     layer = cost(
         lambda weights, x, mask: run_layer(cfg, weights, 0, x, mask),
         device, weights, x, ints(tile, length),

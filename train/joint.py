@@ -30,7 +30,14 @@ from ejax.training.loop import progress_bar
 from ejax.training.optim import make_optimizer
 from ejax.training.outcome import public
 from ejax.training.parallel import parallel_step, place
-from ejax.training.setup import build, exits_of, initial_params, load_encoder, with_weights
+from ejax.training.setup import (
+    build,
+    exits_of,
+    initial_params,
+    load_encoder,
+    pooling_of,
+    with_weights,
+)  # fmt: skip
 from ejax.training.step import Rows, first_state, make_train_step
 from train.__main__ import load_config
 
@@ -69,7 +76,8 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     """
     split = sources.load(config.data, seed=config.seed)["train"]
     cfg, bert, tokenizer = load_encoder(config)
-    exits = exits_of(config, cfg, len(split.labels)).encoder
+    pooling = pooling_of(config, split, tokenizer)
+    exits = exits_of(config, cfg, len(split.labels), pooling=pooling).encoder
     layers = exits.layers
     if len(layers) < 2:
         raise UserError(f"{config.model}: layers must name two exits or more. Got {layers}.")

@@ -28,6 +28,7 @@ from ejax.evaluation.describe import numbers, show
 from ejax.evaluation.evaluate import write_json
 from ejax.evaluation.labelled import labelled_rows
 from ejax.hardware import environment
+from ejax.models.heads import read
 from ejax.provenance import CHOSEN, TRAINED
 from ejax.rivals import draw, make_mixes, regression
 from ejax.training.outcome import short_path
@@ -136,7 +137,7 @@ def probe(
 
     def mixes(task: TokenizedSplit, part: str) -> np.ndarray:
         progress(f"vectors of {len(task.labels)} {part} rows")
-        return run(task.encoded)
+        return np.asarray(read(run(task.encoded), bundle.exits))
 
     x, x_test = mixes(fitted, "training"), mixes(test, "test")
     x_dev = mixes(dev, "dev") if c_from else None

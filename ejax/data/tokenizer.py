@@ -114,6 +114,11 @@ class Tokenizer:
         text = normal.normalize_str(text) if normal else text
         return bool(words) and len(words.pre_tokenize_str(text)) > 1
 
+    @property
+    def marks_second(self) -> bool:
+        """Whether token types tell the second text of a pair."""
+        return self._frame.second_type == 1
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows a word embedding must have."""
@@ -195,6 +200,21 @@ class Tokenizer:
             said = said_of(self._backend.normalizer, NORMAL)
             return {"tokenizer_class": "BertTokenizer"} | said | tokens
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | said_of(words, SPLIT) | tokens
+
+    def apart(self, pairs: Encoded) -> tuple[Encoded, Encoded]:
+        """The first and the second text of each pair, from its tokens: each a row of its own."""
+        before, after, middle, end = (list(tokens) for tokens in self._frame[:4])
+        head, gap = len(before), len(middle)
+        rows: tuple[list[Any], list[Any]] = ([], [])
+        for start, stop in itertools.pairwise(pairs.offsets):
+            ids = pairs.ids[start:stop].tolist()
+            at = next(i for i in range(head, len(ids)) if ids[i : i + gap] == middle)
+            for texts, text in zip(
+                rows, (ids[head:at], ids[at + gap : len(ids) - len(end)]), strict=True
+            ):
+                row = np.array([*before, *text, *after], np.int32)
+                texts.append((row, np.zeros(len(row), np.int8), np.array([len(row)])))
+        return _joined(rows[0]), _joined(rows[1])
 
     def _encode_chunk(
         self, firsts: list[str], seconds: list[str | None], limits: tuple[int, ...]

@@ -123,24 +123,30 @@ def torch_model(given: Bundle) -> Any:
             self.bert = BertModel(BertConfig(**settings), add_pooling_layer=False)
             d, c = bundle.cfg.hidden_size, bundle.exits.num_labels
             count = len(bundle.exits.layers)
-            self.dense = torch.nn.ModuleList(torch.nn.Linear(d, d) for _ in range(count))
+            read = d * bundle.exits.read
+            self.dense = torch.nn.ModuleList(torch.nn.Linear(read, d) for _ in range(count))
             self.classifier = torch.nn.ModuleList(torch.nn.Linear(d, c) for _ in range(count))
             self.columns = columns.T.tolist()  # [E, L]
 
-        def pooled(self, x: Any, mask: Any) -> Any:
+        def pooled(self, x: Any, mask: Any, types: Any) -> Any:
             if bundle.exits.pooling == "cls":
                 return x[:, 0]
-            real = mask.unsqueeze(-1).to(x.dtype)
-            return (x * real).sum(1) / real.sum(1).clamp(min=1)
+            pair = bundle.exits.pooling == "pair"
+            texts = [mask * (1 - types), mask * types] if pair else [mask]
+            real = [text.unsqueeze(-1).to(x.dtype) for text in texts]
+            return torch.cat([(x * of).sum(1) / of.sum(1).clamp(min=1) for of in real], 1)
 
         def exit_logits(self, pooled: list[Any], e: int) -> Any:
             weights = zip(self.columns[e], pooled, strict=False)
             mixed = sum(weight * x for weight, x in weights if weight)
+            if bundle.exits.pooling == "pair":
+                u, v = mixed.chunk(2, 1)
+                mixed = torch.cat([u, v, (u - v).abs(), u * v], 1)
             return self.classifier[e](torch.tanh(self.dense[e](mixed)))
 
         def forward(self, ids: Any, mask: Any, types: Any) -> Any:
             found = self.bert(ids, mask, types, output_hidden_states=True)
-            pooled = [self.pooled(x, mask) for x in found.hidden_states[1:]]
+            pooled = [self.pooled(x, mask, types) for x in found.hidden_states[1:]]
             return self.exit_logits(pooled, len(self.dense) - 1)
 
     model = Model()
@@ -208,7 +214,7 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
             for number, layer in enumerate(model.bert.encoder.layer, start=1):
                 out = layer(x)  # one row: nothing to mask
                 x = out[0] if isinstance(out, tuple) else out
-                pooled.append(model.pooled(x, mask))
+                pooled.append(model.pooled(x, mask, types))
                 if number in exits:
                     e = exits[number]
                     logits = model.exit_logits(pooled, e) + torch.from_numpy(added[e])

@@ -108,8 +108,9 @@ class _Model:
     """A bundle's weights, and the segments between its exits.
 
     What belongs to rows is a dict of names of tensors whose first axis is B: `x` [B, T, D], what
-    attention reads of the mask, `share` [B, 1, T], each token's in the mean, `seen` [B, k, D], the
-    pooled layers so far, and those of the graph's inputs that are read at the exits.
+    attention reads of the mask, `share` [B, 1, T], each token's in the mean (of a pair [B, 2, T],
+    in that of its text), `seen` [B, k, P], the pooled layers so far, and those of the graph's
+    inputs that are read at the exits.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class _Model:
         ]
         self.columns = np.asarray(mix_columns(params["heads"]["mix"], self.config))  # [L, E]
         self.heads = params["heads"]["exits"]
+        self.one_row = np.array([0, 1, self.config.pooled * bundle.cfg.hidden_size])
         self.evidence = params["ngrams"]["evidence"] if bundle.adds_evidence else None
         self.writer = Writer(bundle.cfg, operators, observed)
 
@@ -150,11 +152,17 @@ class _Model:
         """The rows below the first layer."""
         x = self.writer.embed(block, self.embeddings, int8=self.int8)
         rows = {"x": x, "masked": self.writer.masked(block)}
-        if self.config.pooling == "mean":
-            real = block("Cast", "mask", to=TensorProto.FLOAT)
-            count = block("ReduceSum", real, np.array([1]), keepdims=1)
-            share = block("Div", real, block("Max", count, np.float32(1)))
-            rows["share"] = block("Unsqueeze", share, np.array([1]))
+        if self.config.pooling != "cls":
+            texts = [block("Cast", "mask", to=TensorProto.FLOAT)]
+            if self.config.pooling == "pair":
+                second = block("Mul", texts[0], block("Cast", "types", to=TensorProto.FLOAT))
+                texts = [block("Sub", texts[0], second), second]
+            shares = []
+            for real in texts:
+                count = block("ReduceSum", real, np.array([1]), keepdims=1)
+                share = block("Div", real, block("Max", count, np.float32(1)))
+                shares.append(block("Unsqueeze", share, np.array([1])))
+            rows["share"] = block("Concat", *shares, axis=1) if shares[1:] else shares[0]
         if self.evidence is not None:
             rows["zero_logits"] = "zero_logits"
         return rows
@@ -181,10 +189,11 @@ class _Model:
         return rows, self._head(block, rows, mixed, exit)
 
     def _pooled(self, block: Block, rows: Mapping[str, str]) -> str:
-        """[B, 1, D]."""
+        """[B, 1, P], of a pair [B, 2, D] in a row."""
         if self.config.pooling == "cls":
             return block("Gather", rows["x"], np.array([0]), axis=1)
-        return block("MatMul", rows["share"], rows["x"])
+        pooled = block("MatMul", rows["share"], rows["x"])
+        return block("Reshape", pooled, self.one_row) if self.config.pooling == "pair" else pooled
 
     def _head(self, block: Block, rows: Mapping[str, str], mixed: str, exit: int) -> str:
         dense, linear = (
@@ -198,6 +207,10 @@ class _Model:
             linear["bias"] = np.array(
                 [center + spread * mean, deviation + math.log(spread)], np.float32
             )
+        if self.config.pooling == "pair":
+            u, v = block.outputs("Split", mixed, count=2, axis=1, num_outputs=2)
+            apart, both = block("Abs", block("Sub", u, v)), block("Mul", u, v)
+            mixed = block("Concat", u, v, apart, both, axis=1)
         hidden = block("Tanh", block("Gemm", mixed, dense["kernel"], dense["bias"]))
         logits = block("Gemm", hidden, linear["kernel"], linear["bias"])
         if self.evidence is not None and self.evidence[exit]:

@@ -28,9 +28,9 @@ def layer_flops(cfg: BertConfig, tokens: Any) -> Any:
     return 2 * tokens * (4 * d * d + 2 * d * f) + 4 * np.square(tokens) * d
 
 
-def head_flops(cfg: BertConfig, num_labels: int) -> int:
+def head_flops(cfg: BertConfig, exits: ExitConfig) -> int:
     """Of one exit head for one row."""
-    return 2 * cfg.hidden_size * (cfg.hidden_size + num_labels)
+    return 2 * cfg.hidden_size * (exits.read * cfg.hidden_size + exits.num_labels)
 
 
 def zero_flops(exits: ExitConfig, tokens: Any) -> Any:
@@ -60,7 +60,7 @@ def exit_flops(cfg: BertConfig, exits: ExitConfig, tokens: Any, whole: Any = Non
     after = np.asarray(exits.encoder.layers)
     heads = np.arange(1, len(after) + 1)
     per_layer = layer_flops(cfg, np.asarray(tokens, np.float64))
-    flops = after[:, None] * per_layer + heads[:, None] * head_flops(cfg, exits.num_labels)
+    flops = after[:, None] * per_layer + heads[:, None] * head_flops(cfg, exits)
     if not exits.has_zero:
         return flops
     zero = zero_flops(exits, np.asarray(tokens if whole is None else whole, np.float64))
@@ -85,7 +85,7 @@ def ideal_speedup(
 def full_flops(cfg: BertConfig, exits: ExitConfig, tokens: Any) -> np.ndarray:
     """Of rows at full depth with the last head alone: float64 [N]."""
     layers = layer_flops(cfg, np.asarray(tokens, np.float64))
-    return exits.num_layers * layers + head_flops(cfg, exits.num_labels)
+    return exits.num_layers * layers + head_flops(cfg, exits)
 
 
 def tile_rows(exit: Any, tile: int, exits: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from ejax.inference.prepared import Prepared, prepare, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.models.heads import NGramExit
+from ejax.models.heads import NGramExit, text_of
 from ejax.models.heads import pool as pool_tokens
 from ejax.tasks import task_of
 
@@ -275,10 +275,11 @@ def _full_depth(
     def run(width: int, start: Array, logits: Array) -> Array:
         tokens = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, width), batch)
         x: Any = BertModel(cfg).apply({"params": weights.bert}, tokens, method="embed")
-        mixed = jnp.zeros((width, cfg.hidden_size))
+        texts = text_of(tokens, exits)
+        mixed = jnp.zeros((width, cfg.hidden_size * exits.pooled))
         for layer in range(exits.num_layers):
-            x = run_layer(cfg, weights, layer, x, tokens.mask)
-            mixed = mixed + weights.columns[layer, -1] * pool_tokens(x, tokens.mask, exits)
+            x = run_layer(cfg, weights, layer, x, texts)
+            mixed = mixed + weights.columns[layer, -1] * pool_tokens(x, texts, exits)
         of_tile = run_head(cfg, weights, len(exits.layers) - 1, exits, mixed)
         return lax.dynamic_update_slice_in_dim(logits, of_tile, start, 0)
 

@@ -37,7 +37,7 @@ from ejax.inference.prepared import Prepared, RunLayer, run_head, run_layer
 from ejax.inference.schedule import in_small_tiles, tile_sizes
 from ejax.models.bert import Batch, BertModel
 from ejax.models.early_exit import EarlyExitBert, cut
-from ejax.models.heads import NGramExit
+from ejax.models.heads import NGramExit, text_of
 from ejax.models.heads import pool as pool_tokens
 from ejax.tasks import task_of
 
@@ -78,7 +78,7 @@ class Waiting(NamedTuple):
 
 class LoopState(NamedTuple):
     hidden: Array  # `stored` <residual dtype>[N' + B, T, D], as tiles of the last segment left it
-    mixed: Array  # float32 [N' + B, mixes, D], the later exits' mixes so far, in that order
+    mixed: Array  # float32 [N' + B, mixes, P], the later exits' mixes so far, in that order
     waiting: Waiting
     answered_row: Array  # int32 [N' + B], whose answer stands there; N' stands for nobody
     answers: Decision  # [N' + B, ...], in the order in which rows leave
@@ -157,7 +157,7 @@ def first_state(given: Given, total: int, rows: Array | int, every_exit: bool) -
 
     return LoopState(
         hidden=stored(zeros(room, length, cfg.hidden_size, dtype=cfg.residual_dtype)),
-        mixed=zeros(room, given.mixes, cfg.hidden_size, dtype=jnp.float32),
+        mixed=zeros(room, given.mixes, cfg.hidden_size * exits.pooled, dtype=jnp.float32),
         waiting=Waiting(jnp.minimum(jnp.arange(room), size - 1), zeros(room)),
         answered_row=jnp.full((room,), size),
         answers=Decision(
@@ -283,7 +283,7 @@ def run_segment(
       hidden, mixed: as in `LoopState`.
 
     Returns:
-      What to write at `start`: hidden [B, T, D] and mixes [B, mixes, D], where the rows that were
+      What to write at `start`: hidden [B, T, D] and mixes [B, mixes, P], where the rows that were
       not run keep what stands there; and logits [B, C].
     """
     cfg, exits, weights, last = given.cfg, given.exits, given.weights, given.last
@@ -291,8 +291,9 @@ def run_segment(
     old_mixed = lax.dynamic_slice_in_dim(mixed, start, given.tile)
     rows = jax.tree.map(lambda leaf: leaf[:width], rows)
     tokens = jax.tree.map(lambda leaf: leaf[rows.row], given.batch)
+    texts = text_of(tokens, exits)
     x: Any
-    sums = jnp.zeros((width, last + 1 - segment, cfg.hidden_size))  # of this exit and later ones
+    sums = jnp.zeros((width, last + 1 - segment, cfg.hidden_size * exits.pooled))  # of this exit on
     if segment == 0:
         x = BertModel(cfg).apply({"params": weights.bert}, tokens, method="embed")
     else:
@@ -300,8 +301,8 @@ def run_segment(
         if given.mixes:
             sums = mixed[rows.place, segment - 1 :]
     for i in range((0, *exits.layers)[segment], exits.layers[segment]):
-        x = given.layer(cfg, weights, i, x, tokens.mask)
-        vector = pool_tokens(x, tokens.mask, exits)
+        x = given.layer(cfg, weights, i, x, texts)
+        vector = pool_tokens(x, texts, exits)
         sums = sums + weights.columns[None, i, segment:, None] * vector[:, None]
     logits = run_head(cfg, weights, segment, exits, sums[:, 0])
     chex.assert_shape(x, (width, *old_hidden.shape[1:]))

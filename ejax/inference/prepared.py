@@ -79,6 +79,6 @@ def run_layer(cfg: Any, weights: Prepared, i: int, x: Array, mask: Array) -> Arr
 
 
 def run_head(cfg: Any, weights: Prepared, number: int, exits: Any, mixed: Array) -> Array:
-    """Logits [B, C] of one exit, from its mix [B, D] of the pooled layers up to its own."""
+    """Logits [B, C] of one exit, from its mix [B, P] of the pooled layers up to its own."""
     logits: Any = ExitHead(cfg, exits).apply({"params": weights.heads[number]}, mixed)
     return logits

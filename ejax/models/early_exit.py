@@ -1,6 +1,6 @@
 """BERT with exit heads: the logits of every exit in one pass over the layers.
 
-Axes: B batch, E exits, C classes, D width.
+Axes: B batch, E exits, C classes, P numbers pooled of a row.
 """
 
 import chex
@@ -11,7 +11,7 @@ import numpy as np
 
 from ejax.config import BertConfig, ExitConfig
 from ejax.models.bert import Batch, BertModel
-from ejax.models.heads import ExitHeads, NGramExit, mix_in, pool
+from ejax.models.heads import ExitHeads, NGramExit, mix_in, pool, text_of
 from ejax.models.weights import cut
 from ejax.tasks import task_of
 
@@ -65,12 +65,13 @@ class EarlyExitBert(nn.Module):
         return logits
 
     def mixes(self, batch: Batch, *, keys: Array | None = None) -> Array:
-        """What the heads read, float32 [B, E, D]: each exit's mix of the pooled layers below.
+        """What the heads read, float32 [B, E, P]: each exit's mix of the pooled layers below.
 
         Exit 0 has none. Args: as for `__call__`; `model.apply(variables, batch, method="mixes")`.
         """
         batch, exits = batch.arrays(), self.exits.encoder
-        mixed = jnp.zeros((batch.ids.shape[0], len(exits.layers), self.cfg.hidden_size))
+        shape = (len(batch.ids), len(exits.layers), self.cfg.hidden_size * exits.pooled)
+        texts = text_of(batch, exits)
         teaches = passes = None
         if self.gradient_stop:
             layer, ends = np.arange(1, exits.num_layers + 1), np.asarray(exits.layers)
@@ -80,29 +81,30 @@ class EarlyExitBert(nn.Module):
             passes = jnp.asarray(1 - self.gradient_stop * np.isin(layer, ends), jnp.float32)
         _, mixed, _ = self.bert.encode(
             self.bert.embed(batch, keys),
-            batch.mask,
+            texts,
             keys,
-            carry=mixed,
+            carry=jnp.zeros(shape),
             columns=(self.heads.columns(), teaches),
             passes=passes,
             read=lambda mixed, x, column: (
-                mix_in(mixed, column[0], x, batch.mask, exits, column[1]),
+                mix_in(mixed, column[0], x, texts, exits, column[1]),
                 None,
             ),
         )
         return mixed
 
     def layer_vectors(self, batch: Batch) -> Array:
-        """What the exits mix: the pooled output of every layer, float32 [L, B, D]."""
+        """What the exits mix: the pooled output of every layer, float32 [L, B, P]."""
         batch = batch.arrays()
+        texts = text_of(batch, self.exits)
         _, _, vectors = self.bert.encode(
             self.bert.embed(batch),
-            batch.mask,
-            read=lambda carry, x, _: (carry, pool(x, batch.mask, self.exits)),
+            texts,
+            read=lambda carry, x, _: (carry, pool(x, texts, self.exits)),
         )
         return vectors
 
     def from_vectors(self, vectors: Array, keys: Array | None = None) -> Array:
         """Logits float32 [E, B, C] of the exits after layers, from `layer_vectors`."""
-        mixed = jnp.einsum("le,lbd->bed", self.heads.columns(), vectors, precision="highest")
+        mixed = jnp.einsum("le,lbp->bep", self.heads.columns(), vectors, precision="highest")
         return self.heads(mixed, keys)

@@ -4,10 +4,12 @@ Schwartz et al., "The Right Tool for the Job" (ACL 2020), section 3.1: every exi
 reads a learned, weighted sum of the pooled outputs of all layers up to its own.
 Here the weights are a softmax, where the paper's code normalises them to length 1.
 
-Axes: B batch, T tokens, D width, L layers, E exits, C classes; of exit 0 G buckets, R rank.
+Axes: B batch, T tokens, D width, P numbers pooled of a row (D, or 2 D of a pair), L layers, E
+exits, C classes; of exit 0 G buckets, R rank.
 """
 
 import math
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -23,19 +25,47 @@ from ejax.tasks import task_of
 Array = jax.Array
 
 
+def text_of(batch: Batch, exits: ExitConfig) -> Array:
+    """A mask that tells the texts of a pair apart, if the exits do, int [B, T].
+
+    0 is padding, 1 the first text and 2 the second.
+    """
+    if exits.pooling != "pair":
+        return batch.mask
+    return jnp.where(batch.mask > 0, 1 + batch.types, 0)
+
+
 def pool(x: Array, mask: Array, exits: ExitConfig) -> Array:
-    """One vector per row, float32 [B, D]: the first token, or the mean of the real ones.
+    """One vector per row, float32 [B, P]: the first token, or the mean of the real ones.
+
+    Of a pair the mean of the first text, with the frame before and after it, and of the second.
 
     Args:
       x: <float>[B, T, D].
-      mask: int [B, T].
+      mask: int [B, T], see `text_of`.
     """
     chex.assert_shape(x, (*mask.shape, None))
     if exits.pooling == "cls":
         return x[:, 0].astype(jnp.float32)
-    real = (mask > 0).astype(jnp.float32)
-    total = (x.astype(jnp.float32) * real[:, :, None]).sum(axis=1)
-    return total / jnp.maximum(real.sum(axis=1), 1.0)[:, None]
+    texts = [mask == 1, mask == 2] if exits.pooling == "pair" else [mask > 0]
+    means = []
+    for text in texts:
+        real = text.astype(jnp.float32)
+        total = (x.astype(jnp.float32) * real[:, :, None]).sum(axis=1)
+        means.append(total / jnp.maximum(real.sum(axis=1), 1.0)[:, None])
+    return jnp.concatenate(means, axis=1)
+
+
+def read(mixed: Any, exits: ExitConfig) -> Array:
+    """What a head reads of a mix <float>[..., P]: of a pair [u, v, |u - v|, u v], else the mix.
+
+    Conneau et al., "Supervised Learning of Universal Sentence Representations" (EMNLP 2017),
+    section 3.1; here both texts have seen each other in the layers.
+    """
+    if exits.pooling != "pair":
+        return mixed
+    u, v = jnp.split(mixed, 2, axis=-1)
+    return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)
 
 
 def mix_columns(mix: Array, exits: ExitConfig) -> Array:
@@ -62,22 +92,22 @@ def mix_in(
     """Adds one layer's pooled output to every exit's mix.
 
     Args:
-      mixed: float32 [B, E, D].
+      mixed: float32 [B, E, P].
       column: float32 [E], this layer's row of `mix_columns`.
       x: <float>[B, T, D], the layer's output.
-      mask: int [B, T].
+      mask: int [B, T], see `text_of`.
       teaches: float32 [E], the share of each exit's gradient that reaches this layer; None means
         all.
     """
-    chex.assert_shape(mixed, (len(x), *column.shape, x.shape[-1]))
     pooled = pool(x, mask, exits)[:, None, :]
+    chex.assert_shape(mixed, (len(x), *column.shape, pooled.shape[-1]))
     if teaches is not None:
         pooled = pass_back(jnp.broadcast_to(pooled, mixed.shape), teaches[None, :, None])
     return mixed + column[None, :, None] * pooled
 
 
 class ExitHead(nn.Module):
-    """Dense, tanh, dropout, linear: float32 [B, D] -> logits float32 [B, O].
+    """Dense, tanh, dropout, linear: float32 [B, P] -> logits float32 [B, O].
 
     O is C, or 2 of a regression: the mean and the logarithm of its deviation, in the unit of the
     scores.
@@ -89,11 +119,16 @@ class ExitHead(nn.Module):
     @nn.compact
     def __call__(self, mixed: Array, keys: Array | None = None) -> Array:
         d, c = self.cfg.hidden_size, task_of(self.exits).outputs
-        x = jnp.tanh(Projection("bd,de->be", (d, d), (d,), self.cfg, name="dense")(mixed))
+        shape = (d * self.exits.read, d)
+        dense = Projection("bd,de->be", shape, (d,), self.cfg, name="dense")
+        x = jnp.tanh(dense(read(mixed, self.exits)))
         x = dropout(x, self.cfg.hidden_dropout_prob, keys, 0)
-        out = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")(x)
+        classifier = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")
+        out = classifier(x)
         if self.exits.problem_type == "regression":
-            mean, log_deviation = out[:, 0], out[:, 1]
+            # What the mean needs, the layers learn; the deviation makes do with it: its gradient
+            # is many times as large where an exit is sure and wrong.
+            mean, log_deviation = out[:, 0], classifier(jax.lax.stop_gradient(x))[:, 1]
             out = jnp.stack(
                 [
                     self.exits.center + self.exits.spread * mean,
@@ -127,7 +162,7 @@ class ExitHeads(nn.Module):
         return mix_columns(self.mix, self.config)
 
     def __call__(self, mixed: Array, keys: Array | None = None) -> Array:
-        """Logits float32 [E, B, C] from the mixes float32 [B, E, D]."""
+        """Logits float32 [E, B, C] from the mixes float32 [B, E, P]."""
         if keys is not None:
             first = self.config.num_layers + 1  # the numbers up to L belong to the encoder
             numbers = first + jnp.arange(len(self.config.layers))

@@ -189,7 +189,8 @@ def warn_of_doubts(
         below_rival(
             labelled.encoded, labelled.labels,
             setup.held_out["dev_a"].encoded, dev_a.labels, answers[-1], task,
-            cfg=setup.whole_cfg, bert=setup.bert, max_length=setup.max_length,
+            cfg=setup.whole_cfg, bert=setup.bert, tokenizer=setup.tokenizer,
+            pairs=len(setup.splits["train"].text_columns) == 2, max_length=setup.max_length,
         ),
     ):  # fmt: skip
         warn(sentence)

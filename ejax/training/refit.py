@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ejax.config import ExitConfig
-from ejax.models.heads import mix_columns
+from ejax.models.heads import mix_columns, read
 from ejax.tasks import task_of
 from ejax.training.checkpoint import checksums
 from ejax.training.ngrams import fit_linear, targets_of
@@ -45,7 +45,7 @@ def with_refitted_heads(setup: Setup, params: Any, workdir: Any, console: Consol
       params: trained, on the host.
     """
     exits, rows, dev_a = setup.model.exits, setup.train.teaching(), setup.held_out["dev_a"]
-    held = 4 * len(rows.labels) * setup.cfg.num_hidden_layers * setup.cfg.hidden_size
+    held = 4 * len(rows.labels) * setup.cfg.num_hidden_layers * setup.cfg.hidden_size * exits.pooled
     if exits.problem_type == "regression" or len(rows.labels) > MOST_ROWS or held > MOST_BYTES:
         return params
     heads = params["heads"]
@@ -80,12 +80,13 @@ def read_by_linear(vectors: np.ndarray, heads: Any, exits: ExitConfig, e: int) -
     """What the linear part of the e-th head reads, float32 [N, D].
 
     Args:
-      vectors: float32 [L, N, D], the pooled output of every layer.
+      vectors: float32 [L, N, P], the pooled output of every layer.
       heads: the parameters under "heads".
     """
     column = np.asarray(mix_columns(heads["mix"], exits))[:, e]
     dense = heads["exits"]["dense"]
-    return np.tanh(np.tensordot(column, vectors, 1) @ dense["kernel"][e] + dense["bias"][e])
+    x = np.asarray(read(np.tensordot(column, vectors, 1), exits))
+    return np.tanh(x @ dense["kernel"][e] + dense["bias"][e])
 
 
 def refit(

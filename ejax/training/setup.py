@@ -18,7 +18,7 @@ from ejax import assets, storage
 from ejax.bundle import WHOLE_TOKENS, Bundle
 from ejax.bundle_files import ledger_behind
 from ejax.card import exits_in_words
-from ejax.config import BertConfig, ExitConfig, TrainConfig, epochs_of
+from ejax.config import BertConfig, ExitConfig, Pooling, TrainConfig, epochs_of
 from ejax.data import sources
 from ejax.data.batches import Step, eval_plan, worth_compiling
 from ejax.data.frames import Table
@@ -97,7 +97,8 @@ def set_up(
     if not behind.complete:
         warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
-    exits = exits_of(config, whole_cfg, len(labels), scores_of(splits["train"]))
+    pooling = pooling_of(config, splits["train"], tokenizer)
+    exits = exits_of(config, whole_cfg, len(labels), scores_of(splits["train"]), pooling)
     model = build(config, whole_cfg, exits)
     check_teaching(config, exits)
     max_length = min(config.data.max_length, whole_cfg.max_position_embeddings)
@@ -153,8 +154,30 @@ def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
 
 
+def pooling_of(config: TrainConfig, train: sources.Split, tokenizer: Tokenizer) -> Pooling:
+    """What the exits of a run read.
+
+    Raises:
+      ValueError: for `pair` of single texts, or of a tokenizer whose token types are all 0.
+    """
+    pairs = len(train.text_columns) == 2
+    if config.pooling == "auto":
+        return "pair" if pairs and tokenizer.marks_second else "mean"
+    if config.pooling == "pair" and not (pairs and tokenizer.marks_second):
+        what = "a tokenizer that gives both texts of a pair token type 0" if pairs else "one text"
+        raise UserError(
+            f"pooling pair is for rows of two texts that token types tell apart. Got {what}: use "
+            f"mean."
+        )
+    return config.pooling
+
+
 def exits_of(
-    config: TrainConfig, cfg: BertConfig, classes: int, scores: tuple[float, float] = (0.0, 1.0)
+    config: TrainConfig,
+    cfg: BertConfig,
+    classes: int,
+    scores: tuple[float, float] = (0.0, 1.0),
+    pooling: Pooling = "mean",
 ) -> ExitConfig:
     """The exits of a run; where none are asked for, before the first layer and after each.
 
@@ -162,6 +185,7 @@ def exits_of(
 
     Args:
       scores: of a regression, their mean and standard deviation.
+      pooling: what "auto" stands for.
 
     Raises:
       ValueError: on weights of another number than the exits or classes.
@@ -170,7 +194,8 @@ def exits_of(
     first = int(problem == "regression")
     layers = config.layers or tuple(range(first, cfg.num_hidden_layers + 1))
     exits = ExitConfig(
-        layers, classes, config.pooling, config.mix, problem_type=problem,
+        layers, classes, pooling if config.pooling == "auto" else config.pooling, config.mix,
+        problem_type=problem,
         center=scores[0], spread=scores[1],
     )  # fmt: skip
     for what in ("teacher", "class_weights"):
