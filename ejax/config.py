@@ -305,7 +305,7 @@ class TrainConfig:
     distillation: float = 1.0  # loss weight of KL(teacher, or last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     epochs: int = 0  # passes over train; 0 = chosen by the number of its rows
-    patience: int = 4  # evaluations on dev-A without a better one before the end; 0 = never stop
+    patience: int = 4  # evaluations on dev-A since the best one before the end; 0 = never stop
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 1.5e-4  # the highest rate: it rises to this, then falls to 0
     head_learning_rate: float = 2e-4  # of the exits' heads

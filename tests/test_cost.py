@@ -33,7 +33,9 @@ def test_by_hand():
     small = dataclasses.replace(CFG, hidden_size=2, num_attention_heads=1, intermediate_size=3)
     # Per token 4 products of 2 x 2 and 2 of 2 x 3; per pair of tokens 2 of width 2.
     assert layer_flops(small, 5) == 2 * 5 * (16 + 12) + 2 * 25 * 2 * 2
-    assert head_flops(small, 5) == 2 * (4 + 10)
+    assert head_flops(small, EXITS) == 2 * (4 + 10)
+    pair = dataclasses.replace(EXITS, pooling="pair")
+    assert head_flops(small, pair) == 2 * (16 + 10)
 
 
 @pytest.mark.parametrize("tokens", [16, 64])
@@ -51,7 +53,7 @@ def test_heads_on_the_way_are_paid_for():
     tokens = np.array([7, 9])
     flops = exit_flops(CFG, EXITS, tokens)
     assert flops.shape == (3, 2)
-    head = head_flops(CFG, 5)
+    head = head_flops(CFG, EXITS)
     np.testing.assert_allclose(flops[1], 3 * layer_flops(CFG, tokens) + 2 * head)
     # Full depth through all exits is a little dearer than the full model with one head.
     assert 0.98 < ideal_speedup(CFG, EXITS, tokens, [2, 2]) < 1

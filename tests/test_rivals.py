@@ -107,12 +107,12 @@ def test_of_pairs_both_texts_are_read_apart():
     pairs = [(text, text) for text in texts] + list(zip(texts, texts[1:] + texts[:1], strict=True))
     same = np.arange(48) < 24
     tokenizer = load_tokenizer(tiny.model())
-    mean = mean_vectors(*load_bert(tiny.model(), dtype="float32"), 16, (16,))
-    vectors = vectors_of_texts(mean, tokenizer, pairs=True)(tokenizer.encode(pairs, 16))
+    mean = mean_vectors(*load_bert(tiny.model(), dtype="float32"), 32, (32,))
+    vectors = vectors_of_texts(mean, tokenizer, pairs=True)(tokenizer.encode(pairs, 32))
     d = tiny.CFG.hidden_size
     assert vectors.shape == (48, 4 * d)
     u, v, apart, both = np.split(vectors, 4, axis=1)
-    np.testing.assert_allclose(u, mean(tokenizer.encode([a for a, _ in pairs], 16)), atol=1e-6)
+    np.testing.assert_allclose(u, mean(tokenizer.encode([a for a, _ in pairs], 32)), atol=1e-6)
     np.testing.assert_allclose(apart, abs(u - v))
     np.testing.assert_allclose(both, u * v)
     # The sum of differences is 0 of equal texts alone.

@@ -600,3 +600,15 @@ def test_a_run_writes_what_it_promises() -> None:
     rows = tiny.rows_of(load_bundle(folder))
     assert (len(rows["dev_a"]), len(rows["dev_b"])) == (21, 20)
     assert not any(folder.glob("*.pkl"))
+
+
+def test_training_stops_when_dev_a_no_longer_improves() -> None:
+    config, console = TrainConfig(patience=2), Console(quiet=True)
+    unread: tuple = (None,) * 5
+    hooks = loop.Hooks(config, 80, None, "accuracy", *unread, console)
+    hooks.eval_steps, hooks.best_step = {10, 20, 30, 40, 50, 60, 70, 80}, 30
+    assert [hooks.stopped_early(step) for step in (40, 49, 50)] == [False, False, True]
+    hooks.best_step = 0  # the heads, on the encoder as it came: the rate may still rise
+    assert not hooks.stopped_early(70)
+    hooks.config, hooks.best_step = TrainConfig(patience=0), 10
+    assert not hooks.stopped_early(80)
