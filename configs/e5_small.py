@@ -1,7 +1,5 @@
 """A 12-layer encoder of width 384 with exits that lie closer where most texts leave.
 
-Not yet run with the current recipe.
-
     python -m train --config configs/e5_small.py:sst2 --workdir runs/e5_small_sst2
     python -m train --config configs/e5_small.py:ag_news --workdir runs/e5_small_ag_news
     python -m train --config configs/e5_small.py:nsmc --workdir runs/e5_small_nsmc data.path=NSMC

@@ -178,6 +178,9 @@ def _bundle(files: Mapping[str, Held], meta: dict[str, Any], overrides: dict[str
     names = {"ngram_buckets": "buckets", "problem_type": "problem_type", "center": "center"}
     names |= {"spread": "spread"}
     more: dict[str, Any] = {names[name]: meta[name] for name in names if name in meta}
+    tokenizer = read_tokenizer(*files[TOKENIZER])
+    if meta["pooling"] == "pair":
+        more["separator"] = tokenizer.separator
     exits = ExitConfig(tuple(meta["layers"]), len(labels), meta["pooling"], meta["mix"], **more)
     numerics = {name: meta[name] for name in ("dtype", "residual_dtype")}
     encoder = to_json(config_of(config, files[CONFIG].name))
@@ -188,7 +191,7 @@ def _bundle(files: Mapping[str, Held], meta: dict[str, Any], overrides: dict[str
         cfg,
         exits,
         _zero_variables(files, exits) if graph else _variables(files[WEIGHTS], cfg, exits),
-        read_tokenizer(*files[TOKENIZER]),
+        tokenizer,
         labels,
         tuple(tuple(t) if isinstance(t, list) else float(t) for t in meta["temperatures"]),
         tuple(map(float, meta["thresholds"])),

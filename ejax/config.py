@@ -174,6 +174,7 @@ class ExitConfig:
     mix: Mix = "softmax"
     buckets: int = 1 << 18  # of exit 0's hashed n-grams, G
     problem_type: Problem = "single_label_classification"
+    separator: int = -1  # the token between the texts of a pair; -1 where token types tell
     center: float = 0.0  # of a regression: the mean of the scores in training
     spread: float = 1.0  # and their standard deviation, above 0
 

@@ -87,6 +87,18 @@ def hidden_states(bert, cfg: BertConfig, ids, mask, types):
     return np.stack(seen)
 
 
+def second_text(ids, types, separator):
+    """1 in the second text of a pair: after the first separator, or where types say so."""
+    if separator < 0:
+        return types
+    found = np.zeros_like(ids)
+    for row, kinds in zip(ids, found, strict=True):
+        ends = np.flatnonzero(row == separator)
+        if ends.size:
+            kinds[ends[0] + 1 :] = 1
+    return found
+
+
 def pooled(x, mask, types, pooling):
     """[B, D], of pairs [B, 2 D]: row by row, over real tokens only, 0 where there are none."""
     if pooling == "cls":
@@ -131,7 +143,9 @@ def model_logits(variables, cfg: BertConfig, exits: ExitConfig, ids, mask, types
     """[E, B, C]: what `EarlyExitBert(cfg, exits).apply` should give."""
     params = variables["params"]
     hidden = hidden_states(params["bert"], cfg, ids, mask, types)
-    logits = exit_logits(params["heads"], exits.encoder, hidden, mask, types)
+    logits = exit_logits(
+        params["heads"], exits.encoder, hidden, mask, second_text(ids, types, exits.separator)
+    )
     if not exits.has_zero:
         return logits
     zero = zero_logits(params["ngrams"], exits, ids, mask, types)[None]

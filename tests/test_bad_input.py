@@ -87,7 +87,7 @@ def test_an_unknown_label_in_dev_names_the_line(tmp_path):
         (["--layers", "1,9"], "at most 3, the layers of this encoder"),
         (["--layers", "1,x"], "layers must be"),
         (["--pooling", "max"], "pooling must be one of 'auto', 'cls', 'mean', 'pair'. Got 'max'."),
-        (["--pooling", "pair"], "for rows of two texts that token types tell apart. Got one text"),
+        (["--pooling", "pair"], "pooling pair is for rows of two texts. Got rows of one"),
         (["--epochs", "two"], "epochs must be int. Got 'two'."),
         (["--seed", "-1"], "seed must be 0 or above"),
         (["--max-length", "3"], "data.max_length must be at least 4 tokens. Got 3."),

@@ -72,12 +72,14 @@ def test_two_processes_four_devices_and_one_train_the_same_model(tmp_path: Path)
 
 
 @pytest.mark.skipif(not NSMC, reason="EJAX_NSMC names no bundle trained on nsmc")
-def test_a_plain_sentence_in_korean_leaves_no_later_than_a_subtle_one():
+def test_a_plain_sentence_in_korean_leaves_before_a_subtle_one():
+    """At 0.98; at the default thresholds exit 0 is sure enough of both."""
     clf = EarlyExitClassifier.from_pretrained(NSMC)
     texts = [
         "이 영화 재밌네요",
         "각본을 12살 짜리 꼬마가 쓴건지, 아카데미 수상자가 쓴건지 모르겠네요",
     ]
     assert not clf.bundle.tokenizer.unknown()[clf.encode(texts).ids].any()
-    plain, subtle = (answer["exit_layer"] for answer in clf(texts))
-    assert plain <= subtle
+    plain, subtle = clf(texts, threshold=0.98)
+    assert plain["exit_layer"] < subtle["exit_layer"]
+    assert (plain["label"], subtle["label"]) == ("1", "0")

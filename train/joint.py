@@ -76,8 +76,10 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     """
     split = sources.load(config.data, seed=config.seed)["train"]
     cfg, bert, tokenizer = load_encoder(config)
-    pooling = pooling_of(config, split, tokenizer)
-    exits = exits_of(config, cfg, len(split.labels), pooling=pooling).encoder
+    exits = exits_of(
+        config, cfg, len(split.labels), pooling=pooling_of(config, split),
+        separator=tokenizer.separator,
+    ).encoder  # fmt: skip
     layers = exits.layers
     if len(layers) < 2:
         raise UserError(f"{config.model}: layers must name two exits or more. Got {layers}.")

@@ -115,9 +115,9 @@ class Tokenizer:
         return bool(words) and len(words.pre_tokenize_str(text)) > 1
 
     @property
-    def marks_second(self) -> bool:
-        """Whether token types tell the second text of a pair."""
-        return self._frame.second_type == 1
+    def separator(self) -> int:
+        """The token that ends the first text of a pair; -1 where token types tell the second."""
+        return -1 if self._frame.second_type else self._frame.middle[0]
 
     @functools.cached_property
     def vocab_size(self) -> int:

@@ -128,11 +128,16 @@ def torch_model(given: Bundle) -> Any:
             self.classifier = torch.nn.ModuleList(torch.nn.Linear(d, c) for _ in range(count))
             self.columns = columns.T.tolist()  # [E, L]
 
-        def pooled(self, x: Any, mask: Any, types: Any) -> Any:
+        def second(self, ids: Any, types: Any) -> Any:
+            """1 in the second text of a pair."""
+            ends = ids == bundle.exits.separator
+            return types if bundle.exits.separator < 0 else (ends.cumsum(1) > ends.int()).int()
+
+        def pooled(self, x: Any, mask: Any, second: Any) -> Any:
             if bundle.exits.pooling == "cls":
                 return x[:, 0]
             pair = bundle.exits.pooling == "pair"
-            texts = [mask * (1 - types), mask * types] if pair else [mask]
+            texts = [mask * (1 - second), mask * second] if pair else [mask]
             real = [text.unsqueeze(-1).to(x.dtype) for text in texts]
             return torch.cat([(x * of).sum(1) / of.sum(1).clamp(min=1) for of in real], 1)
 
@@ -146,7 +151,8 @@ def torch_model(given: Bundle) -> Any:
 
         def forward(self, ids: Any, mask: Any, types: Any) -> Any:
             found = self.bert(ids, mask, types, output_hidden_states=True)
-            pooled = [self.pooled(x, mask, types) for x in found.hidden_states[1:]]
+            second = self.second(ids, types)
+            pooled = [self.pooled(x, mask, second) for x in found.hidden_states[1:]]
             return self.exit_logits(pooled, len(self.dense) - 1)
 
     model = Model()
@@ -210,11 +216,11 @@ def torch_early_exit(bundle: Bundle, thresholds: Sequence[float]) -> Run:
         with torch.inference_mode():
             ids, mask, types = tensors_of(batch)
             x, pooled = model.bert.embeddings(input_ids=ids, token_type_ids=types), []
-            logits = None
+            second, logits = model.second(ids, types), None
             for number, layer in enumerate(model.bert.encoder.layer, start=1):
                 out = layer(x)  # one row: nothing to mask
                 x = out[0] if isinstance(out, tuple) else out
-                pooled.append(model.pooled(x, mask, types))
+                pooled.append(model.pooled(x, mask, second))
                 if number in exits:
                     e = exits[number]
                     logits = model.exit_logits(pooled, e) + torch.from_numpy(added[e])

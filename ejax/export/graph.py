@@ -155,7 +155,12 @@ class _Model:
         if self.config.pooling != "cls":
             texts = [block("Cast", "mask", to=TensorProto.FLOAT)]
             if self.config.pooling == "pair":
-                second = block("Mul", texts[0], block("Cast", "types", to=TensorProto.FLOAT))
+                second = "types"
+                if self.config.separator >= 0:
+                    ends = block("Equal", "ids", np.array(self.config.separator, np.int32))
+                    ends = block("Cast", ends, to=TensorProto.INT32)
+                    second = block("Greater", block("CumSum", ends, np.array(1)), ends)
+                second = block("Mul", texts[0], block("Cast", second, to=TensorProto.FLOAT))
                 texts = [block("Sub", texts[0], second), second]
             shares = []
             for real in texts:

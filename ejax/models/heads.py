@@ -28,11 +28,15 @@ Array = jax.Array
 def text_of(batch: Batch, exits: ExitConfig) -> Array:
     """A mask that tells the texts of a pair apart, if the exits do, int [B, T].
 
-    0 is padding, 1 the first text and 2 the second.
+    0 is padding, 1 the first text and 2 the second, from token types or from the first separator.
     """
     if exits.pooling != "pair":
         return batch.mask
-    return jnp.where(batch.mask > 0, 1 + batch.types, 0)
+    second = batch.types
+    if exits.separator >= 0:
+        ends = (batch.ids == exits.separator).astype(jnp.int32)
+        second = (jnp.cumsum(ends, axis=1) > ends).astype(jnp.int32)
+    return jnp.where(batch.mask > 0, 1 + second, 0)
 
 
 def pool(x: Array, mask: Array, exits: ExitConfig) -> Array:

@@ -97,8 +97,10 @@ def set_up(
     if not behind.complete:
         warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
-    pooling = pooling_of(config, splits["train"], tokenizer)
-    exits = exits_of(config, whole_cfg, len(labels), scores_of(splits["train"]), pooling)
+    exits = exits_of(
+        config, whole_cfg, len(labels), scores_of(splits["train"]),
+        pooling_of(config, splits["train"]), tokenizer.separator,
+    )  # fmt: skip
     model = build(config, whole_cfg, exits)
     check_teaching(config, exits)
     max_length = min(config.data.max_length, whole_cfg.max_position_embeddings)
@@ -154,22 +156,16 @@ def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
 
 
-def pooling_of(config: TrainConfig, train: sources.Split, tokenizer: Tokenizer) -> Pooling:
+def pooling_of(config: TrainConfig, train: sources.Split) -> Pooling:
     """What the exits of a run read.
 
     Raises:
-      ValueError: for `pair` of single texts, or of a tokenizer whose token types are all 0.
+      ValueError: for `pair` of single texts.
     """
     pairs = len(train.text_columns) == 2
-    if config.pooling == "auto":
-        return "pair" if pairs and tokenizer.marks_second else "mean"
-    if config.pooling == "pair" and not (pairs and tokenizer.marks_second):
-        what = "a tokenizer that gives both texts of a pair token type 0" if pairs else "one text"
-        raise UserError(
-            f"pooling pair is for rows of two texts that token types tell apart. Got {what}: use "
-            f"mean."
-        )
-    return config.pooling
+    if config.pooling == "pair" and not pairs:
+        raise UserError("pooling pair is for rows of two texts. Got rows of one: use mean.")
+    return ("pair" if pairs else "mean") if config.pooling == "auto" else config.pooling
 
 
 def exits_of(
@@ -178,6 +174,7 @@ def exits_of(
     classes: int,
     scores: tuple[float, float] = (0.0, 1.0),
     pooling: Pooling = "mean",
+    separator: int = -1,
 ) -> ExitConfig:
     """The exits of a run; where none are asked for, before the first layer and after each.
 
@@ -186,6 +183,7 @@ def exits_of(
     Args:
       scores: of a regression, their mean and standard deviation.
       pooling: what "auto" stands for.
+      separator: see `Tokenizer.separator`.
 
     Raises:
       ValueError: on weights of another number than the exits or classes.
@@ -193,9 +191,11 @@ def exits_of(
     problem = config.data.problem_type
     first = int(problem == "regression")
     layers = config.layers or tuple(range(first, cfg.num_hidden_layers + 1))
+    if config.pooling != "auto":
+        pooling = config.pooling
     exits = ExitConfig(
-        layers, classes, pooling if config.pooling == "auto" else config.pooling, config.mix,
-        problem_type=problem,
+        layers, classes, pooling, config.mix, problem_type=problem,
+        separator=separator if pooling == "pair" else -1,
         center=scores[0], spread=scores[1],
     )  # fmt: skip
     for what in ("teacher", "class_weights"):
