@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # a runtime without jax asks tasks too: what computes with it
 else:
     Array = Any
 
+FAR = 2.0  # deviations, from which on an error counts by its logarithm
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -262,7 +264,8 @@ class Regression(Task):
         Nix and Weigend, "Estimating the mean and variance of the target probability distribution"
         (1994), but the mean does not listen to the deviation, which would let it give up on hard
         rows (Seitzer et al., "On the Pitfalls of Heteroscedastic Uncertainty Estimation", ICLR
-        2022, with beta = 1).
+        2022, with beta = 1). Errors of more than `FAR` deviations count by their logarithm: the
+        deviation's gradient lies between 1 - `FAR`^2 and 1, however sure and wrong an exit is.
         """
         import jax
         import jax.numpy as jnp
@@ -270,8 +273,9 @@ class Regression(Task):
         known = self.has_label(labels)
         off = (logits[..., 0] - jnp.where(known, labels, 0.0)[None]) / self.spread
         log_sigma = logits[..., 1] - math.log(self.spread)
-        still = jax.lax.stop_gradient(off)
-        rows = off**2 / 2 + log_sigma + still**2 * jnp.exp(-2 * log_sigma) / 2
+        squares = jax.lax.stop_gradient(off) ** 2 * jnp.exp(-2 * log_sigma)
+        far = FAR**2 * (1 + jnp.log(jnp.maximum(squares, FAR**2) / FAR**2))
+        rows = off**2 / 2 + log_sigma + jnp.where(squares > FAR**2, far, squares) / 2
         return jnp.where(known[None], rows, 0.0)
 
     def beliefs(self, logits: Array) -> Array:

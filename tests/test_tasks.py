@@ -50,7 +50,7 @@ from ejax.inference.policy import Decision, check_calibration, select_exit
 from ejax.models.bert import Batch
 from ejax.models.early_exit import EarlyExitBert
 from ejax.saving import save_bundle
-from ejax.tasks import Regression, SeveralLabels, Task, task_of
+from ejax.tasks import FAR, Regression, SeveralLabels, Task, task_of
 from ejax.training.finetune import finetune
 from ejax.training.losses import joint_loss
 from ejax.training.processes import Stopped, Terminated
@@ -94,6 +94,16 @@ def test_loss_of_a_number_by_hand():
     slope = jax.grad(lambda x: task.losses(x, jnp.array([4.0])).sum())(logits)[0, 0]
     # The mean learns as if there were no deviation; that is right where it is the error.
     np.testing.assert_allclose(slope, [off / 2, 1 - off**2 / deviation**2], rtol=NEAR)
+
+
+def test_how_sure_an_exit_was_of_a_wrong_number_pulls_no_harder_than_so():
+    task = Regression(1)
+    sure = jnp.array([[[3.0, math.log(s)] for s in (1e-3, 0.1, 0.5, 1.0, 10.0)]])
+    wrong = jnp.full(5, 4.0)
+    slopes = jax.grad(lambda x: task.losses(x, wrong).sum())(sure)[0, :, 1]
+    np.testing.assert_allclose(slopes, [1 - FAR**2] * 3 + [0, 0.99], atol=1e-5)
+    losses = task.losses(jnp.array([[[3.0, math.log(s)] for s in (0.499, 0.501)]]), wrong[:2])
+    assert abs(float(losses[0, 0] - losses[0, 1])) < 0.02  # continuous there
 
 
 @pytest.mark.parametrize(
