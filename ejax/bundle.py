@@ -301,7 +301,8 @@ def text_columns_of(bundle: Bundle) -> tuple[str, ...]:
     """Those of the training; () where they were not recorded."""
     p = bundle.provenance
     asked = p.get("config", {}).get("data", {}).get("text_columns", ())  # of older bundles
-    return tuple(p.get("text_columns", asked))
+    pair = ("text", "text_pair") if bundle.exits.pooling == "pair" else ()
+    return tuple(p.get("text_columns", asked)) or pair
 
 
 def label_column_of(bundle: Bundle) -> str:

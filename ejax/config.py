@@ -174,12 +174,13 @@ class ExitConfig:
     mix: Mix = "softmax"
     buckets: int = 1 << 18  # of exit 0's hashed n-grams, G
     problem_type: Problem = "single_label_classification"
-    separator: int = -1  # the token between the texts of a pair; -1 where token types tell
     center: float = 0.0  # of a regression: the mean of the scores in training
     spread: float = 1.0  # and their standard deviation, above 0
+    separator: tuple[int, ...] = ()  # of "pair": the tokens between the texts, if no type tells
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "separator", tuple(self.separator))
         _check_types(self)
         check_layers(self.layers)
         _check(
@@ -306,7 +307,7 @@ class TrainConfig:
     distillation: float = 1.0  # loss weight of KL(teacher, or last exit || exit); 0 = none
     gradient_stop: float = 0.0  # share of an exit's gradient held back at each exit below it
     epochs: int = 0  # passes over train; 0 = chosen by the number of its rows
-    patience: int = 4  # evaluations on dev-A since the best one before the end; 0 = never stop
+    patience: int = 4  # evaluations on dev-A since the best of the steps; 0 = never stop early
     batch_size: int = 32  # rows of a step, over all devices
     learning_rate: float = 1.5e-4  # the highest rate: it rises to this, then falls to 0
     head_learning_rate: float = 2e-4  # of the exits' heads

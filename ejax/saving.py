@@ -52,6 +52,12 @@ def save_bundle(bundle: Bundle, folder: str | Path, *, rows: bool = True) -> Pat
     Raises:
       ValueError: when `folder` exists and is neither a bundle nor empty, or cannot be written.
     """
+    between = bundle.tokenizer.separator
+    if bundle.exits.pooling == "pair" and bundle.exits.separator != between:
+        raise UserError(
+            f"ExitConfig.separator must be {between}, as the tokenizer of this bundle tells the "
+            f"texts of a pair apart. Got {bundle.exits.separator}."
+        )
     with replacing(folder) as fresh:
         weights = {"sha256": sha256_of(_write_weights(bundle, fresh))}
         bundle.tokenizer.save(fresh)

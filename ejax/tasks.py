@@ -273,9 +273,10 @@ class Regression(Task):
         known = self.has_label(labels)
         off = (logits[..., 0] - jnp.where(known, labels, 0.0)[None]) / self.spread
         log_sigma = logits[..., 1] - math.log(self.spread)
-        squares = jax.lax.stop_gradient(off) ** 2 * jnp.exp(-2 * log_sigma)
-        far = FAR**2 * (1 + jnp.log(jnp.maximum(squares, FAR**2) / FAR**2))
-        rows = off**2 / 2 + log_sigma + jnp.where(squares > FAR**2, far, squares) / 2
+        size = jnp.maximum(jnp.abs(jax.lax.stop_gradient(off)), jnp.finfo(jnp.float32).tiny)
+        beyond = jnp.log(size) - log_sigma - math.log(FAR)  # above 0: more than FAR deviations
+        near = jnp.exp(2 * jnp.minimum(beyond, 0.0))
+        rows = off**2 / 2 + log_sigma + FAR**2 / 2 * (near + 2 * jnp.maximum(beyond, 0.0))
         return jnp.where(known[None], rows, 0.0)
 
     def beliefs(self, logits: Array) -> Array:

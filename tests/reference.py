@@ -89,13 +89,13 @@ def hidden_states(bert, cfg: BertConfig, ids, mask, types):
 
 def second_text(ids, types, separator):
     """1 in the second text of a pair: after the first separator, or where types say so."""
-    if separator < 0:
+    if not separator:
         return types
-    found = np.zeros_like(ids)
-    for row, kinds in zip(ids, found, strict=True):
-        ends = np.flatnonzero(row == separator)
-        if ends.size:
-            kinds[ends[0] + 1 :] = 1
+    found, size = np.zeros_like(ids), len(separator)
+    for row, kinds in zip(ids.tolist(), found, strict=True):
+        starts = [i for i in range(len(row)) if tuple(row[i : i + size]) == separator]
+        if starts:
+            kinds[starts[0] + 1 :] = 1
     return found
 
 

@@ -83,7 +83,7 @@ CASES = {
     "exit 0 of low rank": Case(CFG, ExitConfig((0, 2), 35, buckets=128), 19, 7, 9),
     "pairs": Case(CFG, ExitConfig((1, 2, 4, 6), 3, "pair"), 23, 9, 8),
     "pairs, their own layer": Case(
-        CFG, ExitConfig((0, 2, 3), 3, "pair", "last", 64, separator=3), 19, 7, 9
+        CFG, ExitConfig((0, 2, 3), 3, "pair", "last", 64, separator=(3,)), 19, 7, 9
     ),
     "bfloat16 operands": Case(NARROW, ExitConfig((1, 3, 6), 3), 23, 9, 8),
     "bfloat16 stream": Case(NARROWER, ExitConfig((1, 3, 6), 3), 23, 9, 8),

@@ -52,7 +52,7 @@ KINDS = {  # of all problem types, poolings, mixes and activations, with and wit
         ExitConfig((1, 2, 3), 1, "mean", problem_type=REGRESSION, center=3.0, spread=2.0),
     ),
     "pairs": ("gelu", ExitConfig((0, 1, 3), 3, "pair", buckets=64)),
-    "pairs, each layer": ("relu", ExitConfig((1, 2, 3), 3, "pair", "last", separator=3)),
+    "pairs, each layer": ("relu", ExitConfig((1, 2, 3), 3, "pair", "last", separator=(3,))),
     "one exit": ("gelu_pytorch_tanh", ExitConfig((2,), 2, "cls")),
 }
 

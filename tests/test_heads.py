@@ -87,13 +87,14 @@ def test_pooling_by_hand():
 # Against the reference
 
 
-@pytest.mark.parametrize("separator", [-1, 7])
+@pytest.mark.parametrize("separator", [(), (7,), (7, 7), (7, 5)])
 def test_of_a_pair_each_text_is_read_apart(arrays, separator):
     """By token types, or by the first separator; a row without one is a first text alone."""
     exits = ExitConfig((1, 3), 4, "pair", separator=separator)
     ids, mask, types = arrays
     ids = np.where(ids == 7, 8, ids)
-    ids[:-1, 3] = ids[1, 4] = 7
+    ids[:-1, 3] = ids[1, 4] = ids[:2, 6] = 7  # alone in most rows, and twice in one
+    ids[:-1, 4:6][ids[:-1, 4:6] % 2 == 0] = 5
     variables = random_variables(CFG, exits, seed=6)
     ours = program(exits)(variables, Batch(ids, mask, types))
     theirs = reference.model_logits(variables, cut(CFG, exits), exits, ids, mask, types)

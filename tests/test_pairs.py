@@ -1,5 +1,7 @@
 """Pairs of texts: what the exits read of them, from the training to every program that answers."""
 
+import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import tiny
 
 from ejax.bundle import Bundle, load_bundle
 from ejax.classifier import EarlyExitClassifier
+from ejax.inference.engine import early_exit
+from ejax.models.bert import Batch
+from ejax.saving import save_bundle
 
 
 def rows(count: int, seed: int, *, wrong_too: bool = False) -> list[tuple[str, str, str]]:
@@ -51,6 +56,28 @@ def test_the_first_exit_compares_the_two_texts(trained) -> None:
     assert (
         np.mean([of["label"] == label for of, (label, *_) in zip(found, made, strict=True)]) > 0.9
     )
+
+
+def test_one_text_and_tokens_without_types_are_refused(trained) -> None:
+    clf = EarlyExitClassifier(trained[1])
+    with pytest.raises(ValueError, match=r"trained on two texts a row.*Got a string"):
+        clf(["one text"])
+    batch = Batch([[2, 5, 3, 6, 3]])
+    with pytest.raises(ValueError, match=r"batch.types must be given.*Got None"):
+        early_exit(clf.model, trained[1].variables, batch, 0.9)
+
+
+def test_a_separator_that_is_not_the_tokenizers_is_not_saved(trained, tmp_path: Path) -> None:
+    exits = dataclasses.replace(trained[1].exits, separator=(2, 2))
+    with pytest.raises(ValueError, match=r"separator must be \(\).*Got \(2, 2\)"):
+        save_bundle(dataclasses.replace(trained[1], exits=exits), tmp_path / "other")
+
+
+def test_a_workdir_says_what_the_heads_read(trained) -> None:
+    """Of single texts "mean", as those of earlier versions, which go on."""
+    for bundle, expected in ((trained[0], "pair"), (tiny.trained()[0], "mean")):
+        workdir = bundle.with_name(f"{bundle.name}.work")
+        assert json.loads((workdir / "config.json").read_text())["pooling"] == expected
 
 
 def test_the_exported_graph_answers_as_the_bundle(trained, tmp_path: Path) -> None:

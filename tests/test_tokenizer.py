@@ -109,7 +109,7 @@ def test_pairs_and_singles_mix(tokenizer):
 @pytest.mark.parametrize("frame", ["[SEP]", "</s></s>"])
 def test_the_texts_of_pairs_apart_are_those_alone(tokenizer, frame):
     tokenizer = tokenizer if frame == "[SEP]" else Tokenizer(vocabularies.unigram())
-    assert tokenizer.separator == (-1 if frame == "[SEP]" else 2)
+    assert tokenizer.separator == (() if frame == "[SEP]" else (2, 2))
     pairs = [("the film", "was bad, the film"), ("a", ""), ("", "good")]
     apart = tokenizer.apart(tokenizer.encode(pairs, 32))
     for found, texts in zip(apart, zip(*pairs, strict=True), strict=True):

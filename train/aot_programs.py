@@ -60,7 +60,8 @@ def models_of(config: TrainConfig, labels: int) -> tuple[EarlyExitBert, EarlyExi
             "Got 'float32'."
         )
     cfg = dataclasses.replace(cfg, **numerics(config, "bfloat16"))
-    exits = exits_of(config, cfg, classes)
+    pairs = known is not None and len(known.texts) == 2
+    exits = exits_of(config, cfg, classes, pooling="pair" if pairs else "mean")
     return build(config, cfg, exits), EarlyExitBert(cut(cfg, exits), exits)
 
 

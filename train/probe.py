@@ -137,7 +137,7 @@ def probe(
 
     def mixes(task: TokenizedSplit, part: str) -> np.ndarray:
         progress(f"vectors of {len(task.labels)} {part} rows")
-        return np.asarray(read(run(task.encoded), bundle.exits))
+        return run(task.encoded)
 
     x, x_test = mixes(fitted, "training"), mixes(test, "test")
     x_dev = mixes(dev, "dev") if c_from else None
@@ -147,10 +147,15 @@ def probe(
         zip(layers, logits[-len(layers) :].argmax(axis=2), strict=True)
     ):
         progress(f"the regression after layer {layer}")
-        model, c = regression(
-            x[:, e], fitted.labels, LADDER, dev=None if x_dev is None else (x_dev[:, e], dev.labels)
+        mixed, mixed_dev, mixed_test = (
+            None if of is None else np.asarray(read(of[:, e], bundle.exits))
+            for of in (x, x_dev, x_test)
         )
-        linear = model.predict(x_test[:, e])
+        model, c = regression(
+            mixed, fitted.labels, LADDER,
+            dev=None if mixed_dev is None else (mixed_dev, dev.labels),
+        )  # fmt: skip
+        linear = model.predict(mixed_test)
         gap, low, high = paired_interval(linear == test.labels, answers == test.labels)
         exits.append(
             {

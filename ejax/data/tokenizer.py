@@ -115,9 +115,9 @@ class Tokenizer:
         return bool(words) and len(words.pre_tokenize_str(text)) > 1
 
     @property
-    def separator(self) -> int:
-        """The token that ends the first text of a pair; -1 where token types tell the second."""
-        return -1 if self._frame.second_type else self._frame.middle[0]
+    def separator(self) -> tuple[int, ...]:
+        """The tokens between the texts of a pair; () where token types tell the second."""
+        return () if self._frame.second_type else tuple(self._frame.middle)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -202,13 +202,22 @@ class Tokenizer:
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | said_of(words, SPLIT) | tokens
 
     def apart(self, pairs: Encoded) -> tuple[Encoded, Encoded]:
-        """The first and the second text of each pair, from its tokens: each a row of its own."""
+        """The first and the second text of each pair, from its tokens: each a row of its own.
+
+        Raises:
+          ValueError: at a row that is no pair.
+        """
         before, after, middle, end = (list(tokens) for tokens in self._frame[:4])
         head, gap = len(before), len(middle)
         rows: tuple[list[Any], list[Any]] = ([], [])
         for start, stop in itertools.pairwise(pairs.offsets):
             ids = pairs.ids[start:stop].tolist()
-            at = next(i for i in range(head, len(ids)) if ids[i : i + gap] == middle)
+            if self.separator:
+                at = next((i for i in range(head, len(ids)) if ids[i : i + gap] == middle), -1)
+            else:
+                at = len(ids) - int(pairs.types[start:stop].sum()) - gap
+            if ids[at : at + gap] != middle:
+                raise UserError("rows must be pairs of texts. Got one text.")
             for texts, text in zip(
                 rows, (ids[head:at], ids[at + gap : len(ids) - len(end)]), strict=True
             ):

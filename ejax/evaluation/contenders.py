@@ -130,8 +130,12 @@ def torch_model(given: Bundle) -> Any:
 
         def second(self, ids: Any, types: Any) -> Any:
             """1 in the second text of a pair."""
-            ends = ids == bundle.exits.separator
-            return types if bundle.exits.separator < 0 else (ends.cumsum(1) > ends.int()).int()
+            if not bundle.exits.separator:
+                return types
+            ends = torch.ones_like(ids, dtype=torch.bool)
+            for i, token in enumerate(bundle.exits.separator):
+                ends &= ids.roll(-i, 1) == token
+            return (ends.cumsum(1) > ends).int()
 
         def pooled(self, x: Any, mask: Any, second: Any) -> Any:
             if bundle.exits.pooling == "cls":

@@ -156,10 +156,8 @@ class _Model:
             texts = [block("Cast", "mask", to=TensorProto.FLOAT)]
             if self.config.pooling == "pair":
                 second = "types"
-                if self.config.separator >= 0:
-                    ends = block("Equal", "ids", np.array(self.config.separator, np.int32))
-                    ends = block("Cast", ends, to=TensorProto.INT32)
-                    second = block("Greater", block("CumSum", ends, np.array(1)), ends)
+                if self.config.separator:
+                    second = self._after_separator(block)
                 second = block("Mul", texts[0], block("Cast", second, to=TensorProto.FLOAT))
                 texts = [block("Sub", texts[0], second), second]
             shares = []
@@ -171,6 +169,18 @@ class _Model:
         if self.evidence is not None:
             rows["zero_logits"] = "zero_logits"
         return rows
+
+    def _after_separator(self, block: Block) -> str:
+        """bool [B, T]: behind where the separator begins first."""
+        ends, ids, axis = "", "ids", np.array([1])
+        for token in self.config.separator:
+            here = block("Equal", ids, np.array(token, np.int32))
+            ends = block("And", ends, here) if ends else here
+            rest = block("Slice", ids, np.array([1]), np.array([np.iinfo(np.int64).max]), axis)
+            first = block("Slice", ids, np.array([0]), np.array([1]), axis)
+            ids = block("Concat", rest, first, axis=1)  # turned by one
+        ends = block("Cast", ends, to=TensorProto.INT32)
+        return block("Greater", block("CumSum", ends, np.array(1)), ends)
 
     def segment(
         self, block: Block, rows: Mapping[str, str], exit: int

@@ -175,7 +175,7 @@ def pool_bytes(model: EarlyExitBert, rows: int, length: int, tile: int) -> int:
     cfg, exits = model.cfg, model.exits
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
     stream = (2 if cfg.residual_dtype == "bfloat16" else 4) * length * d
-    mixes = 4 * (len(exits.encoder.layers) - 1) * d if exits.mix == "softmax" else 0
+    mixes = 4 * (len(exits.encoder.layers) - 1) * d * exits.pooled if exits.mix == "softmax" else 0
     outputs = task_of(exits).outputs
     grams = 4 * 2 * length * (exits.rank + 1) if exits.has_zero else 0  # of all rows at once
     row = grams + stream + mixes + 4 * (3 * length + 2 * len(exits.layers) + 4 * outputs + 7)
@@ -207,6 +207,11 @@ def _checked(model: EarlyExitBert, batch: Batch, tile: int, rows: Any) -> tuple[
         raise UserError(f"tile must be at least 1 row. Got {tile}.")
     if not isinstance(batch, Batch):
         raise UserError(f"batch must be an ejax.Batch(ids, mask). Got {type(batch).__name__}.")
+    if batch.types is None and model.exits.pooling == "pair" and not model.exits.separator:
+        raise UserError(
+            "batch.types must be given, 1 for the tokens of the second text: these heads compare "
+            "the two texts of a pair. Got None."
+        )
     batch = batch.arrays()
     total = batch.ids.shape[0]
     if total == 0:

@@ -65,7 +65,7 @@ class EarlyExitBert(nn.Module):
         return logits
 
     def mixes(self, batch: Batch, *, keys: Array | None = None) -> Array:
-        """What the heads read, float32 [B, E, P]: each exit's mix of the pooled layers below.
+        """Each exit's mix of the pooled layers below, float32 [B, E, P], of which `read` is read.
 
         Exit 0 has none. Args: as for `__call__`; `model.apply(variables, batch, method="mixes")`.
         """

@@ -24,20 +24,24 @@ from ejax.tasks import task_of
 
 Array = jax.Array
 
-DEVIATION_SHARE = 0.1  # of the gradient of a deviation that reaches the layers
+DEVIATION_SHARE = 0.1  # of a deviation's gradient that goes beyond the linear part of the head
 
 
 def text_of(batch: Batch, exits: ExitConfig) -> Array:
     """A mask that tells the texts of a pair apart, if the exits do, int [B, T].
 
-    0 is padding, 1 the first text and 2 the second, from token types or from the first separator.
+    0 is padding, 1 the first text and 2 the second, which token types tell, or the first tokens
+    that are the separator.
     """
     if exits.pooling != "pair":
         return batch.mask
     second = batch.types
-    if exits.separator >= 0:
-        ends = (batch.ids == exits.separator).astype(jnp.int32)
-        second = (jnp.cumsum(ends, axis=1) > ends).astype(jnp.int32)
+    if exits.separator:
+        ends = jnp.ones(batch.ids.shape, bool)
+        for i, token in enumerate(exits.separator):
+            ends &= jnp.roll(batch.ids, -i, axis=1) == token
+        count = jnp.cumsum(ends.astype(jnp.int32), axis=1)
+        second = (count > ends.astype(jnp.int32)).astype(jnp.int32)
     return jnp.where(batch.mask > 0, 1 + second, 0)
 
 
@@ -132,8 +136,8 @@ class ExitHead(nn.Module):
         classifier = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")
         out = classifier(x)
         if self.exits.problem_type == "regression":
-            # The layers learn above all what the mean needs: the deviation's gradient is larger,
-            # and on STS-B it drowned the mean's. Without any, deviations told nothing.
+            # The layers, and the hidden one of the head, learn above all what the mean needs: on
+            # STS-B the deviation's gradient drowned the mean's.
             share = jnp.float32(DEVIATION_SHARE)
             mean, log_deviation = out[:, 0], classifier(pass_back(x, share))[:, 1]
             out = jnp.stack(

@@ -180,11 +180,12 @@ class Hooks:
     def stopped_early(self, step: int) -> bool:
         """Whether dev-A has not been better for `patience` evaluations.
 
-        While the heads on the encoder as it came are best, the rate still rises, or has just begun
-        to fall: what the encoder loses then it gains back later.
+        Not while the heads on the encoder as it came are best: what the encoder loses where the
+        rate is highest, it gains back where that falls.
         """
         since_best = sum(self.best_step < at <= step for at in self.eval_steps)
-        if not self.config.patience or not self.best_step or since_best < self.config.patience:
+        waits = self.config.train_encoder and not self.best_step
+        if not self.config.patience or waits or since_best < self.config.patience:
             return False
         self.console.print(f"stopped at step {step}: dev-A was best at step {self.best_step}")
         return True

@@ -121,7 +121,8 @@ def set_up(
     trained = behind.among(hashes, TRAINED).union(train.hashes)
     picked = behind.among(hashes, ["picked"])
     held_out = held_out_parts(tokens, config, trained, picked, console=console)
-    claim_workdir(workdir, config, {name: split.fingerprint() for name, split in tokens.items()})
+    resolved = dataclasses.replace(config, pooling=exits.pooling)  # as workdirs have always had it
+    claim_workdir(workdir, resolved, {name: split.fingerprint() for name, split in tokens.items()})
     console.print(in_words(splits, exits, train, max_length), markup=False)  # of [brackets]
     if teacher:
         train = taught(train, train_rows, teacher, labels, workdir, console)
@@ -174,7 +175,7 @@ def exits_of(
     classes: int,
     scores: tuple[float, float] = (0.0, 1.0),
     pooling: Pooling = "mean",
-    separator: int = -1,
+    separator: tuple[int, ...] = (),
 ) -> ExitConfig:
     """The exits of a run; where none are asked for, before the first layer and after each.
 
@@ -195,7 +196,7 @@ def exits_of(
         pooling = config.pooling
     exits = ExitConfig(
         layers, classes, pooling, config.mix, problem_type=problem,
-        separator=separator if pooling == "pair" else -1,
+        separator=separator if pooling == "pair" else (),
         center=scores[0], spread=scores[1],
     )  # fmt: skip
     for what in ("teacher", "class_weights"):
@@ -352,7 +353,8 @@ def in_words(
         if filled > 0
         else ""
     )
-    return f"{rows} rows; labels: {names}{more}; exits {exits_in_words(exits)}{cut_off}"
+    compared = ", whose heads compare the two texts" if exits.pooling == "pair" else ""
+    return f"{rows} rows; labels: {names}{more}; exits {exits_in_words(exits)}{compared}{cut_off}"
 
 
 # What is refused

@@ -5,7 +5,7 @@ Underperform Out-of-Distribution" (ICLR 2022), section 4: heads that start from 
 encoder away from what it knows. A pass over the encoder's vectors is cheap: they are computed
 once.
 
-Axes: N rows, L layers, E exits, B batch, D width, C classes.
+Axes: N rows, L layers, E exits, B batch, P numbers pooled of a row, C classes.
 """
 
 from functools import partial
@@ -63,7 +63,7 @@ def warm_start(setup: Setup, console: Console) -> Any:
 
 
 def vectors_of(setup: Setup, params: Any, rows: TokenizedSplit) -> np.ndarray:
-    """What the exits mix of these rows, float32 [L, N, D], see `EarlyExitBert.layer_vectors`."""
+    """What the exits mix of these rows, float32 [L, N, P], see `EarlyExitBert.layer_vectors`."""
     plan = setup.eval_plan(rows.encoded, EMBEDDED_ROWS)
     embed = make_all_logits(setup.model, jax.local_devices()[:1], method="layer_vectors")
     return embed({"params": params}, rows.encoded, plan)
@@ -81,7 +81,7 @@ def warm_heads(
 
     Args:
       heads: the parameters under "heads".
-      vectors: float32 [L, N, D], see `EarlyExitBert.layer_vectors`.
+      vectors: float32 [L, N, P], see `EarlyExitBert.layer_vectors`.
       labels: as the task has them, [N, ...].
       teacher: its probabilities, float32 [N, C]; None where there is no teacher.
     """
