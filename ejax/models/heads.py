@@ -24,8 +24,6 @@ from ejax.tasks import task_of
 
 Array = jax.Array
 
-DEVIATION_SHARE = 0.1  # of a deviation's gradient that goes beyond the linear part of the head
-
 
 def text_of(batch: Batch, exits: ExitConfig) -> Array:
     """A mask that tells the texts of a pair apart, if the exits do, int [B, T].
@@ -133,13 +131,9 @@ class ExitHead(nn.Module):
         dense = Projection("bd,de->be", shape, (d,), self.cfg, name="dense")
         x = jnp.tanh(dense(read(mixed, self.exits)))
         x = dropout(x, self.cfg.hidden_dropout_prob, keys, 0)
-        classifier = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")
-        out = classifier(x)
+        out = Projection("bd,dc->bc", (d, c), (c,), self.cfg, name="classifier")(x)
         if self.exits.problem_type == "regression":
-            # The layers, and the hidden one of the head, learn above all what the mean needs: on
-            # STS-B the deviation's gradient drowned the mean's.
-            share = jnp.float32(DEVIATION_SHARE)
-            mean, log_deviation = out[:, 0], classifier(pass_back(x, share))[:, 1]
+            mean, log_deviation = out[:, 0], out[:, 1]
             out = jnp.stack(
                 [
                     self.exits.center + self.exits.spread * mean,
