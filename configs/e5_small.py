@@ -4,6 +4,8 @@
     python -m train --config configs/e5_small.py:ag_news --workdir runs/e5_small_ag_news
     python -m train --config configs/e5_small.py:nsmc --workdir runs/e5_small_nsmc data.path=NSMC
 
+Only nsmc was run with the current recipe.
+
 `model=FOLDER` takes another 12-layer BERT, `data.path=FOLDER` local train, dev and test files. NSMC
 is a folder with those of the Naver sentiment movie corpus, Korean, https://github.com/e9t/nsmc.
 """

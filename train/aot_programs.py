@@ -27,7 +27,7 @@ from ejax.models.weights import read_config
 from ejax.training.losses import joint_loss
 from ejax.training.optim import make_optimizer
 from ejax.training.parallel import mapped_step
-from ejax.training.setup import build, exits_of, numerics, shapes_of
+from ejax.training.setup import build, exits_of, numerics, shapes_of, with_pooling
 from ejax.training.step import Rows, first_state, make_train_step
 from train.roofline import Chip, Cost, DoesNotFit, collectives, compiled, cost, memory, size
 
@@ -60,8 +60,9 @@ def models_of(config: TrainConfig, labels: int) -> tuple[EarlyExitBert, EarlyExi
             "Got 'float32'."
         )
     cfg = dataclasses.replace(cfg, **numerics(config, "bfloat16"))
-    pairs = known is not None and len(known.texts) == 2
-    exits = exits_of(config, cfg, classes, pooling="pair" if pairs else "mean")
+    two = known is not None and len(known.texts) == 2
+    config = with_pooling(config, pairs=two or config.pooling == "pair")
+    exits = exits_of(config, cfg, classes)
     return build(config, cfg, exits), EarlyExitBert(cut(cfg, exits), exits)
 
 

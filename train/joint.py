@@ -35,7 +35,7 @@ from ejax.training.setup import (
     exits_of,
     initial_params,
     load_encoder,
-    pooling_of,
+    with_pooling,
     with_weights,
 )  # fmt: skip
 from ejax.training.step import Rows, first_state, make_train_step
@@ -76,10 +76,8 @@ def measure(config: TrainConfig, steps: int, repeats: int, console: Console) -> 
     """
     split = sources.load(config.data, seed=config.seed)["train"]
     cfg, bert, tokenizer = load_encoder(config)
-    exits = exits_of(
-        config, cfg, len(split.labels), pooling=pooling_of(config, split),
-        separator=tokenizer.separator,
-    ).encoder  # fmt: skip
+    config = with_pooling(config, pairs=len(split.text_columns) == 2)
+    exits = exits_of(config, cfg, len(split.labels), separator=tokenizer.separator).encoder
     layers = exits.layers
     if len(layers) < 2:
         raise UserError(f"{config.model}: layers must name two exits or more. Got {layers}.")

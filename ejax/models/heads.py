@@ -65,14 +65,16 @@ def pool(x: Array, mask: Array, exits: ExitConfig) -> Array:
 
 
 def read(mixed: Any, exits: ExitConfig) -> Array:
-    """What a head reads of a mix <float>[..., P]: of a pair [u, v, |u - v|, u v], else the mix.
+    """What a head reads of a mix <float>[..., P]: of a pair `compared`, else the mix."""
+    return compared(*jnp.split(mixed, 2, axis=-1)) if exits.pooling == "pair" else mixed
+
+
+def compared(u: Any, v: Any) -> Array:
+    """[u, v, |u - v|, u v] of the vectors <float>[..., D] of two texts: [..., 4 D].
 
     Conneau et al., "Supervised Learning of Universal Sentence Representations" (EMNLP 2017),
-    section 3.1; here both texts have seen each other in the layers.
+    section 3.1. In a head both texts have seen each other in the layers.
     """
-    if exits.pooling != "pair":
-        return mixed
-    u, v = jnp.split(mixed, 2, axis=-1)
     return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -97,10 +97,9 @@ def set_up(
     if not behind.complete:
         warn(UNKNOWN_BEHIND)
     train_rows = with_unlabelled(splits["train"], config, console)
-    exits = exits_of(
-        config, whole_cfg, len(labels), scores_of(splits["train"]),
-        pooling_of(config, splits["train"]), tokenizer.separator,
-    )  # fmt: skip
+    pooled = with_pooling(config, pairs=len(splits["train"].text_columns) == 2)
+    scores = scores_of(splits["train"])
+    exits = exits_of(pooled, whole_cfg, len(labels), scores, tokenizer.separator)
     model = build(config, whole_cfg, exits)
     check_teaching(config, exits)
     max_length = min(config.data.max_length, whole_cfg.max_position_embeddings)
@@ -121,8 +120,7 @@ def set_up(
     trained = behind.among(hashes, TRAINED).union(train.hashes)
     picked = behind.among(hashes, ["picked"])
     held_out = held_out_parts(tokens, config, trained, picked, console=console)
-    resolved = dataclasses.replace(config, pooling=exits.pooling)  # as workdirs have always had it
-    claim_workdir(workdir, resolved, {name: split.fingerprint() for name, split in tokens.items()})
+    claim_workdir(workdir, pooled, {name: split.fingerprint() for name, split in tokens.items()})
     console.print(in_words(splits, exits, train, max_length), markup=False)  # of [brackets]
     if teacher:
         train = taught(train, train_rows, teacher, labels, workdir, console)
@@ -157,16 +155,17 @@ def load_encoder(config: TrainConfig) -> tuple[BertConfig, Any, Tokenizer]:
     return cfg, bert, load_tokenizer(assets.resolve(config.model))
 
 
-def pooling_of(config: TrainConfig, train: sources.Split) -> Pooling:
-    """What the exits of a run read.
+def with_pooling(config: TrainConfig, *, pairs: bool) -> TrainConfig:
+    """What "auto" stands for: `pair` where rows are pairs of texts, else `mean`.
 
     Raises:
       ValueError: for `pair` of single texts.
     """
-    pairs = len(train.text_columns) == 2
     if config.pooling == "pair" and not pairs:
         raise UserError("pooling pair is for rows of two texts. Got rows of one: use mean.")
-    return ("pair" if pairs else "mean") if config.pooling == "auto" else config.pooling
+    if config.pooling != "auto":
+        return config
+    return dataclasses.replace(config, pooling="pair" if pairs else "mean")
 
 
 def exits_of(
@@ -174,16 +173,14 @@ def exits_of(
     cfg: BertConfig,
     classes: int,
     scores: tuple[float, float] = (0.0, 1.0),
-    pooling: Pooling = "mean",
     separator: tuple[int, ...] = (),
 ) -> ExitConfig:
     """The exits of a run; where none are asked for, before the first layer and after each.
 
-    A regression has none before the first.
+    The config says what they read, see `with_pooling`. A regression has none before the first.
 
     Args:
       scores: of a regression, their mean and standard deviation.
-      pooling: what "auto" stands for.
       separator: see `Tokenizer.separator`.
 
     Raises:
@@ -192,11 +189,9 @@ def exits_of(
     problem = config.data.problem_type
     first = int(problem == "regression")
     layers = config.layers or tuple(range(first, cfg.num_hidden_layers + 1))
-    if config.pooling != "auto":
-        pooling = config.pooling
     exits = ExitConfig(
-        layers, classes, pooling, config.mix, problem_type=problem,
-        separator=separator if pooling == "pair" else (),
+        layers, classes, cast(Pooling, config.pooling), config.mix, problem_type=problem,
+        separator=separator if config.pooling == "pair" else (),
         center=scores[0], spread=scores[1],
     )  # fmt: skip
     for what in ("teacher", "class_weights"):
